@@ -1,0 +1,63 @@
+"""The CLIP text encoder: tokens to context."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from sd.attention import SelfAttention
+from sd.config import CLIPConfig
+
+
+class CLIP(nn.Module):
+    """CLIP text transformer (Radford et al. 2021). tokens: [B, L] long; returns the context [B, L, D]."""
+
+    component = "clip"
+
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.position_embedding = nn.Embedding(config.max_tokens, config.width)
+        self.layers = nn.ModuleList(CLIPLayer(config) for _ in range(config.layers))
+        self.final_norm = nn.LayerNorm(config.width)
+
+    def forward(self, tokens: Tensor, clip_skip: int = 1) -> Tensor:
+        """`clip_skip` 1 takes the last layer, 2 the one before, ...; then the final norm. Raises ValueError outside 1..layers."""
+        if not 1 <= clip_skip <= len(self.layers):
+            raise ValueError(f"clip_skip is {clip_skip}; allowed: 1 (last layer) to {len(self.layers)}")
+        if tokens.shape[1] > self.config.max_tokens:
+            raise ValueError(f"{tokens.shape[1]} tokens are given, the text encoder takes {self.config.max_tokens}")
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.token_embedding(tokens) + self.position_embedding(positions)  # [B, L, D]
+        for layer in self.layers[: len(self.layers) - clip_skip + 1]:
+            x = layer(x)
+        return self.final_norm(x)
+
+
+class CLIPLayer(nn.Module):
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width)
+        self.attention = SelfAttention(config.heads, config.width)
+        self.norm2 = nn.LayerNorm(config.width)
+        self.mlp = CLIPMLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x), causal_mask=True)
+        return x + self.mlp(self.norm2(x))
+
+
+class CLIPMLP(nn.Module):
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.width, config.mlp_width)
+        self.fc2 = nn.Linear(config.mlp_width, config.width)
+        self.quick = config.activation == "quick_gelu"
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        x = x * torch.sigmoid(1.702 * x) if self.quick else F.gelu(x)  # ViT-L/14 was trained with the quick form
+        return self.fc2(x)

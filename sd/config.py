@@ -1,0 +1,145 @@
+"""What a model is: widths, depths, heads, schedule. The networks are built from these and from nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be: the message names the field, its value and what is allowed."""
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """CLIP text encoder; the defaults are ViT-L/14, the text encoder of SD 1.x."""
+
+    vocab_size: int = 49408
+    max_tokens: int = 77
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    mlp_width: int = 3072
+    activation: str = "quick_gelu"
+
+    def __post_init__(self):
+        _require(self.width % self.heads == 0, f"CLIP width {self.width} is not a multiple of its {self.heads} heads")
+        _require(self.activation in ("quick_gelu", "gelu"),
+                 f"CLIP activation {self.activation!r} is unknown; allowed: 'quick_gelu', 'gelu'")
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """KL autoencoder; the defaults are KL-f8 of SD 1.x. One width a resolution, so the factor is 2^(len(widths) - 1)."""
+
+    image_channels: int = 3
+    latent_channels: int = 4
+    widths: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_groups: int = 32
+    scale: float = 0.18215  # latents of the UNet are scale * latents of the VAE
+
+    def __post_init__(self):
+        _require(self.image_channels in (1, 3), f"image_channels is {self.image_channels}; allowed: 1 (grey), 3 (RGB)")
+        _check_groups("VAE", self.widths, self.norm_groups)
+
+    @property
+    def factor(self) -> int:
+        """Pixels a latent, on each side."""
+        return 2 ** (len(self.widths) - 1)
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Denoising UNet; the defaults are SD 1.x. `attention[i]`: whether block i (down i, and its mirror up) has transformers."""
+
+    in_channels: int = 4
+    out_channels: int = 4
+    widths: tuple[int, ...] = (320, 640, 1280, 1280)
+    attention: tuple[bool, ...] = (True, True, True, False)
+    layers_per_block: int = 2
+    heads: int = 8
+    context_width: int = 768
+    norm_groups: int = 32
+
+    def __post_init__(self):
+        _require(len(self.widths) == len(self.attention),
+                 f"UNet has {len(self.widths)} widths but {len(self.attention)} attention flags")
+        _check_groups("UNet", self.widths, self.norm_groups)
+        for width in self.widths:
+            _require(width % self.heads == 0, f"UNet width {width} is not a multiple of its {self.heads} heads")
+
+
+def _check_groups(name: str, widths: tuple[int, ...], groups: int) -> None:
+    for width in widths:
+        _require(width % groups == 0, f"{name} width {width} is not a multiple of its {groups} norm groups")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole Stable Diffusion model. `prediction`: what the UNet returns, "eps" or "v"."""
+
+    name: str = "sd15"
+    clip: CLIPConfig = field(default_factory=CLIPConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    prediction: str = "eps"
+    beta_schedule: str = "scaled_linear"
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    train_timesteps: int = 1000
+    image_size: int = 512  # what generate() makes when no size is asked for, pixels
+
+    def __post_init__(self):
+        _require(self.prediction in ("eps", "v"), f"prediction {self.prediction!r} is unknown; allowed: 'eps', 'v'")
+        _require(self.beta_schedule in ("linear", "scaled_linear"),
+                 f"beta_schedule {self.beta_schedule!r} is unknown; allowed: 'linear', 'scaled_linear'")
+        _require(self.clip.width == self.unet.context_width,
+                 f"the UNet expects a context of width {self.unet.context_width}, the text encoder gives {self.clip.width}")
+        _require(self.vae.latent_channels == self.unet.out_channels,
+                 f"the UNet gives {self.unet.out_channels} channels, the VAE has {self.vae.latent_channels} latent channels")
+
+    def to_dict(self) -> dict:
+        """Plain numbers, strings and lists, for JSON in a checkpoint's metadata."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> ModelConfig:
+        """Inverse of `to_dict`. Raises ConfigError on a field that does not exist."""
+        parts = {"clip": CLIPConfig, "vae": VAEConfig, "unet": UNetConfig}
+        values = {k: _build(parts[k], v, k) if k in parts else v for k, v in values.items()}
+        return _build(cls, values, "model")
+
+
+def _build(cls, values: dict, where: str):
+    known = {f.name for f in fields(cls)}
+    for key in values:
+        _require(key in known, f"unknown field {key!r} in the {where} config; known: {', '.join(sorted(known))}")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+SD15 = ModelConfig()
+
+# The topology of SD 1.5 at a size that a test can run in milliseconds.
+TINY = ModelConfig(
+    name="tiny",
+    clip=CLIPConfig(vocab_size=49408, width=32, layers=2, heads=4, mlp_width=64),
+    vae=VAEConfig(widths=(16, 32, 32, 32), layers_per_block=1, norm_groups=8),
+    unet=UNetConfig(widths=(32, 64, 64, 64), layers_per_block=1, heads=4, context_width=32, norm_groups=8),
+    image_size=64,
+)
+
+# 28 x 28 digits padded to 32 x 32, grey, latents 8 x 8 x 4: the smallest real model, in data/digits.safetensors.
+DIGITS = ModelConfig(
+    name="digits",
+    clip=CLIPConfig(width=64, layers=2, heads=4, mlp_width=256),
+    vae=VAEConfig(image_channels=1, widths=(32, 64, 64), layers_per_block=1, norm_groups=16),
+    unet=UNetConfig(widths=(64, 128), attention=(True, True), layers_per_block=1, heads=4, context_width=64, norm_groups=16),
+    image_size=32,
+)
+
+PRESETS = {config.name: config for config in (SD15, TINY, DIGITS)}

@@ -1,0 +1,482 @@
+"""LoRA on whole models: attach adapters by name, choose the active set, merge and unmerge, save and load.
+
+`models` everywhere below is an nn.Module (the whole of it, or one network) or the Models that a loader returns.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import re
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn as nn
+import torch.utils.checkpoint
+from torch import Tensor
+
+from sd import checkpoint as files
+from sd.lora_formats import AdapterWeights, LoRAFormatError, module_lookup, read_kohya, write_kohya
+from sd.lora_layers import (  # noqa: F401 (the layers are part of this module's face)
+    LORA_CLASSES,
+    NOTHING,
+    ActiveSet,
+    LoRAConv1d,
+    LoRAConv2d,
+    LoRAConv3d,
+    LoRAEmbedding,
+    LoRAError,
+    LoRAGroupNorm,
+    LoRALayer,
+    LoRALayerNorm,
+    LoRALinear,
+    as_lora_layer,
+    check_rank,
+)
+from sd.lora_variants import KINDS, Adapter, Full, LowRank  # noqa: F401
+from sd.names import component_names
+
+NORMS = (nn.GroupNorm, nn.LayerNorm)
+
+# Which layers a preset means, as regular expressions over canonical module paths.
+TARGET_PRESETS = {
+    "attn": r"\.(attn1|attn2|attention)\.(q|k|v|out)_proj$",  # 128 layers of the UNet of SD 1.x
+    "kohya": r"\.(attn1|attn2|attention)\.(q|k|v|out)_proj$|\.(ff|mlp)\.fc[12]$|\.attentions\.\d+\.proj_(in|out)$",
+    "full": r"^(?!.*\.conv_(in|out)$).*$",  # every linear layer and convolution but the first and the last
+}
+
+
+# ---- which layers ----------------------------------------------------------------------------------------------------
+
+def components(models) -> dict[str, nn.Module]:
+    """The networks of `models` under the prefix of their paths: {"diffusion": UNet, ...}; a foreign module has none."""
+    if isinstance(models, nn.Module):
+        return {getattr(models, "component", ""): models}
+    return {key: m for key, m in models.items() if isinstance(m, nn.Module)}
+
+
+def named_layers(models) -> Iterator[tuple[str, nn.Module]]:
+    """(canonical path, module) of every module, such as "diffusion.mid_block.attentions.0.proj_in"."""
+    for component, network in components(models).items():
+        for name, module in network.named_modules():
+            yield ".".join(part for part in (component, name) if part), module
+
+
+def lora_layers(models) -> dict[str, LoRALayer]:
+    """Canonical path -> every layer that carries an adapter."""
+    return {path: m for path, m in named_layers(models) if isinstance(m, LoRALayer) and m.adapters}
+
+
+def adapter_names(models) -> list[str]:
+    """Names of all adapters, active or not, in order."""
+    return sorted({name for layer in lora_layers(models).values() for name in layer.adapter_names})
+
+
+def find_targets(models, target_modules: str | Iterable[str] | None = None) -> dict[str, nn.Module]:
+    """Layers that the targets mean: a preset ("attn", "kohya", "full"), names of whole path components, or regular expressions.
+
+    A plain name such as "q_proj" or "down_blocks.0" matches whole components of the path, never a part of one; norms
+    and embeddings are taken only when a target names them at the end of their path. None is "attn".
+    Raises LoRAError for a target that matches nothing.
+    """
+    targets = ["attn"] if target_modules is None else [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    if not targets:
+        raise LoRAError("target_modules is empty; name a preset (attn, kohya, full), module names or regular expressions")
+    layers = {path: m for path, m in named_layers(models) if isinstance(m, (*LORA_CLASSES, LoRALayer))}
+    found: dict[str, nn.Module] = {}
+    for target in targets:
+        matched = {path: m for path, m in layers.items() if _matches(target, path, m)}
+        if not matched:
+            parts = sorted({part for path in layers for part in path.split(".") if not part.isdigit()})
+            near = difflib.get_close_matches(target, parts, n=3) or parts[:12]
+            raise LoRAError(f"target {target!r} matches no layer; names in this model are such as {', '.join(near)}; "
+                            f"presets are {', '.join(TARGET_PRESETS)}")
+        found |= matched
+    return {path: m for path, m in layers.items() if path in found}  # in the model's order
+
+
+def _matches(target: str, path: str, module: nn.Module) -> bool:
+    plain = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    if target in TARGET_PRESETS:
+        return isinstance(module, plain) and re.search(TARGET_PRESETS[target], path) is not None
+    if re.fullmatch(r"[\w.-]+", target):
+        if f".{path}".endswith(f".{target}"):
+            return True
+        return isinstance(module, plain) and f".{target}." in f".{path}."
+    try:
+        return re.search(target, path) is not None
+    except re.error as error:
+        raise LoRAError(f"target {target!r} is not a regular expression: {error}") from None
+
+
+# ---- adding and removing ---------------------------------------------------------------------------------------------
+
+def apply_lora_to_model(models, rank: int = 4, alpha: float = 1.0, dropout: float = 0.0, target_modules=None,
+                        name: str = "default", *, kind: str = "lora", dora: bool = False, rank_dropout: float = 0.0,
+                        module_dropout: float = 0.0):
+    """Attach a new, trainable adapter to every target layer, active at multiplier 1; no output changes by a bit.
+
+    ΔW = alpha / rank · up · down, with up = 0 at the start. Norms, which have no low rank, get a full difference.
+    `dora` adds a trained magnitude. Returns `models`. Raises LoRAError, before anything changes, for a name in use,
+    a rank below 1 or above min(in, out) of a layer, a target that matches nothing, or a layer without a LoRA form.
+    """
+    targets = find_targets(models, target_modules)
+    if kind not in KINDS:
+        raise LoRAError(f"adapter kind {kind!r} is unknown; allowed: {', '.join(KINDS)}")
+    if not math.isfinite(alpha):
+        raise LoRAError(f"alpha is {alpha}; a finite number is needed")
+    if name in adapter_names(models):
+        raise LoRAError(f"an adapter named {name!r} is there already; remove_lora it first, or choose another name")
+    _refuse_bypassed(models, targets)
+    new = {}
+    for path, layer in targets.items():
+        low_rank = kind == "lora" and not isinstance(layer, NORMS)
+        shape = _shape_of(layer, path)
+        if low_rank:
+            check_rank(rank, shape, path)
+        try:
+            adapter = (KINDS[kind] if low_rank else Full)(shape, rank, alpha, dropout=dropout, rank_dropout=rank_dropout,
+                                                          module_dropout=module_dropout)
+        except ValueError as error:
+            raise LoRAError(f"{path}: {error}") from None
+        new[path] = adapter
+    for path, adapter in new.items():
+        layer = as_lora_layer(targets[path], path)
+        if dora and not isinstance(layer, NORMS):
+            adapter.start_magnitude(layer.base_weight())
+        layer.add_adapter(name, adapter)
+    return models
+
+
+def _shape_of(layer: nn.Module, path: str):
+    """The LayerShape of a layer that may still be a plain one; refuses what has no LoRA form before anything changes."""
+    if isinstance(layer, LoRALayer):
+        return layer.lora_shape()
+    shape = as_lora_layer(layer, path).lora_shape()
+    layer.to_plain()
+    return shape
+
+
+def _refuse_bypassed(models, targets: Mapping[str, nn.Module]) -> None:
+    """torch's own attention reads these layers' weights without calling them: an adapter would be ignored in silence."""
+    for path, module in named_layers(models):
+        if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+            for target in targets:
+                if target.startswith(path + "."):
+                    raise LoRAError(f"{target} lies in a {type(module).__name__}, which can bypass its layers' forward; "
+                                    f"LoRA on it would be ignored")
+
+
+def remove_lora(models, name: str | None = None) -> None:
+    """Take an adapter (None: all) off; the weights were never changed. Converted foreign layers become plain again."""
+    if name is not None:
+        _check_known(models, [name])
+    for layer in lora_layers(models).values():
+        for known in layer.adapter_names if name is None else [name]:
+            if known in layer.adapter_names:
+                layer.remove_adapter(known)
+
+
+def get_lora_parameters(models, name: str | None = None) -> list[nn.Parameter]:
+    """Parameters of one adapter; None: of all that were created here, not of those loaded from files."""
+    if name is not None:
+        _check_known(models, [name])
+    adapters = [(n, layer.adapter(n)) for layer in lora_layers(models).values() for n in layer.adapter_names]
+    return [p for n, a in adapters if (n == name if name is not None else not a.from_file) for p in a.parameters()]
+
+
+def unreached_layers(models, run: Callable[[], object]) -> list[str]:
+    """Adapted layers that a probe forward `run()` does not call: their adapters would be ignored in silence."""
+    layers, reached = lora_layers(models), set()
+    hooks = [layer.register_forward_pre_hook(lambda module, args, path=path: reached.add(path))
+             for path, layer in layers.items()]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [path for path in layers if path not in reached]
+
+
+# ---- the active set --------------------------------------------------------------------------------------------------
+
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_LOCKS_GUARD = threading.Lock()
+
+
+@contextmanager
+def exclusive(models):
+    """Hold the networks' locks: a second thread waits, so two users never share an active set. Reentrant."""
+    with _LOCKS_GUARD:
+        locks = [_LOCKS.setdefault(m, threading.RLock()) for m in sorted(components(models).values(), key=id)]
+    with ExitStack() as stack:
+        for lock in locks:
+            stack.enter_context(lock)
+        yield
+
+
+@contextmanager
+def use_adapters(models, multipliers: Mapping[str, float | Tensor], *, rows: Tensor | None = None):
+    """Make exactly these adapters active, {"line": 0.8, "anime": Tensor[B]}; what was active returns at the end.
+
+    A tensor holds one multiplier for each image of the batch; `rows` (long) says which image each row of a network
+    call belongs to, by default row i is image i. Overrides `set_lora_enabled`. Raises LoRAError for an unknown name.
+    """
+    active = _active_set(models, multipliers, rows)
+    with exclusive(models), _restoring(lora_layers(models).values()):
+        for layer in lora_layers(models).values():
+            layer.lora_enabled = True
+            layer.set_active(active)
+        yield
+
+
+@contextmanager
+def use_rows(models, rows: Tensor):
+    """Say which image each row of the network calls inside belongs to; matters only where multipliers differ by image."""
+    layers = [layer for layer in lora_layers(models).values() if layer.active.per_image]
+    with _restoring(layers):
+        for layer in layers:
+            layer.set_active(ActiveSet(layer.multipliers, tuple(rows.tolist())))
+        yield
+
+
+@contextmanager
+def _restoring(layers: Iterable[LoRALayer]):
+    before = [(layer, layer.active, layer.lora_enabled) for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, active, enabled in before:
+            layer.set_active(active)
+            layer.lora_enabled = enabled
+
+
+def set_adapters(models, multipliers: Mapping[str, float | Tensor]) -> None:
+    """As `use_adapters`, but it stays."""
+    active = _active_set(models, multipliers, None)
+    with exclusive(models):
+        for layer in lora_layers(models).values():
+            layer.set_active(active)
+
+
+def active_multipliers(models) -> dict[str, float | tuple[float, ...]]:
+    """The present active set over all layers: {} when nothing is active or LoRA is switched off."""
+    found: dict[str, float | tuple[float, ...]] = {}
+    for layer in lora_layers(models).values():
+        if layer.lora_enabled:
+            found |= layer.multipliers
+    return dict(sorted(found.items()))
+
+
+def set_lora_enabled(models, enabled: bool) -> None:
+    """Hide all adapters, or bring them back with the multipliers they had."""
+    for layer in lora_layers(models).values():
+        layer.lora_enabled = bool(enabled)
+
+
+def _active_set(models, multipliers: Mapping[str, float | Tensor], rows: Tensor | None) -> ActiveSet:
+    _check_known(models, multipliers)
+    values: dict[str, float | tuple[float, ...]] = {}
+    for name, m in multipliers.items():
+        values[name] = tuple(float(v) for v in m.flatten().tolist()) if isinstance(m, Tensor) and m.dim() else float(m)
+        if not all(math.isfinite(v) for v in (values[name] if isinstance(values[name], tuple) else (values[name],))):
+            raise LoRAError(f"the multiplier of {name!r} is {values[name]}; a finite number is needed")
+    lengths = {len(v) for v in values.values() if isinstance(v, tuple)}
+    if len(lengths) > 1:
+        raise LoRAError(f"multipliers are given for batches of {' and '.join(map(str, sorted(lengths)))} images")
+    if rows is not None and lengths and not 0 <= int(rows.min()) <= int(rows.max()) < min(lengths):
+        raise LoRAError(f"rows name images {int(rows.min())} to {int(rows.max())}, the batch has {min(lengths)}")
+    values = {n: v for n, v in values.items() if (any(v) if isinstance(v, tuple) else v)}  # at 0 a layer is its base
+    return ActiveSet(values, None if rows is None else tuple(rows.tolist()))
+
+
+def _check_known(models, names: Iterable[str]) -> None:
+    known = adapter_names(models)
+    for name in names:
+        if name not in known:
+            raise LoRAError(f"no adapter is named {name!r}; there {'are ' + ', '.join(map(repr, known)) if known else 'is none'}")
+
+
+def checkpoint(function: Callable, *args):
+    """Activation checkpointing that recomputes with the active sets of the forward, whatever is active by then."""
+    layers = list(lora_layers(function).values()) if isinstance(function, nn.Module) else []
+    sets = [(layer, layer.active, layer.lora_enabled) for layer in layers]
+
+    @contextmanager
+    def as_in_forward():
+        with _restoring(layers):
+            for layer, active, enabled in sets:
+                layer.set_active(active)
+                layer.lora_enabled = enabled
+            yield
+
+    return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False,
+                                             context_fn=lambda: (nullcontext(), as_in_forward()))
+
+
+# ---- merging ---------------------------------------------------------------------------------------------------------
+
+def merge(models) -> None:
+    """Compute each layer's merged weight for the present active set into a buffer beside `weight`. Reversible, exact."""
+    with exclusive(models):
+        for layer in lora_layers(models).values():
+            if layer.multipliers and layer.lora_enabled:
+                layer.merge()
+
+
+def unmerge(models) -> None:
+    """Free the merged weights. `weight` was never written, so this is exact in every dtype."""
+    for layer in lora_layers(models).values():
+        layer.unmerge()
+
+
+def merge_loss(models) -> float:
+    """‖round(W + ΔW) - W - ΔW‖ / ‖ΔW‖ over all active layers: what merging in the weights' dtype loses of the change."""
+    lost = change = 0.0
+    with torch.no_grad():
+        for layer in lora_layers(models).values():
+            if layer.multipliers and layer.lora_enabled:
+                total, _ = layer.merged_sum()
+                lost += (total.to(layer.weight.dtype).double() - total.double()).square().sum().item()
+                change += (total.double() - layer.base_weight().double()).square().sum().item()
+    return math.sqrt(lost / change) if change else 0.0
+
+
+def merge_lora_weights(models):
+    """Merge the active set for good and remove all adapters: a plain model with the base checkpoint's keys. Returns it.
+
+    Raises LoRAError when nothing is active, when LoRA is switched off, or when multipliers differ by image.
+    """
+    with exclusive(models):
+        layers = lora_layers(models)
+        if not any(layer.multipliers for layer in layers.values()):
+            raise LoRAError("there is nothing to merge: no adapter is active")
+        if not all(layer.lora_enabled for layer in layers.values()):
+            raise LoRAError("LoRA is switched off; set_lora_enabled(models, True) before merging, or remove_lora to drop it")
+        if any(layer.active.per_image for layer in layers.values()):
+            raise LoRAError("multipliers that differ from image to image cannot be merged into one weight")
+        for layer in layers.values():
+            with torch.inference_mode(False), torch.no_grad():
+                weight, bias = layer.merged_sum()
+            # New parameters, not writes into the old: a tensor tied to another layer stays what it was there.
+            layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=layer.weight.requires_grad)
+            if bias is not None:
+                layer.bias = nn.Parameter(bias.to(layer.weight.dtype), requires_grad=layer.weight.requires_grad)
+            for name in layer.adapter_names:
+                layer.remove_adapter(name)
+    return models
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+@dataclass
+class LoadReport:
+    """What became of a LoRA file: every tensor of it is counted."""
+
+    name: str
+    file: str
+    format: str
+    modules: dict[str, int]  # component -> modules matched
+    ranks: list[int]
+    alphas: list[float]
+    tensors: int
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        where = ", ".join(f"{n} in {component or 'the model'}" for component, n in self.modules.items())
+        ranks, alphas = ("/".join(f"{v:g}" for v in values) or "-" for values in (self.ranks, self.alphas))
+        return f"LoRA {self.name!r}: {self.format}, {where}, rank {ranks}, alpha {alphas}, {self.tensors} tensors applied"
+
+
+def lora_state(models, name: str | None = None) -> dict[str, AdapterWeights]:
+    """{canonical module path: weights} of one adapter; None: the only one there is."""
+    names = adapter_names(models)
+    if name is None:
+        if len(names) != 1:
+            raise LoRAError(f"name the adapter to save; there {'are ' + ', '.join(map(repr, names)) if names else 'is none'}")
+        name = names[0]
+    _check_known(models, [name])
+    return {path: layer.adapter(name).weights() for path, layer in lora_layers(models).items() if name in layer.adapter_names}
+
+
+def attach_state(models, state: Mapping[str, AdapterWeights], name: str, multiplier: float = 1.0, where: str = "the LoRA") -> None:
+    """Attach loaded weights as adapter `name`, active; one of that name is replaced. All or nothing: raises before it changes."""
+    by_path = dict(named_layers(models))
+    _refuse_bypassed(models, {path: by_path[path] for path in state})
+    new = {}
+    for path, weights in state.items():
+        try:
+            adapter = KINDS[weights.kind].from_weights(weights, _shape_of(by_path[path], path))
+        except (LoRAFormatError, ValueError) as error:
+            raise LoRAFormatError(f"{where} does not fit this model: {path}: {error}") from None
+        adapter.from_file = True
+        new[path] = adapter.requires_grad_(False)
+    with exclusive(models):
+        if name in adapter_names(models):
+            remove_lora(models, name)
+        for path, adapter in new.items():
+            as_lora_layer(by_path[path], path).add_adapter(name, adapter, multiplier)
+
+
+def save_lora_weights(models, path: str | os.PathLike, name: str | None = None, *, metadata: Mapping[str, str] | None = None,
+                      dtype: torch.dtype | None = None) -> None:
+    """Write one adapter (None: the only one) as safetensors in kohya's spelling, alpha and metadata included; atomic.
+
+    A path that ends in `.pt` is written as a flat dict of tensors by torch.save, readable with weights_only.
+    """
+    state = lora_state(models, name)
+    tensors = write_kohya(state, _names(models), dtype)
+    header = lora_metadata(state) | dict(metadata or {})
+    if str(path).endswith(".pt"):
+        files.write_pt(path, tensors)
+    else:
+        files.write_safetensors(path, tensors, header)
+
+
+def lora_metadata(state: Mapping[str, AdapterWeights]) -> dict[str, str]:
+    """The header that other programs read (ss_*), with each module's rank, alpha and kind under our own key."""
+    ranks = [w.rank for w in state.values() if w.rank]
+    alphas = [w.alpha for w in state.values() if w.alpha is not None]
+    return {
+        "format": "pt",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(max(ranks, key=ranks.count)) if ranks else "0",
+        "ss_network_alpha": str(max(alphas, key=alphas.count)) if alphas else "0",
+        "sdlora.modules": json.dumps({path: [w.kind, w.rank, w.alpha] for path, w in state.items()}),
+    }
+
+
+def load_lora_weights(models, path: str | os.PathLike, name: str = "default", multiplier: float = 1.0) -> LoadReport:
+    """Read a LoRA file and attach it as `name`, active at `multiplier`; one of that name is replaced, whatever its rank.
+
+    Every tensor is applied, or LoRAFormatError names the first that cannot be and what the file seems to be.
+    """
+    with files.open_tensors(path) as opened:
+        tensors = {key: opened[key] for key in opened}
+        metadata = dict(opened.metadata)
+    where = os.path.basename(os.fspath(path))
+    modules = module_lookup(_names(models)) | {p: p for p, m in named_layers(models) if isinstance(m, (*LORA_CLASSES, LoRALayer))}
+    if not tensors:
+        raise LoRAFormatError(f"{where} holds no tensors")
+    state = read_kohya(tensors, modules, where)
+    absent = sorted(set(state) - set(dict(named_layers(models))))
+    if absent:
+        raise LoRAFormatError(f"{where}: {len(absent)} of {len(state)} LoRA modules are not in what is loaded, first: {absent[0]!r}")
+    attach_state(models, state, name, multiplier, where)
+    counts: dict[str, int] = {}
+    for module in state:
+        component = module.split(".")[0] if module.split(".")[0] in components(models) else ""
+        counts[component] = counts.get(component, 0) + 1
+    return LoadReport(name, os.fspath(path), "kohya", counts, sorted({w.rank for w in state.values() if w.rank}),
+                      sorted({w.alpha for w in state.values() if w.alpha is not None}), len(tensors), metadata)
+
+
+def _names(models):
+    return [name for component, network in components(models).items() if component
+            for name in component_names(component, network.config)]

@@ -1,0 +1,388 @@
+"""Layers that carry LoRA adapters. Each is its base layer, with the same keys, plus adapters by name.
+
+Every layer here is linear in (weight, bias), so an adapter that changes them by (ΔW, Δb) adds op(x, ΔW, Δb) to the
+output, whatever its kind. With nothing active a layer computes op(x, weight, bias) and nothing else.
+
+Legend: B images, rows of a network call (2B with guidance), R rank, ΣR the ranks of all active adapters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from urllib.parse import quote, unquote
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from sd.lora_variants import Adapter, LayerShape, LowRank, project_up
+
+
+class LoRAError(ValueError):
+    """A LoRA that cannot be attached or used as asked; the message names it and what is there."""
+
+
+@dataclass(frozen=True)
+class ActiveSet:
+    """Which adapters are on: name -> one multiplier, or one for each image of the batch; and the image of each row."""
+
+    multipliers: dict[str, float | tuple[float, ...]]
+    rows: tuple[int, ...] | None = None
+
+    def only(self, names) -> ActiveSet:
+        """The part of it that concerns a layer with these adapters, in an order that does not depend on loading."""
+        return ActiveSet({n: self.multipliers[n] for n in sorted(self.multipliers) if n in names}, self.rows)
+
+    def fingerprint(self) -> int:
+        return hash((tuple(self.multipliers.items()), self.rows))
+
+    @property
+    def per_image(self) -> bool:
+        return any(isinstance(m, tuple) for m in self.multipliers.values())
+
+    def table(self) -> Tensor:
+        """Multipliers as [names] or, where images differ, [rows, names], fp32."""
+        if not self.per_image:
+            return torch.tensor(list(self.multipliers.values()))
+        images = max(len(m) for m in self.multipliers.values() if isinstance(m, tuple))
+        table = torch.tensor([m if isinstance(m, tuple) else (m,) * images for m in self.multipliers.values()]).T
+        return table if self.rows is None else table[list(self.rows)]
+
+
+NOTHING = ActiveSet({})
+
+
+class LoRALayer:
+    """Mixin of the layers below. `adapters`: escaped name -> Adapter; `active` is written through `set_active` only."""
+
+    adapters: nn.ModuleDict
+
+    def init_lora(self, plain: type[nn.Module] | None = None) -> None:
+        """Give the layer its (empty) LoRA state; `plain` is the class that a converted foreign layer goes back to."""
+        self.adapters = nn.ModuleDict()  # empty, so it adds no keys: base checkpoints load with strict=True
+        self.set_active(NOTHING)
+        self.lora_enabled = True
+        self.plain_class = plain
+        self.register_buffer("merged_weight", None, persistent=False)
+        self.register_buffer("merged_bias", None, persistent=False)
+        self._merged_state = self._fused = None
+
+    def op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's operation with other parameters; also used with `down` factors, whose output width is the rank."""
+        raise NotImplementedError
+
+    # The only ways in which adapters see the base: a quantised base overrides them.
+    def base_weight(self) -> Tensor:
+        return self.weight.float()
+
+    def base_bias(self) -> Tensor | None:
+        return None if self.bias is None else self.bias.float()
+
+    def base_forward(self, x: Tensor) -> Tensor:
+        return self.op(x, self.weight, self.bias)
+
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        return x.dtype if x.is_floating_point() else self.weight.dtype
+
+    def lora_shape(self) -> LayerShape:
+        return LayerShape(tuple(self.weight.shape))
+
+    @property
+    def multipliers(self) -> dict[str, float | tuple[float, ...]]:
+        return self.active.multipliers
+
+    @property
+    def adapter_names(self) -> list[str]:
+        return [_name(key) for key in self.adapters]
+
+    def adapter(self, name: str) -> Adapter:
+        return self.adapters[_key(name)]
+
+    def add_adapter(self, name: str, adapter: Adapter, multiplier: float = 1.0) -> None:
+        self.drop_derived()
+        self.adapters[_key(name)] = adapter.to(self.weight.device).train(self.training)
+        self.set_active(ActiveSet(self.multipliers | {name: multiplier}, self.active.rows))
+
+    def remove_adapter(self, name: str) -> None:
+        """Take the adapter off; a converted foreign layer that has no other becomes what it was."""
+        self.drop_derived()
+        del self.adapters[_key(name)]
+        self.set_active(self.active)
+        if not self.adapters and self.plain_class is not None:
+            self.to_plain()
+
+    def to_plain(self) -> None:
+        """Undo the conversion of a foreign layer."""
+        self.__class__ = self.plain_class
+        for attribute in ("active", "lora_enabled", "plain_class", "_merged_state", "_fused", "_fingerprint"):
+            del self.__dict__[attribute]
+        del self.adapters, self.merged_weight, self.merged_bias
+
+    def set_active(self, active: ActiveSet) -> None:
+        self.active = active.only(self.adapter_names)
+        self._fingerprint = torch.tensor(self.active.fingerprint())
+
+    # ---- forward ------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.active.multipliers and self.lora_enabled):
+            return self.base_forward(x)
+        adapters = [self.adapter(name) for name in self.multipliers]
+        if torch.is_grad_enabled() and any(p.requires_grad for a in adapters for p in a.parameters()):
+            return self._trained_forward(x, adapters)
+        if self.is_merged():
+            return self.op(x, self.merged_weight, self.bias if self.merged_bias is None else self.merged_bias)
+        return self._fused_forward(x, adapters)
+
+    def _trained_forward(self, x: Tensor, adapters: list[Adapter]) -> Tensor:
+        out = self.base_forward(x)
+        for adapter, multiplier in zip(adapters, self._multipliers_for(out)):
+            out = out + _SameActiveSet.apply(adapter(x, self), self._fingerprint) * multiplier
+        return out
+
+    def _fused_forward(self, x: Tensor, adapters: list[Adapter]) -> Tensor:
+        """base + up((down x) · m): one pair of products for any number of low-rank adapters and any routing."""
+        dtype = self.compute_dtype(x)
+        if self._fused is None or self._fused.state != (self._state(), dtype):
+            self._fused = _fuse(self, adapters, dtype)
+        fused, out = self._fused, self.base_forward(x)
+        if fused.down is not None:
+            h = self.op(x, fused.down, None) if x.is_floating_point() else F.embedding(x, fused.down)
+            if self.active.per_image:
+                self._check_rows(out)
+            axis = 1 if fused.up.dim() > 2 else h.dim() - 1  # the axis of the ranks: channels of a convolution
+            m = fused.multipliers
+            h = h * m.view([m.shape[-1] if i == axis else m.shape[0] if i == 0 else 1 for i in range(h.dim())])
+            out = out + project_up(h, fused.up, self.lora_shape().groups)
+        for (weight, bias), multiplier in zip(fused.deltas, self._multipliers_for(out, fused.delta_indices)):
+            out = out + self.op(x, weight, bias) * multiplier
+        return out
+
+    def _multipliers_for(self, out: Tensor, indices: list[int] | None = None) -> list[float | Tensor]:
+        """One multiplier for each active adapter: a number, or a column that broadcasts over the rows of `out`."""
+        values = list(self.multipliers.values())
+        if self.active.per_image:
+            self._check_rows(out)
+            table = self.active.table().to(out)
+            values = [table[:, i].view(-1, *(1,) * (out.dim() - 1)) for i in range(len(values))]
+        return values if indices is None else [values[i] for i in indices]
+
+    def _check_rows(self, out: Tensor) -> None:
+        rows = len(self.active.table())
+        if rows != out.shape[0]:
+            raise LoRAError(f"multipliers are given for {rows} rows, but the layer got {out.shape[0]} rows; "
+                            f"say with use_rows() which image each row belongs to")
+
+    def _state(self) -> tuple:
+        """Differs whenever fused or merged weights would: another active set, a write to an adapter or to the base."""
+        tensors = [p for name in self.multipliers for p in self.adapter(name).parameters()]
+        tensors += [p for p in (self.weight, self.bias) if p is not None]
+        return self.active.fingerprint(), tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in tensors)
+
+    # ---- merging: `weight` is never written; the merged weight is a buffer beside it -----------------------------------
+
+    def is_merged(self) -> bool:
+        """Whether the merged weight is that of the present active set."""
+        if self.merged_weight is None:
+            return False
+        return torch.compiler.is_compiling() or self._merged_state == self._state()
+
+    def merge(self) -> None:
+        """Write round(W + Σ mᵢ ΔWᵢ) into the merged buffer, in place once it exists: a stable address for graphs."""
+        if self.active.per_image:
+            raise LoRAError("multipliers that differ from image to image cannot be merged into one weight")
+        if self.is_merged():
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            weight, bias = self.merged_sum()
+            if self.merged_weight is None:
+                self.merged_weight = torch.empty_like(self.weight, requires_grad=False)
+            self.merged_weight.copy_(weight)
+            self.merged_bias = None if bias is None else bias.to(self.weight.dtype)
+            self._merged_state = self._state()
+
+    def merged_sum(self) -> tuple[Tensor, Tensor | None]:
+        """W + Σ mᵢ ΔWᵢ and, where an adapter changes the bias, b + Σ mᵢ Δbᵢ: summed in fp32, in order of names."""
+        base, bias = self.base_weight(), None
+        total = base
+        for name, multiplier in self.multipliers.items():
+            adapter = self.adapter(name)
+            delta_b = adapter.bias_delta(self.base_bias())
+            total = adapter.add_to(total, base, multiplier)
+            if delta_b is not None:
+                bias = (self.base_bias() if bias is None else bias) + multiplier * delta_b
+        return total, bias
+
+    def unmerge(self) -> None:
+        self.merged_weight = self.merged_bias = self._merged_state = None
+
+    # ---- moves, dtype changes, loading and copies drop what is derived ------------------------------------------------
+
+    def drop_derived(self) -> None:
+        self._fused = None
+        self.unmerge()
+
+    def _apply(self, fn, recurse=True):
+        self.drop_derived()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.drop_derived()
+        return super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self):
+        state = self.__dict__ | {"_fused": None, "_merged_state": None}
+        state["_buffers"] = state["_buffers"] | {"merged_weight": None, "merged_bias": None}
+        return state
+
+
+class LoRALinear(LoRALayer, nn.Linear):
+    """nn.Linear that can carry adapters; with rank > 0 it starts with one that is named "default"."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, rank: int = 0, alpha: float = 1.0,
+                 dropout: float = 0.0):
+        super().__init__(in_features, out_features, bias)
+        self.init_lora()
+        if rank:
+            check_rank(rank, self.lora_shape(), "LoRALinear")
+            self.add_adapter("default", LowRank(self.lora_shape(), rank, alpha, dropout=dropout))
+
+    def op(self, x, weight, bias):
+        return F.linear(x, weight, bias)
+
+
+class _LoRAConv(LoRALayer):
+    def lora_shape(self):
+        return LayerShape(tuple(self.weight.shape), groups=self.groups)
+
+    def op(self, x, weight, bias):
+        return self._conv_forward(x, weight, bias)  # torch's own: padding modes included
+
+
+class LoRAConv1d(_LoRAConv, nn.Conv1d):
+    pass
+
+
+class LoRAConv2d(_LoRAConv, nn.Conv2d):
+    pass
+
+
+class LoRAConv3d(_LoRAConv, nn.Conv3d):
+    pass
+
+
+class LoRAEmbedding(LoRALayer, nn.Embedding):
+    bias = None
+
+    def lora_shape(self):
+        return LayerShape(tuple(self.weight.shape), embedding=True)
+
+    def op(self, x, weight, bias):
+        return F.embedding(x, weight, self.padding_idx)
+
+
+class LoRAGroupNorm(LoRALayer, nn.GroupNorm):
+    def op(self, x, weight, bias):
+        return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+
+
+class LoRALayerNorm(LoRALayer, nn.LayerNorm):
+    def op(self, x, weight, bias):
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+LORA_CLASSES: dict[type[nn.Module], type[LoRALayer]] = {
+    nn.Linear: LoRALinear, nn.Conv1d: LoRAConv1d, nn.Conv2d: LoRAConv2d, nn.Conv3d: LoRAConv3d,
+    nn.Embedding: LoRAEmbedding, nn.GroupNorm: LoRAGroupNorm, nn.LayerNorm: LoRALayerNorm,
+}
+
+
+def as_lora_layer(layer: nn.Module, path: str = "layer") -> LoRALayer:
+    """Convert a plain layer in place: its class changes; identity, ties, hooks and keys stay. Raises LoRAError."""
+    if isinstance(layer, LoRALayer):
+        return layer
+    if type(layer) not in LORA_CLASSES:  # exact types: a subclass may compute something else
+        raise LoRAError(f"{path} is a {type(layer).__name__}, which has no LoRA form; "
+                        f"those that have: {', '.join(c.__name__ for c in LORA_CLASSES)}")
+    if layer.weight is None:
+        raise LoRAError(f"{path} has no weight to adapt (affine parameters are off)")
+    if getattr(layer, "max_norm", None) is not None:
+        raise LoRAError(f"{path} is an Embedding with max_norm, which writes to its base weight on every look-up")
+    plain = type(layer)
+    layer.__class__ = LORA_CLASSES[plain]
+    layer.init_lora(plain)
+    return layer
+
+
+def check_rank(rank: int, shape: LayerShape, path: str) -> None:
+    limit = min(shape.fan_in, shape.fan_out)
+    if not (isinstance(rank, int) and 1 <= rank <= limit):
+        raise LoRAError(f"rank {rank} does not fit {path}, which maps {shape.fan_in} to {shape.fan_out} values; "
+                        f"allowed: 1 to {limit}")
+
+
+@dataclass
+class _Fused:
+    """A layer's active adapters in compute dtype, ready for inference."""
+
+    state: tuple
+    down: Tensor | None  # [ΣR, ...]; for embeddings [num, ΣR]
+    up: Tensor | None  # [out, ΣR/g, ...], alpha / R folded in
+    multipliers: Tensor | None  # [1, ΣR], or [rows, ΣR] where images differ
+    deltas: list[tuple[Tensor, Tensor | None]]  # kinds that are not low-rank: effective ΔW and Δb
+    delta_indices: list[int]  # which of the active adapters those are
+
+
+def _fuse(layer: LoRALayer, adapters: list[Adapter], dtype: torch.dtype) -> _Fused:
+    fused = _Fused((layer._state(), dtype), None, None, None, [], [])
+    shape, table = layer.lora_shape(), layer.active.table().reshape(-1, len(adapters))
+    with torch.inference_mode(False), torch.no_grad():
+        downs, ups, columns = [], [], []
+        for i, adapter in enumerate(adapters):
+            if isinstance(adapter, LowRank) and adapter.magnitude is None:
+                downs.append(adapter.down.unflatten(0, (shape.groups, -1)))  # [g, R/g, ...]: groups keep their ranks
+                ups.append(adapter.up * adapter.scale)
+                columns.append(table[:, i, None, None].expand(-1, shape.groups, adapter.rank // shape.groups))
+            else:
+                bias = adapter.bias_delta(layer.base_bias())
+                fused.deltas.append((adapter.effective_delta(layer.base_weight()).to(dtype),
+                                     None if bias is None else bias.to(dtype)))
+                fused.delta_indices.append(i)
+        if downs:
+            down = torch.cat(downs, dim=1).flatten(0, 1).to(dtype)
+            fused.down = down.T.contiguous() if shape.embedding else down
+            fused.up = torch.cat(ups, dim=1).to(dtype)
+            fused.multipliers = torch.cat(columns, dim=2).flatten(1).to(device=down.device, dtype=dtype)
+    return fused
+
+
+class _SameActiveSet(torch.autograd.Function):
+    """Identity that refuses, in backward, an active set other than the forward's.
+
+    With activation checkpointing the saved tensors are those of the recomputation, while attributes stay those of the
+    forward: a set that changed in between would give wrong gradients in silence.
+    """
+
+    @staticmethod
+    def forward(ctx, change, fingerprint):
+        ctx.save_for_backward(fingerprint)
+        ctx.fingerprint = fingerprint
+        return change.view_as(change)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (recomputed,) = ctx.saved_tensors
+        if not torch.equal(recomputed, ctx.fingerprint):
+            raise LoRAError("the active LoRA set changed between the forward and its recomputation for the backward; "
+                            "use sd.lora.checkpoint, or keep the backward inside the same use_adapters()")
+        return grad, None
+
+
+def _key(name: str) -> str:
+    """Adapter names are free text; module names may not hold dots, be empty, or equal an attribute such as `train`."""
+    return "_" + quote(name, safe="").replace(".", "%2E")
+
+
+def _name(key: str) -> str:
+    return unquote(key[1:])

@@ -1,12 +1,13 @@
 """Read and write tensors and metadata: safetensors, torch pickles, diffusers folders; atomic files; hashes.
 
-Reading maps the file: tensors are views of the map (copy on write), so nothing is read before it is used and a model that
-takes them as they are needs no second copy. What a file is, is told by its content, never by its name.
+Reading maps the file: tensors are views of the map (copy on write), so nothing is read before it is used and a model
+that takes them as they are needs no second copy. What a file is, is told by its content, never by its name.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -46,8 +47,8 @@ class CheckpointError(ValueError):
 class TensorFile(dict):
     """Name -> tensor of one file, with what else was in it.
 
-    `metadata`: the strings of a safetensors header. `scalars`: numbers, booleans and strings that lay among the tensors of
-    a pickle. `ignored`: name -> type of everything else that was left out (optimizer states, callbacks, ...).
+    `metadata`: the strings of a safetensors header. `scalars`: numbers, booleans and strings that lay among the tensors
+    of a pickle. `ignored`: name -> type of everything else that was left out (optimizer states, callbacks, ...).
     """
 
     def __init__(self, path: str | Path, tensors: dict[str, Tensor], metadata=None, scalars=None, ignored=None):
@@ -66,8 +67,9 @@ class TensorFile(dict):
 def read_tensors(path: str | Path) -> TensorFile:
     """Map a safetensors file or a torch pickle (.ckpt, .pt, .bin, .pth; zip or old style).
 
-    The tensors may be written to: the file does not change (old-style pickles are read into memory). A `state_dict` level
-    is unwrapped. Raises CheckpointError.
+    The tensors may be written to: the file does not change. Old-style pickles are read into memory. A `state_dict`
+    level is unwrapped, one level of nested dicts becomes "outer.inner", a list of tensors gets the names "0", "1", ...
+    Raises CheckpointError.
     """
     path = Path(path)
     kind = sniff(path)
@@ -78,11 +80,16 @@ def read_tensors(path: str | Path) -> TensorFile:
     raise CheckpointError(f"{path}: not a checkpoint, it seems to be {kind}")
 
 
+# What the readers of a damaged pickle or zip archive raise.
+_DAMAGE = (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, TypeError, AttributeError,
+           AssertionError, OverflowError, struct.error, OSError, ImportError, zipfile.BadZipFile)
+
 # What people hand over by mistake, by its first bytes.
 _MAGIC = [
     (b"\x89PNG", "a PNG picture"), (b"\xff\xd8\xff", "a JPEG picture"), (b"GIF8", "a GIF picture"),
     (b"RIFF", "a WebP picture or a sound file"), (b"\x1f\x8b", "a gzip archive"), (b"7z\xbc\xaf", "a 7z archive"),
-    (b"Rar!", "a RAR archive"), (b"\x89HDF", "an HDF5 file (Keras)"), (b"GGUF", "a GGUF file"), (b"%PDF", "a PDF document"),
+    (b"Rar!", "a RAR archive"), (b"\x89HDF", "an HDF5 file (Keras)"), (b"GGUF", "a GGUF file"),
+    (b"%PDF", "a PDF document"),
     (b"version https://git-lfs", "a git-lfs pointer: the file itself was not downloaded (git lfs pull)"),
 ]
 
@@ -104,14 +111,7 @@ def sniff(path: str | Path) -> str:
         raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from None
     if size == 0:
         raise CheckpointError(f"{path}: is empty (0 bytes)")
-    for magic, kind in _MAGIC:
-        if head.startswith(magic):
-            return kind
-    if head.startswith(b"PK\x03\x04"):
-        return _sniff_zip(path)
-    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        return "pickle"
-    if head[8:9] == b"{":
+    if head[4:9] == b"\0\0\0\0{":  # before all magic numbers: a header of 640 bytes makes the file start like a pickle
         length = struct.unpack("<Q", head[:8])[0]
         if length > MAX_HEADER:
             raise CheckpointError(f"{path}: damaged safetensors file: its header claims {length:,} bytes, "
@@ -120,6 +120,13 @@ def sniff(path: str | Path) -> str:
             raise CheckpointError(f"{path}: truncated safetensors file: its header alone needs {8 + length:,} bytes, "
                                   f"the file has {size:,}")
         return "safetensors"
+    for magic, kind in _MAGIC:
+        if head.startswith(magic):
+            return kind
+    if head.startswith(b"PK\x03\x04"):
+        return _sniff_zip(path)
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return "pickle"
     if not head.strip(b"\0"):
         return "nothing but zeros (a download that broke off?)"
     text = head.decode("utf-8", "ignore").lstrip("\ufeff \t\r\n").lower()
@@ -134,9 +141,9 @@ def _sniff_zip(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-    except zipfile.BadZipFile:
+    except _DAMAGE:
         raise CheckpointError(f"{path}: truncated or damaged torch file or zip archive: "
-                              "its table of contents is missing") from None
+                              "its table of contents cannot be read") from None
     if not any(m.filename.endswith("/data.pkl") for m in members):
         first = members[0].filename if members else "nothing"
         return f"a zip archive that torch did not write (it holds {first!r})"
@@ -168,8 +175,8 @@ def _read_safetensors(path: Path) -> TensorFile:
         dtype = DTYPES[dtype_name]
         if not all(type(n) is int and n >= 0 for n in (*shape, begin, stop)) \
                 or begin != end or stop - begin != prod(shape) * dtype.itemsize:
-            raise CheckpointError(f"{path}: damaged safetensors file: {name!r} of shape {list(shape)} and dtype {dtype_name} "
-                                  f"cannot lie at bytes {begin} to {stop} (the tensor before it ends at {end})")
+            raise CheckpointError(f"{path}: damaged safetensors file: {name!r} of shape {list(shape)} and dtype "
+                                  f"{dtype_name} cannot lie at bytes {begin} to {stop} (the last one ends at {end})")
         end = stop
         tensors[name] = (dtype, shape, 8 + length + begin, 8 + length + stop)
     if end != len(storage) - 8 - length:
@@ -195,8 +202,9 @@ def _view(storage: torch.UntypedStorage, dtype: torch.dtype, shape: tuple[int, .
 def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write tensors and metadata (strings) as one safetensors file that replaces `path` at once or not at all.
 
-    One tensor at a time is made contiguous on the CPU; shared tensors are written once for each name. The same input gives
-    the same bytes. Raises TypeError for anything but tensors and strings, OSError (disk full) with the old file untouched.
+    One tensor at a time is made contiguous on the CPU; shared tensors are written once for each name. The same input
+    gives the same bytes. Raises TypeError for anything but tensors and strings, OSError (disk full) with the old file
+    untouched.
     """
     metadata = metadata or {}
     for key, value in metadata.items():
@@ -209,13 +217,13 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: di
     for name in names:
         tensor = tensors[name]
         if tensor.dtype not in DTYPE_NAMES:
-            raise TypeError(f"{path}: {name!r} has the dtype {tensor.dtype}; allowed: {', '.join(map(str, DTYPE_NAMES))}")
+            raise TypeError(f"{path}: {name!r} is {tensor.dtype}; allowed: {', '.join(map(str, DTYPE_NAMES))}")
         begin, end = end, end + tensor.numel() * tensor.dtype.itemsize
         header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-(8 + len(text)) % 64)  # the first tensor starts on a cache line
     if len(text) > MAX_HEADER:
-        raise ValueError(f"{path}: names and metadata need {len(text):,} bytes, a safetensors header has {MAX_HEADER:,}")
+        raise ValueError(f"{path}: names and metadata take {len(text):,} bytes; allowed: {MAX_HEADER:,}")
     remove_stale_temporaries(Path(path).parent)
     with atomic_write(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
@@ -226,7 +234,11 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: di
 
 
 def write_pt(path: str | Path, tensors: dict[str, Tensor]) -> None:
-    """Write a flat dict of tensors with torch.save, readable with weights_only=True; replaces `path` at once or not at all."""
+    """Write a flat dict of tensors with torch.save, which replaces `path` at once or not at all.
+
+    torch.load(weights_only=True) reads it. A view is saved without the rest of its storage. Raises as
+    write_safetensors does.
+    """
     _check_tensors(path, tensors)
     plain = {}
     for name, tensor in tensors.items():
@@ -269,46 +281,45 @@ class _Inert:
 
 _INERT = re.compile(r"pytorch_lightning\.[\w.]+|numpy\.(core|_core)\.multiarray\.(scalar|_reconstruct)"
                     r"|numpy\.(dtype|ndarray|dtypes\.\w+)")
-_SAFE = re.compile(r"collections\.OrderedDict|_codecs\.encode|(builtins|__builtin__)\.set|torch\.(\w+Storage|Size|device|u?int\d+"
-                   r"|b?float\d\w*|bool|complex\d+)|torch\.storage\.(Untyped|Typed)Storage|torch\.nn\.parameter\.Parameter"
-                   r"|torch\._utils\._rebuild_(tensor|tensor_v2|tensor_v3|parameter)|torch\.serialization\._get_layout")
-# What a damaged pickle makes the readers raise.
-_DAMAGE = (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
-           OverflowError, struct.error, OSError, ImportError)
-
-
+_SAFE = re.compile(r"collections\.OrderedDict|_codecs\.encode|(builtins|__builtin__)\.set"
+                   r"|torch\.nn\.parameter\.Parameter|torch\.(\w+Storage|Size|device|u?int\d+|b?float\d\w*|bool|complex\d+)"
+                   r"|torch\.storage\.(Untyped|Typed)Storage|torch\.serialization\._get_layout"
+                   r"|torch\._utils\._rebuild_(tensor|tensor_v2|tensor_v3|parameter)")
 def _read_pickle(path: Path, is_zip: bool) -> TensorFile:
-    names = _pickle_globals(path, is_zip)
+    names: set[str] = set()
+    damage = content = None
+    try:
+        _collect_globals(path, is_zip, names)
+    except _DAMAGE as error:
+        damage = error
     refused = sorted(name for name in names if not _INERT.fullmatch(name) and not _SAFE.fullmatch(name))
     if refused:
         raise CheckpointError(f"{path}: refused, because its pickle asks for {', '.join(refused[:5])}: "
                               "only tensors are loaded, code never is")
     stubs = [(_Inert, name) for name in sorted(names) if _INERT.fullmatch(name)]
+    mapped = is_zip and path.suffix != ".safetensors"  # torch.load goes by that name; an open file it takes as it is
     try:
-        with torch.serialization.safe_globals(stubs), warnings.catch_warnings():
+        with torch.serialization.safe_globals(stubs), warnings.catch_warnings(), open(path, "rb") as file:
             warnings.simplefilter("ignore", UserWarning)  # torch's remark on pickle protocols other than 2
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            content = damage or torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except _DAMAGE as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        damage = error
+    if damage:
+        reason = (str(damage).strip() or type(damage).__name__).splitlines()[0]
         raise CheckpointError(f"{path}: truncated or damaged torch file, or a pickle that torch did not write "
-                              f"({reason[:200]})") from None
+                              f"({reason[:100]})")
     return _sort_content(path, content)
 
 
-def _pickle_globals(path: Path, is_zip: bool) -> set[str]:
+def _collect_globals(path: Path, is_zip: bool, names: set[str]) -> None:
     # A list for the message and for the stubs; what is executed is decided by torch's weights_only unpickler alone.
-    if is_zip:
-        with zipfile.ZipFile(path) as archive:
-            member = next(m for m in archive.infolist() if m.filename.endswith("/data.pkl"))
-            with archive.open(member) as file:
-                return _globals_of(path, file, pickles=1)
     with open(path, "rb") as file:
-        return _globals_of(path, file, pickles=5)  # magic number, protocol, system, content, storage keys
-
-
-def _globals_of(path: Path, file: BinaryIO, pickles: int) -> set[str]:
-    names, strings = set(), []
-    try:
+        pickles = 5  # magic number, protocol, system, content, storage keys
+        if is_zip:
+            archive = zipfile.ZipFile(file)
+            member = next(m for m in archive.infolist() if m.filename.endswith("/data.pkl"))
+            file, pickles = io.BytesIO(archive.read(member)), 1
+        strings: list[str] = []
         for _ in range(pickles):
             for opcode, argument, _ in pickletools.genops(file):
                 if opcode.name in ("GLOBAL", "INST"):
@@ -317,11 +328,6 @@ def _globals_of(path: Path, file: BinaryIO, pickles: int) -> set[str]:
                     names.add(".".join(strings[-2:]))
                 elif isinstance(argument, str):
                     strings = [*strings[-1:], argument]
-    except (ValueError, LookupError, OverflowError, struct.error, zipfile.BadZipFile) as error:
-        if all(_SAFE.fullmatch(name) or _INERT.fullmatch(name) for name in names):
-            raise CheckpointError(f"{path}: truncated or damaged torch file, or a pickle that torch did not write "
-                                  f"({error})") from None
-    return names
 
 
 def _sort_content(path: Path, content) -> TensorFile:
@@ -349,7 +355,7 @@ def _sort_content(path: Path, content) -> TensorFile:
             else:
                 ignored[name] = _type_name(leaf)
     if not tensors:
-        raise CheckpointError(f"{path}: holds no tensors, only {', '.join([*scalars, *ignored][:8]) or 'an empty dict'}")
+        raise CheckpointError(f"{path}: holds no tensors, only {', '.join([*scalars, *ignored][:8]) or 'nothing'}")
     return TensorFile(path, tensors, None, scalars, ignored)
 
 
@@ -367,7 +373,10 @@ def _type_name(value) -> str:
 
 @dataclass(frozen=True)
 class Folder:
-    """A diffusers folder. `configs`: "model_index.json", "unet/config.json", ... -> content; `components`: "unet", ... -> tensors."""
+    """A diffusers folder.
+
+    `configs`: "model_index.json", "unet/config.json", ... -> content. `components`: "unet", "vae", ... -> tensors.
+    """
 
     path: Path
     configs: dict[str, dict]
@@ -381,13 +390,14 @@ def read_folder(path: str | Path, components: tuple[str, ...] = ("unet", "vae", 
                 variant: str | None = None) -> Folder:
     """Map the weights of a diffusers folder and parse its configs; names of tensors are left as they are.
 
-    The plain files are taken, safetensors before .bin, sharded or not; with `variant` ("fp16") the files of that name where
-    a component has them. Without plain files a component's only variant is taken. A folder that itself holds weights (a
-    VAE alone) is the component "". Raises CheckpointError.
+    The plain files are taken, safetensors before .bin, sharded or not; with `variant` ("fp16") the files of that name
+    where a component has them. Without plain files a component's only variant is taken. A folder without
+    model_index.json that itself holds weights (a VAE alone) is the component "". Raises CheckpointError.
     """
     path = Path(path)
     if not path.is_dir():
-        raise CheckpointError(f"{path}: {'is a file, a diffusers folder is needed here' if path.exists() else 'no such folder'}")
+        state = "is a file, a diffusers folder is needed here" if path.exists() else "no such folder"
+        raise CheckpointError(f"{path}: {state}")
     configs = {}
     for file in sorted([*path.glob("model_index.json"), *path.glob("*config.json"), *path.glob("*/*config.json")]):
         configs[file.relative_to(path).as_posix()] = _read_json(file)
@@ -462,8 +472,8 @@ def _read_json(path: Path) -> dict:
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """A binary file that becomes `path` when the block ends, and leaves no trace when the block raises.
 
-    At every moment `path` is the old file or the new one, also after a power cut. A symbolic link stays and its target is
-    replaced. An OSError names the file.
+    At every moment `path` is the old file or the new one, also after a power cut. A symbolic link stays and its target
+    is replaced. An OSError names the file.
     """
     target = os.path.realpath(path)
     folder = os.path.dirname(target)

@@ -433,10 +433,7 @@ def save_lora_weights(models, path: str | os.PathLike, name: str | None = None, 
     state = lora_state(models, name)
     tensors = write_kohya(state, _names(models), dtype)
     header = lora_metadata(state) | dict(metadata or {})
-    if str(path).endswith(".pt"):
-        files.write_pt(path, tensors)
-    else:
-        files.write_safetensors(path, tensors, header)
+    files.write_tensors(path, tensors, header)
 
 
 def lora_metadata(state: Mapping[str, AdapterWeights]) -> dict[str, str]:
@@ -457,9 +454,7 @@ def load_lora_weights(models, path: str | os.PathLike, name: str = "default", mu
 
     Every tensor is applied, or LoRAFormatError names the first that cannot be and what the file seems to be.
     """
-    with files.open_tensors(path) as opened:
-        tensors = {key: opened[key] for key in opened}
-        metadata = dict(opened.metadata)
+    tensors = files.read_tensors(path)
     where = os.path.basename(os.fspath(path))
     modules = module_lookup(_names(models)) | {p: p for p, m in named_layers(models) if isinstance(m, (*LORA_CLASSES, LoRALayer))}
     if not tensors:
@@ -474,7 +469,7 @@ def load_lora_weights(models, path: str | os.PathLike, name: str = "default", mu
         component = module.split(".")[0] if module.split(".")[0] in components(models) else ""
         counts[component] = counts.get(component, 0) + 1
     return LoadReport(name, os.fspath(path), "kohya", counts, sorted({w.rank for w in state.values() if w.rank}),
-                      sorted({w.alpha for w in state.values() if w.alpha is not None}), len(tensors), metadata)
+                      sorted({w.alpha for w in state.values() if w.alpha is not None}), len(tensors), tensors.metadata)
 
 
 def _names(models):

@@ -112,11 +112,15 @@ class Adapter(nn.Module):
     def _take_magnitude(self, weights: AdapterWeights) -> Adapter:
         magnitude = weights.tensors.get("magnitude")
         if magnitude is not None:
-            self.magnitude = nn.Parameter(magnitude.float())
+            self.magnitude = nn.Parameter(_own(magnitude))
         return self
 
     def _magnitude_tensors(self) -> dict[str, Tensor]:
         return {} if self.magnitude is None else {"magnitude": self.magnitude.detach()}
+
+
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float32, copy=True)  # a file may be mapped; an adapter outlives it
 
 
 def norm_like(W: Tensor, shape) -> Tensor:
@@ -206,7 +210,7 @@ class LowRank(Adapter):
                 raise LoRAFormatError(f"{name} has shape {list(given.shape)}, the layer's weight {list(shape.weight)} "
                                       f"wants {list(want)}")
             fits[name] = given.reshape(want)
-        adapter.down, adapter.up = (nn.Parameter(fits[n].float()) for n in ("down", "up"))
+        adapter.down, adapter.up = (nn.Parameter(_own(fits[n])) for n in ("down", "up"))
         return adapter._take_magnitude(weights)
 
 
@@ -248,8 +252,8 @@ class Full(Adapter):
         if bias is not None and tuple(bias.shape) != (shape.fan_out,):
             raise LoRAFormatError(f"diff_b has shape {list(bias.shape)}, the layer's bias has {shape.fan_out} values")
         adapter = cls(LayerShape((0,)))
-        adapter.diff = nn.Parameter(diff.float())
-        adapter.diff_b = None if bias is None else nn.Parameter(bias.float())
+        adapter.diff = nn.Parameter(_own(diff))
+        adapter.diff_b = None if bias is None else nn.Parameter(_own(bias))
         return adapter._take_magnitude(weights)
 
 

@@ -191,3 +191,39 @@ HARMLESS = (
     r"sqrt_recip_alphas_cumprod", r"sqrt_recipm1_alphas_cumprod", r"posterior_.*", r"model\.lvlb_weights", r"lvlb_weights",
     r"callbacks", r"epoch", r"global_step", r"model_ema\.decay",
 )
+
+
+# ---- what a checkpoint is ----------------------------------------------------------------------------------------------
+
+def ldm_facts(shapes: dict[str, tuple[int, ...]]) -> dict[str, object]:
+    """What the shapes of an LDM checkpoint tell of its UNet: in_channels, widths, layers_per_block, context_width."""
+    prefix = LDM_PREFIX["diffusion"]
+    blocks = {int(key.split(".")[3]): shape for key, shape in shapes.items()
+              if key.startswith(prefix + "input_blocks.") and key.endswith((".0.in_layers.2.weight", ".0.op.weight"))}
+    downs = {int(key.split(".")[3]) for key in shapes if key.startswith(prefix) and key.endswith(".0.op.weight")}
+    contexts = [shape[1] for key, shape in shapes.items() if key.startswith(prefix) and key.endswith("attn2.to_k.weight")]
+    conv_in = shapes.get(prefix + "input_blocks.0.0.weight")
+    if not (blocks and contexts and conv_in):
+        return {}
+    steps = [[shape[0] for k, shape in sorted(blocks.items()) if low < k < high]
+             for low, high in zip([0, *sorted(downs)], [*sorted(downs), 10**6])]
+    return {"in_channels": conv_in[1], "widths": tuple(step[0] for step in steps if step),
+            "layers_per_block": len(steps[0]), "context_width": contexts[0]}
+
+
+def guess_checkpoint(keys) -> str:
+    """One clause on what a checkpoint with these keys seems to be."""
+    keys = list(keys)
+    for start, what in (
+        ("conditioner.embedders.", "it seems to be SDXL"),
+        ("cond_stage_model.model.", "it seems to be Stable Diffusion 2 (OpenCLIP text encoder)"),
+        ("model.diffusion_model.double_blocks.", "it seems to be Flux"), ("double_blocks.", "it seems to be Flux"),
+        ("model.diffusion_model.joint_blocks.", "it seems to be Stable Diffusion 3"),
+        ("lora_unet_", "it seems to be a LoRA, not a checkpoint"), ("lora_te", "it seems to be a LoRA, not a checkpoint"),
+        ("control_model.", "it seems to be a ControlNet"), ("model.diffusion_model.", "it seems to be a latent diffusion model"),
+        ("first_stage_model.", "it seems to be a VAE"), ("down_blocks.", "it seems to be a UNet of diffusers"),
+        ("decoder.", "it seems to be a VAE"), ("text_model.", "it seems to be a CLIP text encoder"),
+    ):
+        if any(key.startswith(start) for key in keys):
+            return what
+    return f"its first tensor is {keys[0]!r}" if keys else "it is empty"

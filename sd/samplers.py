@@ -167,7 +167,7 @@ def _require(noise) -> None:
 
 
 def _midpoint(x0, x0_before, s_before, s, s_next):
-    """x0 in the middle, in lambda = -log sigma, of the step s -> s_next, along the line through the last two estimates."""
+    """x0 in the middle (in lambda = -log sigma) of the step s -> s_next, on the line through the last two estimates."""
     r = log(s_before / s) / log(s / s_next)
     return x0 + (x0 - x0_before) / (2 * r)
 

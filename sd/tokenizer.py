@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def data_dir() -> Path:
-    """The folder with the vocabulary and the embedded models: inside the installed package, or beside it in a checkout."""
+    """The folder of the vocabulary and the embedded models: in the installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parent
     places = [package / "data", package.parent / "data"]
     for place in places:
@@ -36,8 +36,8 @@ def load_tokenizer(folder: str | Path | None = None):
 def tokenize(tokenizer, prompts: list[str], max_tokens: int) -> Tensor:
     """Token ids [B, max_tokens]: start, prompt, end, padded with the tokenizer's pad token (in SD 1.x the end token).
 
-    A prompt that is too long is cut, with one warning that shows what was cut. Raises TypeError for what is not a list of
-    strings, ValueError for max_tokens below 2.
+    A prompt that is too long is cut, with one warning that shows what was cut. Raises TypeError for what is not a list
+    of strings, ValueError for max_tokens below 2.
     """
     if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
         raise TypeError(f"prompts must be a list of strings, not {prompts!r:.200}")

@@ -1,0 +1,489 @@
+"""Models from files and back: LDM checkpoints, diffusers folders, LoRA files; device and dtype are decided here."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from sd.checkpoint import CheckpointError, TensorFile, model_hash, read_folder, read_tensors, write_safetensors
+from sd.clip import CLIP
+from sd.config import SD15, CLIPConfig, ConfigError, ModelConfig, UNetConfig, VAEConfig
+from sd.lora import (
+    LoadReport,
+    LoRAError,
+    adapter_names,
+    apply_lora_to_model,
+    load_lora_weights,
+    lora_layers,
+    merge_lora_weights,
+    save_lora_weights,
+)
+from sd.names import (
+    COMPONENTS,
+    FOLDERS,
+    HARMLESS,
+    LDM_PREFIX,
+    Name,
+    component_names,
+    guess_checkpoint,
+    ldm_facts,
+    modern_key,
+)
+from sd.tokenizer import data_dir, load_tokenizer
+from sd.unet import UNet
+from sd.vae import VAEDecoder, VAEEncoder
+
+log = logging.getLogger("sd")
+
+CONFIG_KEY = "sdlora.config"  # where our own files keep their ModelConfig
+
+
+class Models(dict):
+    """The networks under "clip", "encoder", "decoder", "diffusion", with what belongs to them.
+
+    `config`, `tokenizer`, `source` (the file or folder they came from) and `lora_reports` (name -> LoadReport).
+    """
+
+    def __init__(self, networks: Mapping[str, nn.Module], config: ModelConfig, tokenizer=None, source: Path | None = None):
+        super().__init__(networks)
+        self.config, self.source = config, source
+        self.lora_reports: dict[str, LoadReport] = {}
+        self._tokenizer = tokenizer
+
+    @property
+    def tokenizer(self):
+        """Built when first needed: importing transformers takes longer than loading a model."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer()
+        return self._tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return self["diffusion"].conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self["diffusion"].conv_in.weight.dtype
+
+    @property
+    def model_hash(self) -> str | None:
+        """First ten hex digits of the checkpoint's SHA-256; None for models that are not from one file."""
+        return model_hash(self.source) if self.source is not None and Path(self.source).is_file() else None
+
+    def to(self, device) -> Models:
+        for network in self.values():
+            network.to(device)
+        return self
+
+
+def default_device() -> torch.device:
+    """The best device present: CUDA, Apple MPS, CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """fp32 on the CPU; elsewhere bf16 where the hardware has it, else fp16."""
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float16
+
+
+def default_model() -> Path:
+    """The model that ships with the program."""
+    return data_dir() / "digits.safetensors"
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------
+
+def build_networks(config: ModelConfig) -> dict[str, nn.Module]:
+    """The four networks with torch's random initial weights (on the meta device inside `with torch.device("meta")`)."""
+    return {"clip": CLIP(config.clip), "encoder": VAEEncoder(config.vae), "decoder": VAEDecoder(config.vae),
+            "diffusion": UNet(config.unet)}
+
+
+def new_models(config: ModelConfig, seed: int = 0) -> Models:
+    """Untrained models on the CPU in fp32, the same for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Models({k: m.eval().requires_grad_(False) for k, m in build_networks(config).items()}, config)
+
+
+def preload_models_from_standard_weights(ckpt_path: str | os.PathLike | None = None, device=None, *,
+                                         dtype: torch.dtype | None = None, config: ModelConfig | None = None,
+                                         vae: str | os.PathLike | None = None,
+                                         text_encoder: str | os.PathLike | None = None,
+                                         ema: bool = False, variant: str | None = None) -> Models:
+    """Load a Stable Diffusion model: an LDM .ckpt or .safetensors, or a diffusers folder; None is the embedded model.
+
+    `vae`, `text_encoder`: files or folders to take these from instead. `ema`: the averaged UNet of an LDM file.
+    `variant`: such as "fp16", of a diffusers folder. `config` is needed only for a checkpoint of no known family.
+    The networks come in eval mode and frozen. Raises CheckpointError: every tensor of the model must be in the file, in
+    its shape, and nothing unknown beside it.
+    """
+    path = default_model() if ckpt_path is None else Path(ckpt_path)
+    device = default_device() if device is None else torch.device(device)
+    dtype = default_dtype(device) if dtype is None else dtype
+    if path.is_dir():
+        folder = read_folder(path, variant=variant)
+        sources = {c: folder.components.get(FOLDERS[c]) for c in COMPONENTS}
+        config = config or _config_of_folder(folder.configs, sources, path)
+    else:
+        file = read_tensors(path)
+        sources = dict.fromkeys(COMPONENTS, file)
+        config = config or _config_of_file(file, path)
+    for argument, given, replaced in (("vae", vae, ("encoder", "decoder")), ("text_encoder", text_encoder, ("clip",))):
+        if given is not None:
+            sources |= dict.fromkeys(replaced, _part(Path(given), FOLDERS[replaced[0]], argument))
+
+    with torch.device("meta"):
+        networks = build_networks(config)
+    taken: dict[int, set[str]] = {}
+    for component, network in networks.items():
+        source = sources[component]
+        state, used = _state_for(network, source, path, ema and component == "diffusion")
+        taken.setdefault(id(source), set()).update(used)
+        # The VAE overflows in fp16; it is a small part of a generation's time, so it stays fp32 there.
+        kind = torch.float32 if dtype == torch.float16 and component in ("encoder", "decoder") else dtype
+        state = {k: t.to(device=device, dtype=kind) for k, t in state.items()}
+        network.load_state_dict(state, strict=True, assign=True)
+        network.eval().requires_grad_(False)
+    replaced_prefixes = [LDM_PREFIX[c] for c, given in (("encoder", vae), ("clip", text_encoder)) if given is not None]
+    for source in {id(s): s for s in sources.values()}.values():
+        _refuse_unexpected(source, taken[id(source)], tuple(replaced_prefixes))
+    return Models(networks, config, source=path)
+
+
+def preload_models_with_lora(ckpt_path: str | os.PathLike | None = None, device=None, lora_rank: int = 4,
+                             lora_alpha: float = 1.0, lora_dropout: float = 0.0, apply_to_diffusion: bool = True,
+                             apply_to_clip: bool = False, *, target_modules=None, lora_name: str = "default",
+                             **load) -> Models:
+    """Load a model and attach a new LoRA, ready to train, to the UNet and on request to the text encoder.
+
+    A new LoRA changes no output; its parameters are `get_lora_parameters(models)`, all others are frozen. `load`:
+    further arguments of `preload_models_from_standard_weights`.
+    """
+    models = preload_models_from_standard_weights(ckpt_path, device, **load)
+    targets = {k: models[k] for k, wanted in (("diffusion", apply_to_diffusion), ("clip", apply_to_clip)) if wanted}
+    if not targets:
+        raise LoRAError("apply_to_diffusion and apply_to_clip are both False: there is nothing to put a LoRA on")
+    apply_lora_to_model(targets, lora_rank, lora_alpha, lora_dropout, target_modules, lora_name)
+    return models
+
+
+def _state_for(network: nn.Module, source: TensorFile | None, path: Path, ema: bool) -> tuple[dict[str, Tensor], set[str]]:
+    """Our state dict from a file's tensors, in whichever spelling the file has, and the file's keys that were used."""
+    component, shapes = network.component, {k: tuple(p.shape) for k, p in network.state_dict().items()}
+    argument = {"clip": "text_encoder", "encoder": "vae", "decoder": "vae"}.get(component)
+    if source is None:
+        raise CheckpointError(f"{path}: has no {FOLDERS[component]} in it" + (f"; name one with {argument}=" if argument else ""))
+    given = {modern_key(key, FOLDERS[component]): key for key in source}
+    names = component_names(component, network.config)
+    spell = max((_ldm, _ldm_flat_clip, _bare_ldm, _diffusers), key=lambda s: sum(s(n) + ".weight" in given for n in names))
+    if not any(spell(n) + ".weight" in given for n in names):
+        raise CheckpointError(f"{source.path}: has no weights of the {component} in it"
+                              + (f"; name a {argument} with {argument}=" if argument else "")
+                              + f" ({guess_checkpoint(source)})")
+    state, used, missing, misshapen = {}, set(), [], []
+    for name in names:
+        for tail in ("weight", "bias"):
+            ours, theirs = f"{name.ours}.{tail}", f"{spell(name)}.{tail}"
+            if ours not in shapes:
+                continue
+            key = _ema_key(theirs) if ema else given.get(theirs)
+            if key not in source:
+                missing.append(key or theirs)
+                continue
+            used |= {key, given.get(theirs, key)}
+            tensor = source[key]
+            if tail == "weight" and name.ldm_conv and tensor.dim() == 4 and tensor.shape[2:] == (1, 1):
+                tensor = tensor[:, :, 0, 0]  # LDM's VAE attention is 1x1 convolutions
+            if tuple(tensor.shape) != shapes[ours]:
+                misshapen.append(f"{key} is {list(tensor.shape)}, expected {list(shapes[ours])}")
+            state[ours] = tensor
+    for what, bad in (("missing", missing), ("of another shape", misshapen)):
+        if bad:
+            hint = " (it has no EMA weights)" if ema and what == "missing" else ""
+            raise CheckpointError(f"{source.path}: {len(bad)} of {len(shapes)} tensors of the {component} are {what}, "
+                                  f"first: {bad[0]}{hint}; {guess_checkpoint(source)}")
+    return state, used
+
+
+def _refuse_unexpected(source: TensorFile, used: set[str], replaced: tuple[str, ...]) -> None:
+    unexpected = [key for key in source if key not in used and not (replaced and key.startswith(replaced))
+                  and not any(re.fullmatch(pattern, key) for pattern in HARMLESS)]
+    if unexpected:
+        raise CheckpointError(f"{source.path}: {len(unexpected)} tensors belong to no part of this model, "
+                              f"first: {unexpected[0]!r}; {guess_checkpoint(source)}")
+
+
+def _ldm(name: Name) -> str:
+    return name.ldm
+
+
+def _ldm_flat_clip(name: Name) -> str:
+    return name.ldm.replace(".text_model.", ".")  # CompVis files from before transformers 4.20
+
+
+def _bare_ldm(name: Name) -> str:
+    return name.ldm.removeprefix(LDM_PREFIX[name.component])  # a VAE alone
+
+
+def _diffusers(name: Name) -> str:
+    return name.diffusers
+
+
+def _ema_key(key: str) -> str:
+    return "model_ema." + key.removeprefix("model.").replace(".", "")
+
+
+def _part(path: Path, folder: str, argument: str) -> TensorFile:
+    """The tensors of a VAE or a text encoder that is named on its own: a file, its folder, or a whole diffusers folder."""
+    if not path.is_dir():
+        return read_tensors(path)
+    components = read_folder(path, components=(folder,)).components
+    found = components.get(folder, components.get(""))
+    if found is None:
+        raise CheckpointError(f"{argument}={str(path)!r}: no weights in it, nor in its {folder}")
+    return found
+
+
+def _config_of_file(file: TensorFile, path: Path) -> ModelConfig:
+    """From our own metadata, else from the known family that the shapes tell. Raises CheckpointError naming what is missing."""
+    if CONFIG_KEY in file.metadata:
+        try:
+            return ModelConfig.from_dict(json.loads(file.metadata[CONFIG_KEY]))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path}: its {CONFIG_KEY} metadata is not a model config: {error}") from None
+    facts = ldm_facts(file.shapes)
+    if not facts:
+        raise CheckpointError(f"{path}: not a Stable Diffusion 1.x checkpoint: {guess_checkpoint(file)}")
+    family = replace(SD15, unet=replace(SD15.unet, in_channels=facts["in_channels"]))
+    differs = [f"{k} {v}" for k, v in facts.items() if getattr(family.unet, k) != v]
+    if differs:
+        raise CheckpointError(f"{path}: no known family: its UNet has {', '.join(differs)}; {guess_checkpoint(file)}; its heads, "
+                              f"activation, prediction type and noise schedule are not in the file: pass config=ModelConfig(...)")
+    return family
+
+
+def _config_of_folder(configs: Mapping[str, dict], sources, path: Path) -> ModelConfig:
+    """From the JSON files of a diffusers folder. Raises CheckpointError for what SD 1.x does not have."""
+    parts = ("unet/config.json", "vae/config.json", "text_encoder/config.json")
+    absent = [part for part in parts if part not in configs]
+    if absent and "unet/config.json" in absent:
+        raise CheckpointError(f"{path}: no unet/config.json in it, so it is no whole diffusers model")
+    unet, vae, text = (configs.get(part, {}) for part in parts)
+    scheduler = configs.get("scheduler/scheduler_config.json", {})
+    foreign = [f"unet {k} = {unet[k]!r}" for k, allowed in (
+        ("use_linear_projection", (None, False)), ("addition_embed_type", (None,)), ("class_embed_type", (None,)),
+        ("transformer_layers_per_block", (None, 1)), ("num_class_embeds", (None,))) if unet.get(k) not in allowed]
+    if foreign:
+        raise CheckpointError(f"{path}: not Stable Diffusion 1.x: {', '.join(foreign)}")
+    try:
+        return ModelConfig(
+            name=path.name,
+            clip=_pick(CLIPConfig, text, vocab_size="vocab_size", max_tokens="max_position_embeddings", width="hidden_size",
+                       layers="num_hidden_layers", heads="num_attention_heads", mlp_width="intermediate_size",
+                       activation="hidden_act"),
+            vae=_pick(VAEConfig, vae, image_channels="in_channels", latent_channels="latent_channels",
+                      widths="block_out_channels", layers_per_block="layers_per_block", norm_groups="norm_num_groups",
+                      scale="scaling_factor"),
+            unet=replace(_pick(UNetConfig, unet, in_channels="in_channels", out_channels="out_channels",
+                               widths="block_out_channels", layers_per_block="layers_per_block",
+                               heads="attention_head_dim", context_width="cross_attention_dim",
+                               norm_groups="norm_num_groups"),
+                         attention=tuple("CrossAttn" in kind for kind in unet.get("down_block_types", ("CrossAttn",) * 3 + ("",)))),
+            prediction={"epsilon": "eps", "v_prediction": "v"}.get(scheduler.get("prediction_type", "epsilon"), "?"),
+            beta_schedule=scheduler.get("beta_schedule", "scaled_linear"), beta_start=scheduler.get("beta_start", 0.00085),
+            beta_end=scheduler.get("beta_end", 0.012), train_timesteps=scheduler.get("num_train_timesteps", 1000),
+            image_size=_image_size(unet, vae),
+        )
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{path}: its config files describe no model of this kind: {error}") from None
+
+
+def _pick(cls, values: Mapping, **names: str):
+    """A config dataclass from a diffusers JSON; what the JSON leaves out is as in SD 1.x."""
+    found = {ours: values[theirs] for ours, theirs in names.items() if values.get(theirs) is not None}
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()})
+
+
+def _image_size(unet: Mapping, vae: Mapping) -> int:
+    size = unet.get("sample_size")
+    return (size if isinstance(size, int) else 64) * 2 ** (len(vae.get("block_out_channels", "1234")) - 1)
+
+
+# ---- saving ----------------------------------------------------------------------------------------------------------
+
+def save_checkpoint(models: Models, path: str | os.PathLike, *, dtype: torch.dtype | None = None,
+                    metadata: Mapping[str, str] | None = None) -> None:
+    """Write the whole model: a path ending in .safetensors in LDM layout, any other path as a diffusers folder. Atomic.
+
+    Raises LoRAError while adapters are attached: merge_lora_weights makes them part of the model, remove_lora drops them.
+    """
+    path = Path(path)
+    if adapter_names(models):
+        raise LoRAError(f"the model carries the adapters {', '.join(map(repr, adapter_names(models)))}; "
+                        f"merge_lora_weights(models) or remove_lora(models) before saving the checkpoint")
+    if path.suffix == ".safetensors":
+        header = {"format": "pt", CONFIG_KEY: json.dumps(models.config.to_dict()), **(metadata or {})}
+        write_safetensors(path, ldm_state(models, dtype), header)
+    elif path.suffix in (".ckpt", ".pt", ".bin"):
+        raise CheckpointError(f"{path}: checkpoints are written as .safetensors or as a diffusers folder, not as {path.suffix}")
+    else:
+        _save_folder(models, path, dtype)
+
+
+def ldm_state(models: Models, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """{LDM key: tensor} of the whole model, without adapters."""
+    state = {}
+    for network in models.values():
+        for name, tail, tensor in _tensors(network):
+            if tail == "weight" and name.ldm_conv and tensor.dim() == 2:
+                tensor = tensor[:, :, None, None]
+            state[f"{name.ldm}.{tail}"] = tensor.to(dtype or tensor.dtype)
+    return state
+
+
+def _tensors(network: nn.Module):
+    for name in component_names(network.component, network.config):
+        module = network.get_submodule(name.ours)
+        for tail in ("weight", "bias"):
+            tensor = getattr(module, tail, None)
+            if tensor is not None:
+                yield name, tail, tensor.detach()
+
+
+def _save_folder(models: Models, path: Path, dtype: torch.dtype | None) -> None:
+    if path.exists() and any(path.iterdir()) and not (path / "model_index.json").exists():
+        raise CheckpointError(f"{path}: is a folder with other things in it; name a new folder, or a .safetensors file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        for folder, file, networks in (("unet", "diffusion_pytorch_model", ("diffusion",)),
+                                       ("vae", "diffusion_pytorch_model", ("encoder", "decoder")),
+                                       ("text_encoder", "model", ("clip",))):
+            tensors = {f"{name.diffusers}.{tail}": tensor.to(dtype or tensor.dtype)
+                       for key in networks for name, tail, tensor in _tensors(models[key])}
+            (temporary / folder).mkdir()
+            write_safetensors(temporary / folder / f"{file}.safetensors", tensors, {"format": "pt"})
+        for name, content in _folder_configs(models.config).items():
+            (temporary / name).parent.mkdir(exist_ok=True)
+            (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for name in ("vocab.json", "merges.txt"):
+            shutil.copyfile(data_dir() / name, temporary / "tokenizer" / name)
+        temporary.chmod(0o755)
+        if path.exists():
+            old = path.with_name(f".{path.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)
+            temporary.rename(path)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _folder_configs(c: ModelConfig) -> dict[str, dict]:
+    """The JSON files with which StableDiffusionPipeline.from_pretrained loads the folder."""
+    down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in c.unet.attention]
+    up = ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in c.unet.attention[::-1]]
+    n = len(c.vae.widths)
+    return {
+        "model_index.json": {
+            "_class_name": "StableDiffusionPipeline", "feature_extractor": [None, None], "image_encoder": [None, None],
+            "requires_safety_checker": False, "safety_checker": [None, None],
+            "scheduler": ["diffusers", "PNDMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"]},
+        "unet/config.json": {
+            "_class_name": "UNet2DConditionModel", "sample_size": c.image_size // c.vae.factor,
+            "in_channels": c.unet.in_channels, "out_channels": c.unet.out_channels, "block_out_channels": list(c.unet.widths),
+            "down_block_types": down, "up_block_types": up, "layers_per_block": c.unet.layers_per_block,
+            "attention_head_dim": c.unet.heads, "cross_attention_dim": c.unet.context_width,
+            "norm_num_groups": c.unet.norm_groups},
+        "vae/config.json": {
+            "_class_name": "AutoencoderKL", "sample_size": c.image_size, "in_channels": c.vae.image_channels,
+            "out_channels": c.vae.image_channels, "latent_channels": c.vae.latent_channels,
+            "block_out_channels": list(c.vae.widths), "down_block_types": ["DownEncoderBlock2D"] * n,
+            "up_block_types": ["UpDecoderBlock2D"] * n, "layers_per_block": c.vae.layers_per_block,
+            "norm_num_groups": c.vae.norm_groups, "scaling_factor": c.vae.scale},
+        "text_encoder/config.json": {
+            "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "vocab_size": c.clip.vocab_size,
+            "hidden_size": c.clip.width, "intermediate_size": c.clip.mlp_width, "num_hidden_layers": c.clip.layers,
+            "num_attention_heads": c.clip.heads, "max_position_embeddings": c.clip.max_tokens,
+            "hidden_act": c.clip.activation, "projection_dim": c.clip.width, "layer_norm_eps": 1e-5,
+            "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407},
+        "scheduler/scheduler_config.json": {
+            "_class_name": "PNDMScheduler", "beta_start": c.beta_start, "beta_end": c.beta_end,
+            "beta_schedule": c.beta_schedule, "num_train_timesteps": c.train_timesteps, "set_alpha_to_one": False,
+            "skip_prk_steps": True, "steps_offset": 1, "clip_sample": False,
+            "prediction_type": {"eps": "epsilon", "v": "v_prediction"}[c.prediction]},
+        "tokenizer/tokenizer_config.json": {
+            "tokenizer_class": "CLIPTokenizer", "model_max_length": c.clip.max_tokens, "bos_token": "<|startoftext|>",
+            "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
+    }
+
+
+# ---- LoRA files ------------------------------------------------------------------------------------------------------
+
+def load_lora_into_models(models: Models, path: str | os.PathLike, name: str | None = None, multiplier: float = 1.0) -> Models:
+    """Load a LoRA file and make it active; None names it after the file. A name in use is replaced, whatever its rank.
+
+    The report is `models.lora_reports[name]`. Raises CheckpointError or LoRAFormatError: every tensor is applied or named.
+    """
+    name = Path(path).stem if name is None else name
+    models.lora_reports[name] = load_lora_weights(models, path, name, multiplier)
+    log.info("%s", models.lora_reports[name])
+    base = models.lora_reports[name].metadata.get("ss_sd_model_hash")
+    if base and models.model_hash and base != models.model_hash:
+        log.info("LoRA %r was made on a base with hash %s, this one has %s", name, base, models.model_hash)
+    return models
+
+
+def save_models_lora(models: Models, path: str | os.PathLike, name: str | None = None, *,
+                     metadata: Mapping[str, str] | None = None, dtype: torch.dtype | None = None) -> None:
+    """Write one adapter (None: the only one) of all networks into one file in kohya's spelling, with the base's name and hash."""
+    base = {"ss_base_model_version": "sd_v1" if models.config.unet.context_width == 768 else models.config.name}
+    if models.source is not None:
+        base["ss_sd_model_name"] = Path(models.source).name
+    if models.model_hash is not None:
+        base["ss_sd_model_hash"] = models.model_hash
+    save_lora_weights(models, path, name, metadata=base | dict(metadata or {}), dtype=dtype)
+
+
+def merge_lora_into_checkpoint(ckpt_path: str | os.PathLike | None, loras: Mapping[str | os.PathLike, float],
+                               out: str | os.PathLike, *, dtype: torch.dtype | None = None, device="cpu", **load) -> Models:
+    """Base + Σ multiplier · LoRA, written as one plain checkpoint for deployment; summed in fp32 and rounded once.
+
+    Raises as `load_lora_into_models` and `save_checkpoint` do. Returns the merged models.
+    """
+    models = preload_models_from_standard_weights(ckpt_path, device, dtype=torch.float32, **load)
+    for path, multiplier in loras.items():
+        load_lora_into_models(models, path, name=os.fspath(path), multiplier=multiplier)
+    merge_lora_weights(models)
+    save_checkpoint(models, out, dtype=dtype)
+    return models
+
+
+def count_parameters(models) -> dict[str, int]:
+    """Parameters of the base, of all adapters, and of those that are trainable now."""
+    networks = [models] if isinstance(models, nn.Module) else [m for m in models.values() if isinstance(m, nn.Module)]
+    adapters = sum(p.numel() for m in networks for layer in lora_layers(m).values() for p in layer.adapters.parameters())
+    total = sum(p.numel() for m in networks for p in m.parameters())
+    trainable = sum(p.numel() for m in networks for p in m.parameters() if p.requires_grad)
+    return {"base": total - adapters, "lora": adapters, "trainable": trainable}

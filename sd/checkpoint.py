@@ -247,7 +247,12 @@ def write_pt(path: str | Path, tensors: dict[str, Tensor]) -> None:
         plain[name] = tensor if small else tensor.clone(memory_format=torch.contiguous_format)
     remove_stale_temporaries(Path(path).parent)
     with atomic_write(path) as file:
-        torch.save(plain, file)
+        try:
+            torch.save(plain, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # a full disk; torch puts "unexpected pos" in its place
+                raise error.__context__ from None
+            raise
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -486,8 +491,8 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         os.replace(temporary, target)
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, temporary):
-            error.filename, error.filename2 = os.fspath(path), None
+        if isinstance(error, OSError) and error.errno and error.filename in (None, temporary):
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from None
         raise
     if os.name == "posix":  # the new name itself must reach the disk
         descriptor = os.open(folder, os.O_RDONLY)

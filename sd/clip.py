@@ -25,7 +25,7 @@ class CLIP(nn.Module):
         self.final_norm = nn.LayerNorm(config.width)
 
     def forward(self, tokens: Tensor, clip_skip: int = 1) -> Tensor:
-        """`clip_skip` 1 takes the last layer, 2 the one before, ...; then the final norm. Raises ValueError outside 1..layers."""
+        """`clip_skip` 1 takes the last layer, 2 the one before, ...; then the final norm. Raises ValueError."""
         if not 1 <= clip_skip <= len(self.layers):
             raise ValueError(f"clip_skip is {clip_skip}; allowed: 1 (last layer) to {len(self.layers)}")
         if tokens.shape[1] > self.config.max_tokens:

@@ -85,7 +85,7 @@ def find_targets(models, target_modules: str | Iterable[str] | None = None) -> d
     and embeddings are taken only when a target names them at the end of their path. None is "attn".
     Raises LoRAError for a target that matches nothing.
     """
-    targets = ["attn"] if target_modules is None else [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    targets = [target_modules or "attn"] if target_modules is None or isinstance(target_modules, str) else list(target_modules)
     if not targets:
         raise LoRAError("target_modules is empty; name a preset (attn, kohya, full), module names or regular expressions")
     layers = {path: m for path, m in named_layers(models) if isinstance(m, (*LORA_CLASSES, LoRALayer))}
@@ -168,7 +168,7 @@ def _refuse_bypassed(models, targets: Mapping[str, nn.Module]) -> None:
     for path, module in named_layers(models):
         if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
             for target in targets:
-                if target.startswith(path + "."):
+                if not path or target.startswith(path + "."):
                     raise LoRAError(f"{target} lies in a {type(module).__name__}, which can bypass its layers' forward; "
                                     f"LoRA on it would be ignored")
 
@@ -300,7 +300,11 @@ def _check_known(models, names: Iterable[str]) -> None:
     known = adapter_names(models)
     for name in names:
         if name not in known:
-            raise LoRAError(f"no adapter is named {name!r}; there {'are ' + ', '.join(map(repr, known)) if known else 'is none'}")
+            raise LoRAError(f"no adapter is named {name!r}; there {_are(known)}")
+
+
+def _are(names: list[str]) -> str:
+    return "are " + ", ".join(map(repr, names)) if names else "is none"
 
 
 def checkpoint(function: Callable, *args):
@@ -399,13 +403,15 @@ def lora_state(models, name: str | None = None) -> dict[str, AdapterWeights]:
     names = adapter_names(models)
     if name is None:
         if len(names) != 1:
-            raise LoRAError(f"name the adapter to save; there {'are ' + ', '.join(map(repr, names)) if names else 'is none'}")
+            raise LoRAError(f"name the adapter to save; there {_are(names)}")
         name = names[0]
     _check_known(models, [name])
-    return {path: layer.adapter(name).weights() for path, layer in lora_layers(models).items() if name in layer.adapter_names}
+    layers = lora_layers(models).items()
+    return {path: layer.adapter(name).weights() for path, layer in layers if name in layer.adapter_names}
 
 
-def attach_state(models, state: Mapping[str, AdapterWeights], name: str, multiplier: float = 1.0, where: str = "the LoRA") -> None:
+def attach_state(models, state: Mapping[str, AdapterWeights], name: str, multiplier: float = 1.0,
+                 where: str = "the LoRA") -> None:
     """Attach loaded weights as adapter `name`, active; one of that name is replaced. All or nothing: raises before it changes."""
     by_path = dict(named_layers(models))
     _refuse_bypassed(models, {path: by_path[path] for path in state})
@@ -456,13 +462,15 @@ def load_lora_weights(models, path: str | os.PathLike, name: str = "default", mu
     """
     tensors = files.read_tensors(path)
     where = os.path.basename(os.fspath(path))
-    modules = module_lookup(_names(models)) | {p: p for p, m in named_layers(models) if isinstance(m, (*LORA_CLASSES, LoRALayer))}
+    known = [p for p, m in named_layers(models) if isinstance(m, (*LORA_CLASSES, LoRALayer))]
+    modules = module_lookup(_names(models)) | {p: p for p in known}
     if not tensors:
         raise LoRAFormatError(f"{where} holds no tensors")
     state = read_kohya(tensors, modules, where)
-    absent = sorted(set(state) - set(dict(named_layers(models))))
+    absent = sorted(set(state) - set(known))
     if absent:
-        raise LoRAFormatError(f"{where}: {len(absent)} of {len(state)} LoRA modules are not in what is loaded, first: {absent[0]!r}")
+        raise LoRAFormatError(f"{where}: {len(absent)} of {len(state)} LoRA modules are in no loaded network, "
+                              f"first: {absent[0]!r}")
     attach_state(models, state, name, multiplier, where)
     counts: dict[str, int] = {}
     for module in state:

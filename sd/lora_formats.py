@@ -61,8 +61,8 @@ def read_kohya(tensors: Mapping[str, Tensor], modules: Mapping[str, str], where:
         else:
             parts.setdefault(module, {})[tail] = tensor
     if strange:
-        raise LoRAFormatError(f"{where}: {len(strange)} of {len(tensors)} tensors are not understood, first: {strange[0]!r}; "
-                              f"{guess_file(tensors)}")
+        raise LoRAFormatError(f"{where}: {len(strange)} of {len(tensors)} tensors are not understood, "
+                              f"first: {strange[0]!r}; {guess_file(tensors)}")
     if unknown:
         names = sorted(set(unknown))
         raise LoRAFormatError(f"{where}: {len(names)} of {len(names) + len(parts)} LoRA modules are unknown to this model, "
@@ -128,7 +128,7 @@ def guess_file(tensors: Mapping[str, Tensor]) -> str:
         (r"^lora_unet_(double|single)_blocks|transformer\.single_transformer_blocks", "it seems to be a LoRA for Flux"),
         (r"^lora_te_text_model_encoder_layers_(1[2-9]|2\d)_", "it seems to be a LoRA for SD 2"),
         (r"joint_blocks", "it seems to be a LoRA for SD 3"),
-        (r"\.lora_A\.|\.lora_B\.|_lora\.(down|up)\.|lora_linear_layer", "it seems to be a LoRA in the spelling of diffusers or PEFT"),
+        (r"\.lora_A\.|\.lora_B\.|_lora\.(down|up)\.|lora_linear_layer", "it seems to be a LoRA in diffusers' or PEFT's spelling"),
         (r"^unet:\d+:|^text_encoder:\d+:", "it seems to be a LoRA of cloneofsimo/lora"),
         (r"\.(hada_w1|lokr_w|oft_|lora_mid|a1\.|b1\.)", "it seems to be a LyCORIS file of a kind that is not read here"),
         (r"^(model\.diffusion_model|first_stage_model|cond_stage_model)\.", "it seems to be a whole checkpoint, not a LoRA"),

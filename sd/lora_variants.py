@@ -59,7 +59,7 @@ class Adapter(nn.Module):
         """Make this a DoRA adapter (Liu et al. 2024): a trained norm for each output row of W, or each input column."""
         if self.rank_dropout:
             raise ValueError("rank_dropout does not go with DoRA: its norm belongs to the whole of ΔW")
-        keep = 0 if output_axis else 1
+        keep = int(output_axis == getattr(self, "embedding", False))  # Embedding is [num, dim]: its output axis is the last
         shape = [n if i == keep else 1 for i, n in enumerate(W.shape)]
         self.magnitude = nn.Parameter(norm_like(W.float(), shape).detach())
 
@@ -68,7 +68,9 @@ class Adapter(nn.Module):
         delta = self.delta(W)
         if self.magnitude is None:
             return delta
-        s = self.magnitude / norm_like(W + delta, self.magnitude.shape).detach()
+        norm = norm_like(W + delta, self.magnitude.shape).detach()
+        s = self.magnitude / norm.where(norm > 0, 1.0)
+        s = s.where(norm > 0, 1.0)  # a row of zeros has no direction to scale
         return W * s + delta * s - W  # in this order it is exactly 0 while ΔW = 0, since then s = 1
 
     def add_to(self, total: Tensor, W: Tensor, multiplier: float) -> Tensor:
@@ -177,7 +179,7 @@ class LowRank(Adapter):
             return super().forward(x, layer)
         dtype = layer.compute_dtype(x)
         if self.embedding:
-            h = F.embedding(x, self.down.T.to(dtype))
+            h = layer.op(x, self.down.T.to(dtype), None)
             if self.dropout and self.training:  # dropout of a one-hot input drops whole tokens
                 h = h * F.dropout(torch.ones_like(h[..., :1]), self.dropout)
         else:

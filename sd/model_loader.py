@@ -46,6 +46,7 @@ from sd.vae import VAEDecoder, VAEEncoder
 
 log = logging.getLogger("sd")
 
+SD15_BLOCKS = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
 CONFIG_KEY = "sdlora.config"  # where our own files keep their ModelConfig
 
 
@@ -188,7 +189,8 @@ def _state_for(network: nn.Module, source: TensorFile | None, path: Path, ema: b
     component, shapes = network.component, {k: tuple(p.shape) for k, p in network.state_dict().items()}
     argument = {"clip": "text_encoder", "encoder": "vae", "decoder": "vae"}.get(component)
     if source is None:
-        raise CheckpointError(f"{path}: has no {FOLDERS[component]} in it" + (f"; name one with {argument}=" if argument else ""))
+        hint = f"; name one with {argument}=" if argument else ""
+        raise CheckpointError(f"{path}: has no {FOLDERS[component]} in it{hint}")
     given = {modern_key(key, FOLDERS[component]): key for key in source}
     names = component_names(component, network.config)
     spell = max((_ldm, _ldm_flat_clip, _bare_ldm, _diffusers), key=lambda s: sum(s(n) + ".weight" in given for n in names))
@@ -261,7 +263,7 @@ def _part(path: Path, folder: str, argument: str) -> TensorFile:
 
 
 def _config_of_file(file: TensorFile, path: Path) -> ModelConfig:
-    """From our own metadata, else from the known family that the shapes tell. Raises CheckpointError naming what is missing."""
+    """From our own metadata, else from the known family that the shapes tell. Raises CheckpointError."""
     if CONFIG_KEY in file.metadata:
         try:
             return ModelConfig.from_dict(json.loads(file.metadata[CONFIG_KEY]))
@@ -273,8 +275,8 @@ def _config_of_file(file: TensorFile, path: Path) -> ModelConfig:
     family = replace(SD15, unet=replace(SD15.unet, in_channels=facts["in_channels"]))
     differs = [f"{k} {v}" for k, v in facts.items() if getattr(family.unet, k) != v]
     if differs:
-        raise CheckpointError(f"{path}: no known family: its UNet has {', '.join(differs)}; {guess_checkpoint(file)}; its heads, "
-                              f"activation, prediction type and noise schedule are not in the file: pass config=ModelConfig(...)")
+        raise CheckpointError(f"{path}: no known family: its UNet has {', '.join(differs)}; {guess_checkpoint(file)}; heads, "
+                              f"activation, prediction and noise schedule are not in the file: pass config=ModelConfig(...)")
     return family
 
 
@@ -304,7 +306,7 @@ def _config_of_folder(configs: Mapping[str, dict], sources, path: Path) -> Model
                                widths="block_out_channels", layers_per_block="layers_per_block",
                                heads="attention_head_dim", context_width="cross_attention_dim",
                                norm_groups="norm_num_groups"),
-                         attention=tuple("CrossAttn" in kind for kind in unet.get("down_block_types", ("CrossAttn",) * 3 + ("",)))),
+                         attention=tuple("CrossAttn" in kind for kind in unet.get("down_block_types", SD15_BLOCKS))),
             prediction={"epsilon": "eps", "v_prediction": "v"}.get(scheduler.get("prediction_type", "epsilon"), "?"),
             beta_schedule=scheduler.get("beta_schedule", "scaled_linear"), beta_start=scheduler.get("beta_start", 0.00085),
             beta_end=scheduler.get("beta_end", 0.012), train_timesteps=scheduler.get("num_train_timesteps", 1000),
@@ -457,7 +459,7 @@ def load_lora_into_models(models: Models, path: str | os.PathLike, name: str | N
 
 def save_models_lora(models: Models, path: str | os.PathLike, name: str | None = None, *,
                      metadata: Mapping[str, str] | None = None, dtype: torch.dtype | None = None) -> None:
-    """Write one adapter (None: the only one) of all networks into one file in kohya's spelling, with the base's name and hash."""
+    """Write one adapter (None: the only one) of all networks into one file in kohya's spelling, with the base's hash."""
     base = {"ss_base_model_version": "sd_v1" if models.config.unet.context_width == 768 else models.config.name}
     if models.source is not None:
         base["ss_sd_model_name"] = Path(models.source).name

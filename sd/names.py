@@ -50,7 +50,8 @@ def component_names(component: str, config) -> list[Name]:
     """Every weight-bearing module of one component, from the component's own config."""
     rows = {"clip": _clip, "encoder": _encoder, "decoder": _decoder, "diffusion": _unet}[component](config)
     prefix = LDM_PREFIX[component]
-    return [Name(component, ours, prefix + ldm, diffusers, ldm_conv=component in ("encoder", "decoder") and "attention." in ours)
+    vae = component in ("encoder", "decoder")
+    return [Name(component, ours, prefix + ldm, diffusers, ldm_conv=vae and "attention." in ours)
             for ours, ldm, diffusers in rows]
 
 
@@ -142,7 +143,7 @@ def _decoder(config: VAEConfig) -> Iterator[Row]:
     yield from _vae_ends("decoder")
     widths = config.widths[::-1]
     for i, width in enumerate(widths):
-        ldm = f"up.{len(widths) - 1 - i}"  # LDM counts by resolution, so the first block of the decoder has the last number
+        ldm = f"up.{len(widths) - 1 - i}"  # LDM counts by resolution: the decoder's first block has the last number
         for j in range(config.layers_per_block + 1):
             changes = j == 0 and width != widths[max(i - 1, 0)]
             yield from _vae_resnet(f"up_blocks.{i}.resnets.{j}", "decoder", f"{ldm}.block.{j}", changes)

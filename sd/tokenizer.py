@@ -37,7 +37,7 @@ def tokenize(tokenizer, prompts: list[str], max_tokens: int) -> Tensor:
     """Token ids [B, max_tokens]: start, prompt, end, padded with the tokenizer's pad token (in SD 1.x the end token).
 
     A prompt that is too long is cut, with one warning that shows what was cut. Raises TypeError for what is not a list
-    of strings, ValueError for max_tokens below 2.
+    of strings, ValueError for max_tokens below 2 and for lone surrogates.
     """
     if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
         raise TypeError(f"prompts must be a list of strings, not {prompts!r:.200}")
@@ -45,6 +45,7 @@ def tokenize(tokenizer, prompts: list[str], max_tokens: int) -> Tensor:
         raise ValueError(f"max_tokens is {max_tokens}; start and end need at least 2")
     ids = torch.full((len(prompts), max_tokens), tokenizer.pad_token_id, dtype=torch.long)
     for row, prompt in zip(ids, prompts, strict=True):
+        prompt.encode("utf-8")  # a lone surrogate is a ValueError that names its place; tokenizers would say nothing
         # verbose=False: transformers would add a warning of its own, once a process
         encoded = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         tokens, room = encoded["input_ids"], max_tokens - 2

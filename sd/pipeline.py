@@ -1,0 +1,306 @@
+"""prompt -> context -> latents -> sampler -> decode -> picture, and nothing else.
+
+Legend: B images (prompts x images_per_prompt), R rows of a network call (2B with guidance), C latent channels,
+H, W pixels, h, w latents (pixels / VAE factor), L tokens, D context width.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from numbers import Integral
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from sd import lora as loras
+from sd.denoiser import DENOISERS, CFGDenoiser
+from sd.image_io import contact_sheet, load_image
+from sd.model_loader import Models, preload_models_from_standard_weights
+from sd.noise import Schedule, alphas_cumprod, cut
+from sd.samplers import SAMPLERS, sampler_schedule
+from sd.tokenizer import tokenize
+from sd.vae import sample_posterior
+
+MAX_SIDE = 8192  # pixels; beyond it is a typing error, not a picture
+
+
+class GenerateError(ValueError):
+    """A request that cannot be met: the message names the argument, its value and what is allowed."""
+
+
+def generate(prompt: str | Sequence[str], uncond_prompt: str | Sequence[str] | None = None, input_image=None,
+             strength: float = 0.8, do_cfg: bool = True, cfg_scale: float = 7.5, sampler_name: str = "ddpm",
+             n_inference_steps: int = 50, models: Models | None = None, seed: int | Sequence[int] | None = None,
+             device=None, idle_device=None, tokenizer=None, *, width: int | None = None, height: int | None = None,
+             images_per_prompt: int = 1, spacing: str | None = None, eta: float = 0.0, clip_skip: int = 1, mask=None,
+             lora: Mapping[str, float] | Sequence[Mapping[str, float]] | None = None, use_lora: bool = True,
+             merged: bool | str = "auto", on_step: Callable[[int, int, Tensor], None] | None = None) -> np.ndarray:
+    """Pictures for one prompt (uint8 [H, W, 3]) or for a list of prompts (uint8 [B, H, W, 3], prompt by prompt).
+
+    `input_image` (path, PIL picture or array): start from it, with noise for the last `strength` of the steps; with
+    `mask` (white is repainted) inpaint it. `seed`: image i has seed + i, or one seed each; its noise depends on nothing
+    else, in the order posterior, start, steps. `clip_skip` 1 is the last layer of the text encoder, 2 the one before.
+    `lora`: exactly these adapters, {"name": multiplier}, or one such dict for each image; None: what is active.
+    `use_lora=False` is the bare base, whatever is loaded. `merged`: run with merged weights ("auto": in fp32 and with
+    the same LoRA for all images). `on_step(i, n, x0)` sees each step's estimate. What was active before is restored.
+    Raises GenerateError (a ValueError) for bad arguments before any network runs.
+    """
+    prompts = _prompts(prompt, "prompt")
+    if not isinstance(images_per_prompt, int) or images_per_prompt < 1:
+        raise GenerateError(f"images_per_prompt is {images_per_prompt!r}; at least 1 is needed")
+    images = len(prompts) * images_per_prompt
+    models = preload_models_from_standard_weights(device=device) if models is None else models
+    if not isinstance(models, Models):
+        raise GenerateError(f"models is a {type(models).__name__}; pass what preload_models_with_lora or "
+                            f"preload_models_from_standard_weights returns")
+    config, device = models.config, torch.device(device or models.device)
+    prompts = [p for p in prompts for _ in range(images_per_prompt)]
+    unconds = _prompts("" if uncond_prompt is None else uncond_prompt, "uncond_prompt")
+    if len(unconds) not in (1, images, images // images_per_prompt):
+        raise GenerateError(f"{len(unconds)} uncond_prompts for {images // images_per_prompt} prompts; give one, or one each")
+    unconds = [u for u in unconds for _ in range(images // len(unconds))]
+    if not math.isfinite(cfg_scale):
+        raise GenerateError(f"cfg_scale is {cfg_scale}; a finite number is needed")
+    scale = cfg_scale if do_cfg else 1.0
+    height, width = _size(height, "height", config), _size(width, "width", config)
+    shape = config.vae.latent_channels, height // config.vae.factor, width // config.vae.factor
+    noise = ImageNoise(_seeds(seed, images), shape)
+    picture, mask = _input(input_image, mask, height, width, config)
+    try:
+        steps = sampler_schedule(sampler_name, n_inference_steps, alphas_cumprod(config), spacing)
+        steps = steps if picture is None else cut(steps, strength)
+    except ValueError as error:
+        raise GenerateError(str(error)) from None
+    if not 1 <= clip_skip <= config.clip.layers:
+        raise GenerateError(f"clip_skip is {clip_skip}; allowed: 1 (last layer) to {config.clip.layers}")
+
+    with torch.no_grad(), ExitStack() as stack:
+        stack.enter_context(loras.exclusive(models))
+        place = Placement(models, device, idle_device)
+        _enter_adapters(stack, models, lora, use_lora, images)
+        if _should_merge(models, merged):
+            loras.merge(models)
+
+        # Guidance asks for two rows an image: without a prompt first, then with it.
+        rows = torch.arange(images).repeat(1 if scale == 1 else 2)
+        stack.enter_context(loras.use_rows(models, rows))
+        texts = prompts if scale == 1 else unconds + prompts
+        tokens = tokenize(tokenizer or models.tokenizer, texts, config.clip.max_tokens).to(device)
+        context = place("clip")(tokens, clip_skip)  # [R, L, D]
+        uncond, context = (None, context) if scale == 1 else context.chunk(2)
+
+        known, extra = None, None
+        if picture is not None:
+            with loras.use_rows(models, torch.arange(images)):
+                known = _encode(place("encoder"), picture.expand(images, -1, -1, -1), noise(), config).to(device)
+        start_noise = noise().to(device)
+        if config.unet.in_channels == 9:
+            with loras.use_rows(models, torch.arange(images)):
+                extra = _inpainting_channels(place, picture, mask, images, noise, config, height, width).to(device)
+
+        unet = place("diffusion")
+        network = DENOISERS[config.prediction](lambda x, t, context, rows: unet(x, t, context), steps,
+                                               dtype=unet.conv_in.weight.dtype, extra=extra)
+        denoise = CFGDenoiser(network, context.float(), None if uncond is None else uncond.float(), scale)
+        x = start_noise * steps.start if known is None else known + start_noise * steps.start
+        if mask is not None:
+            small = F.interpolate(mask, size=x.shape[2:]).to(device)  # [1, 1, h, w], nearest
+            denoise = _keep_outside(denoise, small, known, start_noise)
+        x = _sample(denoise, x, steps, sampler_name, eta, lambda i: noise().to(device), on_step)
+        if mask is not None:
+            x = small * x + (1 - small) * known
+
+        with loras.use_rows(models, torch.arange(images)):
+            pictures = _decode(place("decoder"), x, config)  # [B, C, H, W]
+        place(None)
+    array = to_uint8(pictures)
+    return array[0] if isinstance(prompt, str) and images == 1 else array
+
+
+def compare(prompts: str | Sequence[str], models: Models | None = None, variants: Sequence[Mapping[str, float]] = (), *,
+            seed: int | None = 0, **arguments) -> np.ndarray:
+    """A labelled contact sheet, uint8 [H, W, 3]: a row for each prompt, a column for each set of adapters, {} the base.
+
+    All variants are made in one batch, each prompt with the same noise in every column. `variants` defaults to the base
+    beside all loaded adapters, each alone at 1. `arguments` go to `generate`.
+    """
+    prompts = _prompts(prompts, "prompts")
+    models = preload_models_from_standard_weights(device=arguments.get("device")) if models is None else models
+    variants = list(variants) or [{}, *({name: 1.0} for name in loras.adapter_names(models))]
+    seed = secrets.randbits(32) if seed is None else seed
+    cells = [(p, variant, seed + i) for i, p in enumerate(prompts) for variant in variants]
+    pictures = generate([p for p, _, _ in cells], models=models, lora=[v for _, v, _ in cells],
+                        seed=[s for _, _, s in cells], **arguments)
+    rows = [list(pictures[i:i + len(variants)]) for i in range(0, len(cells), len(variants))]
+    labels = [" + ".join(f"{name} {m:g}" for name, m in v.items()) or "base" for v in variants]
+    return contact_sheet(rows, prompts, labels)
+
+
+class ImageNoise:
+    """N(0, 1) noise for a batch: one CPU generator an image, so that image i depends on its own seed and on nothing else."""
+
+    def __init__(self, seeds: Sequence[int], shape: tuple[int, ...]):
+        self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        self.shape = shape
+
+    def __call__(self) -> Tensor:
+        """The next draw, [B, *shape] in fp32 on the CPU."""
+        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators])
+
+
+class Placement:
+    """Brings a network to the device when it is needed, and sends the one before to `idle_device`, if there is one."""
+
+    def __init__(self, models: Models, device: torch.device, idle_device):
+        self.models, self.device, self.idle, self.current = models, device, idle_device, None
+
+    def __call__(self, name: str | None):
+        if self.idle is not None and self.current not in (None, name):
+            self.models[self.current].to(self.idle)
+        self.current = name
+        if name is None:
+            return None
+        network = self.models[name]
+        # A network that is there already is not touched: a move drops merged weights.
+        return network if next(network.parameters()).device == self.device else network.to(self.device)
+
+
+# ---- the arguments ---------------------------------------------------------------------------------------------------
+
+def _prompts(prompt, what: str) -> list[str]:
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Sequence) else [prompt]
+    if not prompts:
+        raise GenerateError(f"{what} is an empty list; at least one text is needed")
+    for text in prompts:
+        if not isinstance(text, str):
+            raise GenerateError(f"{what} holds {text!r}, which is no text")
+    return prompts
+
+
+def _size(pixels: int | None, what: str, config) -> int:
+    pixels, factor = config.image_size if pixels is None else pixels, config.vae.factor
+    if not isinstance(pixels, int) or not factor <= pixels <= MAX_SIDE:
+        raise GenerateError(f"{what} is {pixels!r}; allowed: whole numbers of pixels from {factor} to {MAX_SIDE}")
+    if pixels % factor:
+        low = pixels // factor * factor
+        raise GenerateError(f"{what} is {pixels}, no multiple of {factor}; the nearest are {low} and {low + factor}")
+    return pixels
+
+
+def _seeds(seed: int | Sequence[int] | None, images: int) -> list[int]:
+    seed = secrets.randbits(32) if seed is None else seed
+    seeds = [int(seed) + i for i in range(images)] if isinstance(seed, Integral) else list(seed)
+    if len(seeds) != images:
+        raise GenerateError(f"{len(seeds)} seeds are given for {images} images")
+    for s in seeds:
+        if not isinstance(s, Integral) or not 0 <= s < 2**63:
+            raise GenerateError(f"seed {s!r} is not allowed; a whole number from 0 to 2^63 - 1 is needed")
+    return seeds
+
+
+def _input(image, mask, height: int, width: int, config) -> tuple[Tensor | None, Tensor | None]:
+    """(picture [1, C, H, W] in [-1, 1] or None, mask [1, 1, H, W] of 0 and 1 or None)."""
+    if image is None and (mask is not None or config.unet.in_channels == 9):
+        raise GenerateError("inpainting needs input_image= and mask=; input_image is missing")
+    if image is not None and mask is None and config.unet.in_channels == 9:
+        raise GenerateError("this is an inpainting model: it needs mask= beside input_image= (white is repainted)")
+    if image is None:
+        return None, None
+    picture = load_image(image).convert("L" if config.vae.image_channels == 1 else "RGB")
+    picture = np.asarray(picture.resize((width, height), Image.LANCZOS), dtype=np.float32)
+    picture = torch.from_numpy(picture).view(height, width, -1).permute(2, 0, 1)[None] / 127.5 - 1
+    if mask is not None:
+        mask = np.asarray(load_image(mask).convert("L").resize((width, height), Image.LANCZOS), dtype=np.float32)
+        mask = torch.from_numpy(mask / 255 >= 0.5).float()[None, None]
+    return picture, mask
+
+
+# ---- LoRA ------------------------------------------------------------------------------------------------------------
+
+def _enter_adapters(stack: ExitStack, models: Models, lora, use_lora: bool, images: int) -> None:
+    """The toggle: use_lora=False over lora=... over the present state."""
+    if not use_lora:
+        stack.enter_context(loras.use_adapters(models, {}))
+    elif isinstance(lora, Mapping):
+        stack.enter_context(loras.use_adapters(models, lora))
+    elif lora is not None:
+        if len(lora) != images:
+            raise GenerateError(f"lora has {len(lora)} dicts for {images} images; give one dict, or one for each image")
+        if all(dict(one) == dict(lora[0]) for one in lora):
+            stack.enter_context(loras.use_adapters(models, lora[0]))
+        else:
+            names = sorted({name for one in lora for name in one})
+            table = {name: torch.tensor([float(one.get(name, 0.0)) for one in lora]) for name in names}
+            stack.enter_context(loras.use_adapters(models, table))
+
+
+def _should_merge(models: Models, merged: bool | str) -> bool:
+    if merged not in (True, False, "auto"):
+        raise GenerateError(f"merged is {merged!r}; allowed: 'auto', True, False")
+    if merged is False:
+        loras.unmerge(models)
+    if merged != "auto":
+        return bool(merged)
+    # In half precision the sum W + ΔW rounds away a good part of a usual ΔW; the adapters' own path keeps it.
+    same_for_all = not any(isinstance(m, tuple) for m in loras.active_multipliers(models).values())
+    return same_for_all and models.dtype == torch.float32
+
+
+# ---- the steps -------------------------------------------------------------------------------------------------------
+
+def _sample(denoise, x: Tensor, steps: Schedule, sampler_name: str, eta: float, noise, on_step) -> Tensor:
+    """Run the sampler with a progress bar; returns latents in the UNet's scale."""
+    extra = {"eta": eta} if sampler_name == "ddim" else {}
+    if eta and not extra:
+        raise GenerateError(f"eta is {eta}, but only ddim has an eta, not {sampler_name}")
+    with tqdm(total=len(steps.timesteps), desc=sampler_name, leave=False, disable=None) as bar:
+        def told(i, n, x0):
+            bar.update()
+            if on_step is not None:
+                on_step(i, n, x0)
+        x = SAMPLERS[sampler_name].sample(denoise, x, steps.sigmas, noise=noise, on_step=told, **extra)
+    return x * steps.end
+
+
+def _keep_outside(denoise, mask: Tensor, known: Tensor, noise: Tensor):
+    """Inpainting for any UNet: outside the mask the network sees, and the sampler gets, the known latents."""
+    def masked(x: Tensor, sigma: float) -> Tensor:
+        x0 = denoise(mask * x + (1 - mask) * (known + sigma * noise), sigma)
+        return mask * x0 + (1 - mask) * known
+    return masked
+
+
+def _encode(encoder, picture: Tensor, noise: Tensor, config) -> Tensor:
+    """Latents of pictures [B, C, H, W], sampled from the posterior with `noise`, in the UNet's scale and fp32."""
+    weight = encoder.conv_in.weight
+    mean, logvar = encoder(picture.to(weight.device, weight.dtype))
+    return sample_posterior(mean.float(), logvar.float(), noise.to(weight.device)) * config.vae.scale
+
+
+def _decode(decoder, latents: Tensor, config) -> Tensor:
+    pictures = decoder((latents / config.vae.scale).to(decoder.conv_in.weight.dtype)).float()
+    if not torch.isfinite(pictures).all():
+        raise RuntimeError("the picture holds values that are not finite: the networks overflowed; use bf16 or fp32 "
+                           "(dtype=torch.float32 when loading)")
+    return pictures
+
+
+def _inpainting_channels(place: Placement, picture, mask, images: int, noise: ImageNoise, config, height, width) -> Tensor:
+    """Mask and latents of the picture without the masked part, [B, 5, h, w], for UNets with 9 input channels."""
+    hidden = picture * (mask < 0.5)
+    latents = _encode(place("encoder"), hidden.expand(images, -1, -1, -1), noise(), config)
+    small = F.interpolate(mask, size=latents.shape[2:]).to(latents)
+    return torch.cat([small.expand(images, -1, -1, -1), latents], dim=1)
+
+
+def to_uint8(pictures: Tensor) -> np.ndarray:
+    """[B, 1 or 3, H, W] in [-1, 1] to uint8 [B, H, W, 3], rounded to nearest."""
+    pictures = (pictures / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return pictures.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().cpu().numpy()

@@ -1,0 +1,102 @@
+"""Token ids, against transformers' own calls and the ids that CLIP is known for."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from sd.tokenizer import data_dir, load_tokenizer, tokenize
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer()
+
+
+def test_the_vocabulary_is_that_of_clip():
+    vocab = json.loads((data_dir() / "vocab.json").read_text(encoding="utf-8"))
+    assert len(vocab) == 49408 and sorted(vocab.values()) == list(range(49408))
+    assert vocab["<|startoftext|>"] == 49406 and vocab["<|endoftext|>"] == 49407 and vocab["cat</w>"] == 2368
+    assert hashlib.sha256((data_dir() / "merges.txt").read_bytes()).hexdigest() == \
+        "9fd691f7c8039210e0fced15865466c65820d09b63988b0174bfe25de299051a"
+
+
+def test_a_photo_of_a_cat_has_the_ids_of_clip(tokenizer):
+    ids = tokenize(tokenizer, ["a photo of a cat"], 77)
+    assert ids.dtype == torch.long and ids.tolist() == [[49406, 320, 1125, 539, 320, 2368, 49407] + [49407] * 70]
+
+
+def test_ids_are_those_of_a_padded_and_truncated_call_of_transformers(tokenizer):
+    from transformers import CLIPTokenizer
+
+    reference = CLIPTokenizer.from_pretrained(str(ROOT / "data"), model_max_length=77)
+    prompts = ["", "a", "Ünïcode  и 日本語 🙂🙂", "it's (masterpiece:1.2), <lora:x:0.8>\n\ttwo", "<|endoftext|> in the middle", "7 " * 75,
+               "7 " * 76, "word " * 300, "\u200b\u0301", "x" * 10_000]
+    for max_tokens in (77, 16, 2):
+        expected = reference(prompts, padding="max_length", truncation=True, max_length=max_tokens, return_tensors="pt")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert torch.equal(tokenize(tokenizer, prompts, max_tokens), expected.input_ids)
+
+
+def test_what_was_cut_from_a_long_prompt_is_shown_once(tokenizer):
+    with pytest.warns(UserWarning) as caught:
+        ids = tokenize(tokenizer, ["cat " * 75 + "DOG  and Mouse", "short"], 77)
+    assert len(caught) == 1 and "has 78 tokens, the model takes 75; cut: 'DOG  and Mouse'" in str(caught[0].message)
+    assert ids[0].tolist() == [49406] + [2368] * 75 + [49407] and ids.shape == (2, 77)
+    with pytest.warns(UserWarning) as caught:
+        tokenize(tokenizer, ["cat " * 10_000], 77)
+    assert len(str(caught[0].message)) < 400
+
+
+def test_a_prompt_that_just_fits_is_not_warned_about(tokenizer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tokenize(tokenizer, ["cat " * 75, ""], 77)[0, 75:].tolist() == [2368, 49407]
+
+
+@pytest.mark.parametrize("prompt", ["a " * 5000, "a" * 10_000, "é日🙂" * 3334, "\n" * 10_000, "'" * 10_000])
+@pytest.mark.filterwarnings("ignore:the prompt has")
+def test_a_prompt_of_10000_characters_is_quick(tokenizer, prompt):
+    start = time.perf_counter()
+    assert tokenize(tokenizer, [prompt], 77).shape == (1, 77)
+    assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize("prompts", ["a cat", [None], ["a", 7], [b"a"], [["a"]]])
+def test_anything_but_a_list_of_strings_is_a_type_error_that_shows_it(tokenizer, prompts):
+    with pytest.raises(TypeError, match="must be a list of strings"):
+        tokenize(tokenizer, prompts, 77)
+
+
+def test_impossible_lengths_folders_and_characters_are_errors(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="max_tokens is 1"):
+        tokenize(tokenizer, ["a"], 1)
+    with pytest.raises(FileNotFoundError, match="it has no vocab.json"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="surrogate"):
+        tokenize(tokenizer, ["a \ud800 b"], 77)
+    assert tokenize(tokenizer, [], 77).shape == (0, 77)
+
+
+def test_loading_uses_no_network_and_importing_is_quick():
+    code = """if 1:
+        import socket, sys
+        def refuse(*args, **kwargs):
+            raise AssertionError("network")
+        socket.socket.connect = socket.getaddrinfo = refuse
+        import sd, sd.tokenizer, sd.checkpoint, sd.image_io
+        assert not {"transformers", "diffusers", "matplotlib"} & set(sys.modules), "imported at the top"
+        tokenizer = sd.tokenizer.load_tokenizer()
+        print(sd.tokenizer.tokenize(tokenizer, ["cat"], 4).tolist())
+    """
+    result = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "[[49406, 2368, 49407, 49407]]\n", "")

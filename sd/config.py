@@ -137,8 +137,8 @@ TINY = ModelConfig(
 DIGITS = ModelConfig(
     name="digits",
     clip=CLIPConfig(width=64, layers=2, heads=4, mlp_width=256),
-    vae=VAEConfig(image_channels=1, widths=(32, 64, 64), layers_per_block=1, norm_groups=16),
-    unet=UNetConfig(widths=(64, 128), attention=(True, True), layers_per_block=1, heads=4, context_width=64, norm_groups=16),
+    vae=VAEConfig(image_channels=1, widths=(16, 16, 24), layers_per_block=1, norm_groups=8),
+    unet=UNetConfig(widths=(32, 40), attention=(True, True), layers_per_block=1, heads=2, context_width=64, norm_groups=8),
     image_size=32,
 )
 

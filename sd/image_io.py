@@ -33,7 +33,8 @@ def to_pil(image) -> Image.Image:
     array = np.asarray(image)
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
-    if array.dtype != np.uint8 or array.size == 0 or not (array.ndim == 2 or array.ndim == 3 and array.shape[2] in (3, 4)):
+    is_picture = array.ndim == 2 or array.ndim == 3 and array.shape[2] in (3, 4)
+    if array.dtype != np.uint8 or array.size == 0 or not is_picture:
         raise ImageError(f"a picture must be uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], "
                          f"not {array.dtype} {list(array.shape)}")
     return Image.fromarray(array)
@@ -52,8 +53,8 @@ def load_image(source, mode: str = "RGB") -> Image.Image:
     try:
         with Image.open(source) as image:
             return _convert(image, mode)
-    except ImageError:
-        raise
+    except ImageError as error:
+        raise ImageError(f"{source}: {error}") from None
     except _DAMAGE as error:
         raise _unreadable(source, error) from None
 
@@ -65,7 +66,7 @@ def _unreadable(path: str | Path, error: BaseException) -> ImageError:
     if not path.exists():
         return ImageError(f"{path}: no such file")
     if isinstance(error, Image.UnidentifiedImageError):
-        return ImageError(f"{path}: {'not a picture that can be read' if path.stat().st_size else 'is empty (0 bytes)'}")
+        return ImageError(f"{path}: {'is empty (0 bytes)' if path.stat().st_size == 0 else 'not a picture'}")
     if isinstance(error, Image.DecompressionBombError):
         return ImageError(f"{path}: too many pixels; allowed: {2 * Image.MAX_IMAGE_PIXELS:,}")
     return ImageError(f"{path}: damaged picture ({str(error)[:100]})")
@@ -73,8 +74,8 @@ def _unreadable(path: str | Path, error: BaseException) -> ImageError:
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
     image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ImageError("a picture of floating point numbers has no known range; give 8 or 16 bits a channel")
+    if image.mode in ("F", "LAB"):
+        raise ImageError(f"pictures of mode {image.mode!r} are not read; save it as RGB or grey with 8 or 16 bits")
     if image.mode.startswith("I"):  # 16 bits of grey: Pillow's own conversion clips at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     if image.has_transparency_data:
@@ -86,8 +87,9 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
 def save_image(image, path: str | Path, parameters: dict | None = None, *, quality: int = 95) -> None:
     """Write PNG, JPEG or WebP with generation parameters inside; `path` is replaced at once or not at all.
 
-    `parameters`: anything that JSON can hold. `read_parameters` gives it back exactly, from a copy in JSON; other programs
-    read the text of `format_parameters` ("parameters" of a PNG, EXIF UserComment of the others). Raises ImageError.
+    `parameters`: anything that JSON can hold. `read_parameters` gives it back exactly, from a copy in JSON; other
+    programs read the text of `format_parameters` ("parameters" of a PNG, EXIF UserComment of the others). Raises
+    ImageError.
     """
     path = Path(path)
     file_format = FORMATS.get(path.suffix.lower())
@@ -119,9 +121,9 @@ def save_image(image, path: str | Path, parameters: dict | None = None, *, quali
 
 
 def read_parameters(path: str | Path) -> dict:
-    """The generation parameters in a picture: exactly what `save_image` was given, or what the text of another program says.
+    """The generation parameters in a picture: exactly what `save_image` was given.
 
-    {} if there are none. Raises ImageError.
+    Without our copy, what the text of another program says; {} if there is none. Raises ImageError.
     """
     try:
         with Image.open(path) as image:
@@ -179,7 +181,7 @@ def _quote(value) -> str:
 
 
 def parse_parameters(text: str) -> dict:
-    """The reverse of `format_parameters`, as far as the text is unambiguous; fields without a name here keep their label."""
+    """The reverse of `format_parameters`, as far as the text is unambiguous; fields unknown here keep their label."""
     lines = text.strip("\n").split("\n")
     field = r'\s*([\w][\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)'
     settings = lines.pop() if re.match(r"\s*Steps: \d", lines[-1]) or len(re.findall(field, lines[-1])) > 2 else ""
@@ -219,7 +221,8 @@ def contact_sheet(rows, row_labels=None, column_labels=None, *, tile: int = 160)
     if not cells:
         raise ImageError("a contact sheet needs at least one picture")
     if len(row_labels) not in (0, len(rows)) or len(column_labels) not in (0, columns):
-        raise ImageError(f"{len(row_labels)} row labels and {len(column_labels)} column labels for {len(rows)} x {columns}")
+        raise ImageError(f"{len(row_labels)} row labels and {len(column_labels)} column labels do not fit "
+                         f"{len(rows)} rows of {columns}")
     factor = max(1, math.ceil(tile / max(max(cell.size) for cell in cells)))
     width, height = (factor * max(cell.size[axis] for cell in cells) for axis in (0, 1))
     font, gap = ImageFont.load_default(15), 10
@@ -242,7 +245,7 @@ def contact_sheet(rows, row_labels=None, column_labels=None, *, tile: int = 160)
                 x = left + c * (width + gap)
                 sheet.paste(cell, (x, y))
                 draw.rectangle((x - 1, y - 1, x + cell.width, y + cell.height), outline="#c8c8c8")
-    return np.asarray(sheet)
+    return np.array(sheet)
 
 
 def _wrap(label, font, width: float, most: int) -> list[str]:
@@ -286,7 +289,7 @@ def line_plot(series: dict[str, list[tuple[float, float]]], title: str = "", x_l
         draw.text((place(t, y0)[0], bottom + 9 * scale), f"{t:g}", "#333333", font, anchor="mt")
     draw.line((left, top, left, bottom, right, bottom), "#333333", scale)
     for i, line in enumerate(series.values()):
-        for (xa, ya), (xb, yb) in zip(line, line[1:] or line, strict=False):
+        for (xa, ya), (xb, yb) in zip(line, line[1:]):
             if all(map(math.isfinite, (xa, ya, xb, yb))):
                 draw.line((*place(xa, ya), *place(xb, yb)), colours[i % len(colours)], 2 * scale)
         if len(line) == 1 and all(map(math.isfinite, line[0])):

@@ -412,7 +412,7 @@ def lora_state(models, name: str | None = None) -> dict[str, AdapterWeights]:
 
 def attach_state(models, state: Mapping[str, AdapterWeights], name: str, multiplier: float = 1.0,
                  where: str = "the LoRA") -> None:
-    """Attach loaded weights as adapter `name`, active; one of that name is replaced. All or nothing: raises before it changes."""
+    """Attach loaded weights as adapter `name`, active; one of that name is replaced. Raises before it changes."""
     by_path = dict(named_layers(models))
     _refuse_bypassed(models, {path: by_path[path] for path in state})
     new = {}

@@ -70,7 +70,8 @@ def read_kohya(tensors: Mapping[str, Tensor], modules: Mapping[str, str], where:
     return {modules[module]: _weights(module, found, where) for module, found in parts.items()}
 
 
-def write_kohya(state: Mapping[str, AdapterWeights], names: Iterable[Name], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def write_kohya(state: Mapping[str, AdapterWeights], names: Iterable[Name],
+                dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The inverse of `read_kohya`. A module that kohya has no name for is written under its module path. alpha always."""
     kohya = {name.path: name.kohya or name.path for name in names}
     tensors: dict[str, Tensor] = {}
@@ -128,7 +129,7 @@ def guess_file(tensors: Mapping[str, Tensor]) -> str:
         (r"^lora_unet_(double|single)_blocks|transformer\.single_transformer_blocks", "it seems to be a LoRA for Flux"),
         (r"^lora_te_text_model_encoder_layers_(1[2-9]|2\d)_", "it seems to be a LoRA for SD 2"),
         (r"joint_blocks", "it seems to be a LoRA for SD 3"),
-        (r"\.lora_A\.|\.lora_B\.|_lora\.(down|up)\.|lora_linear_layer", "it seems to be a LoRA in diffusers' or PEFT's spelling"),
+        (r"\.lora_A\.|\.lora_B\.|_lora\.(down|up)\.|lora_linear_layer", "it seems to be spelt as in diffusers or PEFT"),
         (r"^unet:\d+:|^text_encoder:\d+:", "it seems to be a LoRA of cloneofsimo/lora"),
         (r"\.(hada_w1|lokr_w|oft_|lora_mid|a1\.|b1\.)", "it seems to be a LyCORIS file of a kind that is not read here"),
         (r"^(model\.diffusion_model|first_stage_model|cond_stage_model)\.", "it seems to be a whole checkpoint, not a LoRA"),

@@ -405,21 +405,22 @@ def _folder_configs(c: ModelConfig) -> dict[str, dict]:
     down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in c.unet.attention]
     up = ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in c.unet.attention[::-1]]
     n = len(c.vae.widths)
+    version = {"_diffusers_version": "0.30.0"}  # what these files say holds since then; the inpainting pipeline asks for it
     return {
         "model_index.json": {
-            "_class_name": "StableDiffusionPipeline", "feature_extractor": [None, None], "image_encoder": [None, None],
+            "_class_name": "StableDiffusionPipeline", **version, "feature_extractor": [None, None], "image_encoder": [None, None],
             "requires_safety_checker": False, "safety_checker": [None, None],
             "scheduler": ["diffusers", "PNDMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
             "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
             "vae": ["diffusers", "AutoencoderKL"]},
         "unet/config.json": {
-            "_class_name": "UNet2DConditionModel", "sample_size": c.image_size // c.vae.factor,
+            "_class_name": "UNet2DConditionModel", **version, "sample_size": c.image_size // c.vae.factor,
             "in_channels": c.unet.in_channels, "out_channels": c.unet.out_channels, "block_out_channels": list(c.unet.widths),
             "down_block_types": down, "up_block_types": up, "layers_per_block": c.unet.layers_per_block,
             "attention_head_dim": c.unet.heads, "cross_attention_dim": c.unet.context_width,
             "norm_num_groups": c.unet.norm_groups},
         "vae/config.json": {
-            "_class_name": "AutoencoderKL", "sample_size": c.image_size, "in_channels": c.vae.image_channels,
+            "_class_name": "AutoencoderKL", **version, "sample_size": c.image_size, "in_channels": c.vae.image_channels,
             "out_channels": c.vae.image_channels, "latent_channels": c.vae.latent_channels,
             "block_out_channels": list(c.vae.widths), "down_block_types": ["DownEncoderBlock2D"] * n,
             "up_block_types": ["UpDecoderBlock2D"] * n, "layers_per_block": c.vae.layers_per_block,
@@ -431,7 +432,7 @@ def _folder_configs(c: ModelConfig) -> dict[str, dict]:
             "hidden_act": c.clip.activation, "projection_dim": c.clip.width, "layer_norm_eps": 1e-5,
             "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407},
         "scheduler/scheduler_config.json": {
-            "_class_name": "PNDMScheduler", "beta_start": c.beta_start, "beta_end": c.beta_end,
+            "_class_name": "PNDMScheduler", **version, "beta_start": c.beta_start, "beta_end": c.beta_end,
             "beta_schedule": c.beta_schedule, "num_train_timesteps": c.train_timesteps, "set_alpha_to_one": False,
             "skip_prk_steps": True, "steps_offset": 1, "clip_sample": False,
             "prediction_type": {"eps": "epsilon", "v": "v_prediction"}[c.prediction]},

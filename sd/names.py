@@ -221,7 +221,7 @@ def guess_checkpoint(keys) -> str:
         ("model.diffusion_model.double_blocks.", "it seems to be Flux"), ("double_blocks.", "it seems to be Flux"),
         ("model.diffusion_model.joint_blocks.", "it seems to be Stable Diffusion 3"),
         ("lora_unet_", "it seems to be a LoRA, not a checkpoint"), ("lora_te", "it seems to be a LoRA, not a checkpoint"),
-        ("control_model.", "it seems to be a ControlNet"), ("model.diffusion_model.", "it seems to be a latent diffusion model"),
+        ("control_model.", "it seems to be a ControlNet"), ("model.diffusion_model.", "it is some latent diffusion model"),
         ("first_stage_model.", "it seems to be a VAE"), ("down_blocks.", "it seems to be a UNet of diffusers"),
         ("decoder.", "it seems to be a VAE"), ("text_model.", "it seems to be a CLIP text encoder"),
     ):

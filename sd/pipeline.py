@@ -78,6 +78,8 @@ def generate(prompt: str | Sequence[str], uncond_prompt: str | Sequence[str] | N
         steps = steps if picture is None else cut(steps, strength)
     except ValueError as error:
         raise GenerateError(str(error)) from None
+    if eta and sampler_name != "ddim" or not 0 <= eta <= 1:
+        raise GenerateError(f"eta is {eta} for {sampler_name}; only ddim has an eta, from 0 to 1")
     if not 1 <= clip_skip <= config.clip.layers:
         raise GenerateError(f"clip_skip is {clip_skip}; allowed: 1 (last layer) to {config.clip.layers}")
 
@@ -258,8 +260,6 @@ def _should_merge(models: Models, merged: bool | str) -> bool:
 def _sample(denoise, x: Tensor, steps: Schedule, sampler_name: str, eta: float, noise, on_step) -> Tensor:
     """Run the sampler with a progress bar; returns latents in the UNet's scale."""
     extra = {"eta": eta} if sampler_name == "ddim" else {}
-    if eta and not extra:
-        raise GenerateError(f"eta is {eta}, but only ddim has an eta, not {sampler_name}")
     with tqdm(total=len(steps.timesteps), desc=sampler_name, leave=False, disable=None) as bar:
         def told(i, n, x0):
             bar.update()

@@ -38,8 +38,8 @@ def test_ids_are_those_of_a_padded_and_truncated_call_of_transformers(tokenizer)
     from transformers import CLIPTokenizer
 
     reference = CLIPTokenizer.from_pretrained(str(ROOT / "data"), model_max_length=77)
-    prompts = ["", "a", "Ünïcode  и 日本語 🙂🙂", "it's (masterpiece:1.2), <lora:x:0.8>\n\ttwo", "<|endoftext|> in the middle", "7 " * 75,
-               "7 " * 76, "word " * 300, "\u200b\u0301", "x" * 10_000]
+    prompts = ["", "a", "Ünïcode  и 日本語 🙂🙂", "it's (masterpiece:1.2), <lora:x:0.8>\n\ttwo",
+               "<|endoftext|> in the middle", "7 " * 75, "7 " * 76, "word " * 300, "\u200b\u0301", "x" * 10_000]
     for max_tokens in (77, 16, 2):
         expected = reference(prompts, padding="max_length", truncation=True, max_length=max_tokens, return_tensors="pt")
         with warnings.catch_warnings():
@@ -98,5 +98,6 @@ def test_loading_uses_no_network_and_importing_is_quick():
         tokenizer = sd.tokenizer.load_tokenizer()
         print(sd.tokenizer.tokenize(tokenizer, ["cat"], 4).tolist())
     """
-    result = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-W", "error::UserWarning", "-c", code]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "[[49406, 2368, 49407, 49407]]\n", "")

@@ -1,0 +1,134 @@
+"""A run's folder: state.safetensors to resume from, metrics.jsonl, loss.png, config.json. Nothing in it is ever half written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sd.checkpoint import CheckpointError, atomic_write, read_tensors, write_safetensors
+
+STATE = "state.safetensors"
+
+
+class TrainError(ValueError):
+    """A training that cannot start, go on or be resumed; the message says why and what to change."""
+
+
+@dataclass
+class Progress:
+    """How far a run is: finished steps, and the steps that were skipped because of a bad loss or gradient."""
+
+    step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+
+def open_folder(path: str | os.PathLike) -> Path:
+    """The run's folder, made if need be. Raises TrainError when nothing can be written there."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(folder / ".writable"):
+            pass
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise TrainError(f"{folder}: cannot write there ({error.strerror})") from None
+    return folder
+
+
+# ---- state -----------------------------------------------------------------------------------------------------------
+
+def save_state(folder: Path, progress: Progress, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer,
+               ema: Mapping[str, Tensor], facts: Mapping[str, object]) -> None:
+    """Replace the run's state at once: trained weights, optimizer, moving average, progress, and the facts of the run."""
+    tensors = {f"weights/{name}": p.detach() for name, p in parameters.items()}
+    tensors |= {f"ema/{name}": value for name, value in ema.items()}
+    for name, p in parameters.items():
+        tensors |= {f"optimizer/{name}/{key}": value for key, value in optimizer.state[p].items()}
+    write_safetensors(folder / STATE, tensors, {"progress": json.dumps(asdict(progress)), "facts": json.dumps(facts)})
+
+
+@torch.no_grad()
+def load_state(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer,
+               ema: dict[str, Tensor], facts: Mapping[str, object]) -> Progress:
+    """Take up the run where its last save left it; a folder without one starts at step 0.
+
+    Raises TrainError when the saved run is another one, with everything that differs.
+    """
+    path = folder / STATE
+    if not path.exists():
+        return Progress()
+    try:
+        tensors = read_tensors(path)
+        progress, saved = Progress(**json.loads(tensors.metadata["progress"])), json.loads(tensors.metadata["facts"])
+    except (CheckpointError, KeyError, ValueError, TypeError) as error:
+        raise TrainError(f"{path}: is not the state of a training ({error}); remove it, or choose another out folder") from None
+    facts = json.loads(json.dumps(facts))
+    differs = [f"{key} was {saved.get(key)!r}, now {facts.get(key)!r}" for key in {**saved, **facts}
+               if saved.get(key) != facts.get(key)]
+    if differs:
+        raise TrainError(f"{folder}: holds another training ({'; '.join(differs)}); go on with its values, "
+                         f"or choose another out folder")
+    if {key.split("/")[1] for key in tensors} != set(parameters):
+        raise TrainError(f"{path}: holds other weights than those that are trained now; choose another out folder")
+    for name, p in parameters.items():
+        p.copy_(tensors[f"weights/{name}"])
+        state = {key.rsplit("/", 1)[1]: value for key, value in tensors.items() if key.startswith(f"optimizer/{name}/")}
+        # A copy: what is read is a view of the mapped file. Counters stay where the optimizer wants them, with the weights.
+        optimizer.state[p] = {key: value.to(p.device, copy=True) for key, value in state.items()}
+        if name in ema:
+            ema[name].copy_(tensors[f"ema/{name}"])
+    return progress
+
+
+def fingerprint(models: Mapping[str, nn.Module], trained: Mapping[str, nn.Parameter]) -> str:
+    """Hash of all weights that stay as they are: a resumed run must stand on the same ones."""
+    digest, skip = hashlib.sha256(), {id(p) for p in trained.values()}
+    for component in sorted(models):
+        for name, p in models[component].named_parameters():
+            if id(p) not in skip:
+                digest.update(f"{component}.{name}{tuple(p.shape)}{p.dtype}".encode())
+                digest.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def run_facts(config, free: tuple[str, ...], **more: object) -> dict[str, object]:
+    """What a resumed run must agree on: every field of its config but the `free` ones, and more."""
+    return {f.name: getattr(config, f.name) for f in fields(config) if f.name not in free} | more
+
+
+# ---- metrics ---------------------------------------------------------------------------------------------------------
+
+class Metrics:
+    """metrics.jsonl, one line a step; what lies beyond the resumed step is cut off, so a resumed file equals an unbroken one."""
+
+    def __init__(self, folder: Path, step: int):
+        self.path = folder / "metrics.jsonl"
+        self.rows = []
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        for line in lines[:step]:
+            self.rows.append(json.loads(line))
+        if [row["step"] for row in self.rows] != list(range(step)):
+            raise TrainError(f"{self.path}: its lines are not the steps 0 to {step - 1}; it was changed after the run")
+        with atomic_write(self.path) as file:
+            file.write("".join(json.dumps(row) + "\n" for row in self.rows).encode())
+        self.file = open(self.path, "a", encoding="utf-8")
+
+    def add(self, **row: float | int) -> None:
+        self.rows.append(row)
+        self.file.write(json.dumps(row) + "\n")
+
+    def flush(self) -> None:
+        """To the disk: before a state is saved, its lines must be there."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        self.file.close()

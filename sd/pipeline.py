@@ -6,6 +6,7 @@ H, W pixels, h, w latents (pixels / VAE factor), L tokens, D context width.
 
 from __future__ import annotations
 
+import inspect
 import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sd import lora as loras
+from sd.checkpoint import lora_hash
 from sd.denoiser import DENOISERS, CFGDenoiser
 from sd.image_io import contact_sheet, load_image
 from sd.model_loader import Models, preload_models_from_standard_weights
@@ -304,3 +306,31 @@ def to_uint8(pictures: Tensor) -> np.ndarray:
     """[B, 1 or 3, H, W] in [-1, 1] to uint8 [B, H, W, 3], rounded to nearest."""
     pictures = (pictures / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
     return pictures.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def describe(models: Models, prompt: str, *, seed: int, **arguments) -> dict:
+    """What makes a picture again: the arguments of `generate` with its defaults, the model, and the LoRAs truly applied.
+
+    For `sd.image_io.save_image(picture, path, parameters)`, which writes it into the file.
+    """
+    defaults = {k: p.default for k, p in inspect.signature(generate).parameters.items() if p.default is not p.empty}
+    known = defaults | {k: v for k, v in arguments.items() if v is not None}
+    row = SAMPLERS[known["sampler_name"]]
+    found = {"prompt": prompt, "uncond_prompt": known["uncond_prompt"] or "", "n_inference_steps": known["n_inference_steps"],
+             "sampler_name": known["sampler_name"], "cfg_scale": float(known["cfg_scale"] if known["do_cfg"] else 1.0),
+             "seed": int(seed), "width": known["width"] or models.config.image_size,
+             "height": known["height"] or models.config.image_size, "model": models.config.name,
+             "spacing": known["spacing"] or row.spacing, "clip_skip": known["clip_skip"]}
+    if known["eta"]:
+        found["eta"] = known["eta"]
+    if known["input_image"] is not None:
+        found["strength"] = known["strength"]
+    if models.model_hash:
+        found["model_hash"] = models.model_hash
+    applied = known["lora"] if known["lora"] is not None else loras.active_multipliers(models)
+    applied = {name: m for name, m in applied.items() if m} if known["use_lora"] else {}
+    if applied:
+        found["lora"] = applied
+        found["lora_hashes"] = {name: lora_hash(models.lora_reports[name].file) for name in applied
+                                if name in models.lora_reports}
+    return found

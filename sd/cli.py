@@ -1,0 +1,275 @@
+"""`python -m sd generate | compare | train | merge | inspect`: parse, call one function, show the result."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+Positional = tyro.conf.Positional
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """Which model, where it runs, and what is loaded on it."""
+
+    model: str | None = None
+    """Checkpoint (.safetensors, .ckpt) or diffusers folder; none: the small model that ships with the program."""
+    lora: tuple[str, ...] = ()
+    """LoRA files as PATH or PATH:MULTIPLIER; names of data/loras need no path."""
+    vae: str | None = None
+    """VAE to use instead of the model's own."""
+    device: str | None = None
+    """cuda, mps, cpu; none: the best present."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the networks; none: float32 on the CPU, half precision elsewhere."""
+
+
+@dataclass(frozen=True)
+class PictureArgs:
+    """How a picture is made; the same for generate and compare."""
+
+    negative: str = ""
+    """What the picture should not show."""
+    steps: int = 30
+    """Sampler steps."""
+    sampler: str = "dpmpp_2m"
+    """ddpm, ddim, pndm, euler, euler_a, heun, dpmpp_2m, dpmpp_2m_sde, unipc, lcm."""
+    spacing: str | None = None
+    """leading, trailing, linspace, karras, exponential; none: the sampler's own."""
+    cfg: float = 7.5
+    """Guidance scale; 1 is none."""
+    width: int | None = None
+    """Pixels; none: what the model is made for."""
+    height: int | None = None
+    """Pixels; none: what the model is made for."""
+    clip_skip: int = 1
+    """1: last layer of the text encoder, 2: the one before."""
+    seed: int | None = None
+    """Image i has seed + i; none: a random one, which is printed."""
+
+    def arguments(self) -> dict:
+        """For `sd.pipeline.generate`."""
+        return {"uncond_prompt": self.negative, "n_inference_steps": self.steps, "sampler_name": self.sampler,
+                "spacing": self.spacing, "cfg_scale": self.cfg, "width": self.width, "height": self.height,
+                "clip_skip": self.clip_skip}
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Make pictures from prompts; each file says what made it."""
+
+    prompts: Positional[tuple[str, ...]] = ()
+    """What the pictures show."""
+    on: Annotated[ModelArgs, tyro.conf.arg(name="")] = field(default_factory=ModelArgs)
+    how: Annotated[PictureArgs, tyro.conf.arg(name="")] = field(default_factory=PictureArgs)
+    count: int = 1
+    """Pictures for each prompt."""
+    input: str | None = None
+    """Picture to start from (img2img)."""
+    mask: str | None = None
+    """Where to repaint it (white)."""
+    strength: float = 0.8
+    """How much of it is noised: 0 nothing, 1 all."""
+    no_lora: bool = False
+    """Leave all LoRAs off: the bare base."""
+    again: str | None = None
+    """A picture made here: make it once more from what it says of itself."""
+    out: str = "out"
+    """Folder, or a file ending in .png, .jpg or .webp."""
+
+
+@dataclass(frozen=True)
+class Compare:
+    """One contact sheet: a row for each prompt, a column for the base and for each LoRA at each multiplier."""
+
+    prompts: Positional[tuple[str, ...]]
+    """What the pictures show."""
+    on: Annotated[ModelArgs, tyro.conf.arg(name="")] = field(default_factory=ModelArgs)
+    how: Annotated[PictureArgs, tyro.conf.arg(name="")] = field(default_factory=PictureArgs)
+    multipliers: tuple[float, ...] = ()
+    """One column for each, instead of the multiplier given with the LoRA."""
+    out: str = "out/compare.png"
+    """File of the contact sheet."""
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Merge LoRAs into a model for deployment: one plain checkpoint that any program loads."""
+
+    out: Positional[str]
+    """A file ending in .safetensors (LDM layout), or a new folder (diffusers)."""
+    on: Annotated[ModelArgs, tyro.conf.arg(name="")] = field(default_factory=ModelArgs)
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Say what a file is: a checkpoint, a LoRA, or a picture with the parameters that made it."""
+
+    paths: Positional[tuple[str, ...]]
+    """Files or diffusers folders."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 2 for a user's mistake (one sentence on stderr), 130 for Ctrl-C."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    commands = {"generate": generate, "compare": compare, "train": train, "merge": merge, "inspect": inspect}
+    try:
+        args = tyro.cli(_commands(), prog="python -m sd", args=argv, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+        commands[type(args).__name__.lower().removesuffix("config")](args)
+        return 0
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"error: {_sentence(error)}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if "not finite" not in str(error) and "memory" not in str(error):
+            raise
+        print(f"error: {_sentence(error)}", file=sys.stderr)
+        return 2
+
+
+def _commands():
+    from sd.training import TrainConfig
+    kinds = {"generate": Generate, "compare": Compare, "train": TrainConfig, "merge": Merge, "inspect": Inspect}
+    union = None
+    for command, cls in kinds.items():
+        one = Annotated[cls, tyro.conf.subcommand(command, description=(cls.__doc__ or "").splitlines()[0])]
+        union = one if union is None else union | one
+    return union
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+# ---- the commands ----------------------------------------------------------------------------------------------------
+
+def generate(args: Generate) -> None:
+    from sd import pipeline
+    from sd.image_io import read_parameters, save_image
+    models = _load(args.on)
+    arguments, prompts = args.how.arguments(), list(args.prompts)
+    seed = secrets.randbits(32) if args.how.seed is None else args.how.seed
+    if args.again is not None:
+        prompts, seed, arguments = _again(read_parameters(args.again), args.again, models)
+    if not prompts:
+        raise ValueError("no prompt is given: python -m sd generate \"a handwritten seven\"")
+    if args.input is not None:
+        arguments |= {"input_image": args.input, "mask": args.mask, "strength": args.strength}
+    elif args.mask is not None:
+        raise ValueError("--mask needs --input: the picture to repaint")
+    pictures = pipeline.generate(prompts, models=models, seed=seed, images_per_prompt=args.count,
+                                 use_lora=not args.no_lora, **arguments)
+    for i, (picture, path) in enumerate(zip(pictures, _paths(args.out, len(pictures)))):
+        about = pipeline.describe(models, prompts[i // args.count], seed=seed + i, use_lora=not args.no_lora, **arguments)
+        save_image(picture, path, about)
+        print(f"{path}  seed {seed + i}  {prompts[i // args.count]}")
+
+
+def _again(about: dict, path: str, models) -> tuple[list[str], int, dict]:
+    """Prompts, seed and arguments from a picture's own parameters. Raises ValueError for another model or LoRA."""
+    if "seed" not in about:
+        raise ValueError(f"{path}: no parameters in it, or not enough to make it again")
+    if "strength" in about:
+        raise ValueError(f"{path}: made from another picture, which it does not hold; name it with --input")
+    if about.get("model_hash", models.model_hash) != models.model_hash:
+        raise ValueError(f"{path}: made with model {about.get('model')!r} of hash {about['model_hash']}; "
+                         f"this one has {models.model_hash}; name it with --model")
+    missing = sorted(set(about.get("lora", {})) - set(models.lora_reports))
+    if missing:
+        raise ValueError(f"{path}: made with the LoRA {missing[0]!r}; load it with --lora")
+    keys = ("uncond_prompt", "n_inference_steps", "sampler_name", "cfg_scale", "width", "height", "spacing", "clip_skip", "eta")
+    return [about["prompt"]], about["seed"], {k: about[k] for k in keys if k in about} | {"lora": about.get("lora", {})}
+
+
+def compare(args: Compare) -> None:
+    from sd import pipeline
+    from sd.image_io import save_image
+    from sd.lora import active_multipliers
+    models = _load(args.on)
+    loaded = active_multipliers(models)
+    if not loaded:
+        raise ValueError("nothing to compare with the base: name at least one LoRA with --lora")
+    if args.multipliers:
+        variants = [{}, *({name: m} for name in loaded for m in args.multipliers)]
+    else:
+        variants = [{}, *({name: m} for name, m in loaded.items()), *([loaded] if len(loaded) > 1 else [])]
+    seed = secrets.randbits(32) if args.how.seed is None else args.how.seed
+    sheet = pipeline.compare(args.prompts, models, variants, seed=seed, **args.how.arguments())
+    path = Path(args.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_image(sheet, path, {"prompts": list(args.prompts), "variants": variants, "seed": seed, **args.how.arguments()})
+    print(f"{path}  {len(args.prompts)} prompts x {len(variants)} variants, seed {seed}")
+
+
+def train(args) -> None:
+    from sd.training import train as run
+    run(args)
+
+
+def merge(args: Merge) -> None:
+    from sd.model_loader import merge_lora_into_checkpoint
+    if not args.on.lora:
+        raise ValueError("nothing to merge: name at least one LoRA with --lora PATH:MULTIPLIER")
+    chosen = dict(_lora(text) for text in args.on.lora)
+    if len(chosen) < len(args.on.lora):
+        raise ValueError("the same LoRA is named twice; give it once, with the sum of the multipliers")
+    dtype = _dtype(args.on.dtype)
+    merge_lora_into_checkpoint(args.on.model, chosen, args.out, dtype=dtype, vae=args.on.vae, device=args.on.device or "cpu")
+    print(f"{args.out}: the model with " + " + ".join(f"{m:g} x {Path(p).name}" for p, m in chosen.items()) + " merged into it")
+
+
+def inspect(args: Inspect) -> None:
+    from sd.tools.inspect import inspect_file
+    for path in args.paths:
+        print(f"{path}: {json.dumps(inspect_file(path), indent=2, ensure_ascii=False)}")
+
+
+def _load(on: ModelArgs):
+    from sd.model_loader import load_lora_into_models, preload_models_from_standard_weights
+    models = preload_models_from_standard_weights(on.model, on.device, dtype=_dtype(on.dtype), vae=on.vae)
+    for path, multiplier in (_lora(text) for text in on.lora):
+        if path.stem in models.lora_reports:
+            raise ValueError(f"two LoRAs are named {path.stem!r}; rename one of the files")
+        load_lora_into_models(models, path, multiplier=multiplier)
+    return models
+
+
+def _lora(text: str) -> tuple[Path, float]:
+    """(file, multiplier) of PATH or PATH:MULTIPLIER; a bare name is looked up in data/loras."""
+    from sd.tokenizer import data_dir
+    name, _, number = text.rpartition(":")
+    try:
+        path, multiplier = (Path(name), float(number)) if name else (Path(text), 1.0)
+    except ValueError:  # the colon belongs to the path
+        path, multiplier = Path(text), 1.0
+    shipped = data_dir() / "loras" / f"{path.name}.safetensors"
+    return (shipped if not path.exists() and path.parent == Path(".") and shipped.exists() else path), multiplier
+
+
+def _dtype(name: str | None):
+    import torch
+    return None if name is None else getattr(torch, name)
+
+
+def _paths(out: str, count: int) -> list[Path]:
+    """Where pictures go: the file that is named, numbered if there are several, or the next free numbers of a folder."""
+    path = Path(out)
+    if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return [path if count == 1 else path.with_stem(f"{path.stem}-{i + 1}") for i in range(count)]
+    path.mkdir(parents=True, exist_ok=True)
+    used = [int(p.stem) for p in path.glob("*.png") if p.stem.isdigit()]
+    return [path / f"{max(used, default=0) + 1 + i:04d}.png" for i in range(count)]

@@ -295,7 +295,7 @@ def _read_pickle(path: Path, is_zip: bool) -> TensorFile:
     damage = content = None
     try:
         _collect_globals(path, is_zip, names)
-    except _DAMAGE as error:
+    except (*_DAMAGE, MemoryError) as error:  # a damaged length may ask for any amount of memory
         damage = error
     refused = sorted(name for name in names if not _INERT.fullmatch(name) and not _SAFE.fullmatch(name))
     if refused:

@@ -23,11 +23,11 @@ from sd.image_io import (
 )
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-USUAL = {"prompt": "a photo of a cat", "uncond_prompt": "blurry, dark", "n_inference_steps": 20, "sampler_name": "dpmpp_2m",
-         "cfg_scale": 7.5, "seed": 1, "width": 64, "height": 48,
-         "model_hash": "0123456789", "lora": {"line": 0.8, "ink v1.5": -0.25},
-         "lora_hashes": {"line": "00112233aabb", "ink v1.5": "ccddeeff0011"},
-         "strength": 0.8}
+USUAL = {
+    "prompt": "a photo of a cat", "uncond_prompt": "blurry, dark", "n_inference_steps": 20, "sampler_name": "dpmpp_2m",
+    "cfg_scale": 7.5, "seed": 1, "width": 64, "height": 48, "model_hash": "0123456789", "strength": 0.8,
+    "lora": {"line": 0.8, "ink v1.5": -0.25}, "lora_hashes": {"line": "00112233aabb", "ink v1.5": "ccddeeff0011"},
+}
 TEXT = """a photo of a cat <lora:line:0.8> <lora:ink v1.5:-0.25>
 Negative prompt: blurry, dark
 Steps: 20, Sampler: dpmpp_2m, CFG scale: 7.5, Seed: 1, Size: 64x48, Model hash: 0123456789, Denoising strength: 0.8, \

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
+from sd.image_io import ImageError, load_image
 from sd.tokenizer import tokenize
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -73,7 +74,7 @@ class PictureFolder:
     def __init__(self, folder: str | Path, *, size: int, channels: int):
         self.folder, self.size, self.mode = Path(folder), size, {1: "L", 3: "RGB"}[channels]
         if not self.folder.is_dir():
-            raise DataError(f"{folder}: {'is a file, a folder of pictures is needed' if self.folder.exists() else 'no such folder'}")
+            raise DataError(f"{folder}: {'is no folder' if self.folder.exists() else 'no such folder'}")
         self.files = sorted(f for f in self.folder.iterdir() if f.suffix.lower() in PICTURES and not f.name.startswith("."))
         if not self.files:
             raise DataError(f"{folder}: there are no pictures in it ({', '.join(PICTURES)})")
@@ -112,25 +113,22 @@ class PictureFolder:
             except (ValueError, KeyError, TypeError):
                 raise DataError(f'{path}, line {number}: expected {{"file_name": "...", "text": "..."}}, '
                                 f"found {line[:80]!r}") from None
-            if not isinstance(text, str) or name not in names or name in captions:
-                what = "has no text" if not isinstance(text, str) else "is not in the folder" if name not in names else "is there twice"
-                raise DataError(f"{path}, line {number}: {name!r} {what}")
+            wrong = ("is not in the folder" if name not in names else "is there twice" if name in captions
+                     else "has a text that is no string" if not isinstance(text, str) else None)
+            if wrong:
+                raise DataError(f"{path}, line {number}: {name!r} {wrong}")
             captions[name] = text.strip()
         return captions
 
     def picture(self, i: int) -> Tensor:
         """[C, size, size] in [-1, 1]."""
         try:
-            with Image.open(self.files[i]) as file:
-                image = ImageOps.exif_transpose(file)
-                if min(image.size) < 8:
-                    raise DataError(f"{self.files[i]}: has {image.width} x {image.height} pixels; at least 8 x 8 are needed")
-                if "A" in image.getbands() or "transparency" in image.info:
-                    image = image.convert("RGBA")
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-                image = ImageOps.fit(image.convert(self.mode), (self.size, self.size), Image.Resampling.LANCZOS)
-        except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise DataError(f"{self.files[i]}: cannot be read as a picture ({error})") from None
+            image = load_image(self.files[i], self.mode)
+        except ImageError as error:
+            raise DataError(str(error)) from None
+        if min(image.size) < 8:
+            raise DataError(f"{self.files[i]}: has {image.width} x {image.height} pixels; at least 8 x 8 are needed")
+        image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.array(image, dtype=np.float32))  # [H, W] or [H, W, 3]
         return pixels.reshape(self.size, self.size, -1).permute(2, 0, 1) / 127.5 - 1
 
@@ -204,7 +202,7 @@ def encode_pictures(models, dataset, batch: int = 16) -> tuple[Tensor, Tensor]:
 
 
 class Contexts:
-    """captions -> context [B, L, D]; each different caption is encoded once a batch, or once for good when nothing trains it."""
+    """captions -> context [B, L, D]; each different caption is encoded once a batch, or once for good if nothing trains it."""
 
     def __init__(self, models, *, trained: bool):
         self.models, self.trained, self.kept = models, trained, {}

@@ -1,9 +1,10 @@
-"""A run's folder: state.safetensors to resume from, metrics.jsonl, loss.png, config.json. Nothing in it is ever half written."""
+"""A run's folder: state.safetensors to resume from, metrics.jsonl, loss.png, config.json. None is ever half written."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sd.checkpoint import CheckpointError, atomic_write, read_tensors, write_safetensors
+from sd.image_io import line_plot, save_image
 
 STATE = "state.safetensors"
 
@@ -93,7 +95,7 @@ def fingerprint(models: Mapping[str, nn.Module], trained: Mapping[str, nn.Parame
     digest, skip = hashlib.sha256(), {id(p) for p in trained.values()}
     for component in sorted(models):
         for name, p in models[component].named_parameters():
-            if id(p) not in skip:
+            if id(p) not in skip and ".adapters." not in name:
                 digest.update(f"{component}.{name}{tuple(p.shape)}{p.dtype}".encode())
                 digest.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
@@ -107,7 +109,7 @@ def run_facts(config, free: tuple[str, ...], **more: object) -> dict[str, object
 # ---- metrics ---------------------------------------------------------------------------------------------------------
 
 class Metrics:
-    """metrics.jsonl, one line a step; what lies beyond the resumed step is cut off, so a resumed file equals an unbroken one."""
+    """metrics.jsonl, one line a step; lines beyond the resumed step are cut off, so it ends as that of an unbroken run."""
 
     def __init__(self, folder: Path, step: int):
         self.path = folder / "metrics.jsonl"
@@ -124,6 +126,19 @@ class Metrics:
     def add(self, **row: float | int) -> None:
         self.rows.append(row)
         self.file.write(json.dumps(row) + "\n")
+
+    def recent_loss(self, n: int = 50) -> float:
+        """Mean over the last n steps that have one."""
+        losses = [row["loss"] for row in self.rows[-n:] if row["loss"] is not None]
+        return sum(losses) / len(losses) if losses else math.nan
+
+    def plot(self, path: Path, points: int = 200) -> None:
+        """The loss as a curve, each point the mean of as many steps as there are too many."""
+        rows = [row for row in self.rows if row["loss"] is not None]
+        n = math.ceil(len(rows) / points) or 1
+        bins = [rows[i:i + n] for i in range(0, len(rows), n)]
+        curve = [(b[len(b) // 2]["step"], sum(row["loss"] for row in b) / len(b)) for b in bins]
+        save_image(line_plot({f"mean of {n} steps" if n > 1 else "loss": curve}, "training loss", "step", "loss"), path)
 
     def flush(self) -> None:
         """To the disk: before a state is saved, its lines must be there."""

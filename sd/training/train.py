@@ -19,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from sd.checkpoint import atomic_write
-from sd.lora import adapter_names, apply_lora_to_model, lora_layers, named_layers, use_adapters
+from sd.lora import adapter_names, apply_lora_to_model, lora_layers, named_layers, remove_lora, use_adapters
 from sd.model_loader import Models, preload_models_from_standard_weights, save_checkpoint, save_models_lora
 from sd.training.data import (
     Contexts,
@@ -238,7 +238,7 @@ def _training(config: TrainConfig, models: Models) -> Iterator[dict[str, nn.Para
     """The weights to train, by name, alone trainable and in training mode inside the block; afterwards all is as it was."""
     before = [(p, p.requires_grad) for network in models.values() for p in network.parameters()]
     modes = [(module, module.training) for _, module in named_layers(models)]
-    unet, checkpointing = models["diffusion"], models["diffusion"].checkpointing
+    unet, checkpointing, adapters = models["diffusion"], models["diffusion"].checkpointing, adapter_names(models)
     try:
         for network in models.values():
             network.eval().requires_grad_(False)
@@ -246,6 +246,10 @@ def _training(config: TrainConfig, models: Models) -> Iterator[dict[str, nn.Para
         unet.checkpointing = config.checkpointing
         with use_adapters(models, {config.name: 1.0} if config.train == "lora" else {}):
             yield parameters
+    except BaseException:
+        if config.train == "lora" and config.name in adapter_names(models) and config.name not in adapters:
+            remove_lora(models, config.name)  # half a training is in its folder, not in the models
+        raise
     finally:
         unet.checkpointing = checkpointing
         for module, mode in modes:
@@ -269,7 +273,8 @@ def _parameters(config: TrainConfig, models: Models) -> dict[str, nn.Parameter]:
         if adapter_names(models):
             raise TrainError(f"the model carries the adapters {', '.join(map(repr, adapter_names(models)))}; merge or remove "
                              f"them before all of its weights are trained")
-        on = {"diffusion": config.unet, "clip": config.text_encoder} if config.train == "full" else {"encoder": True, "decoder": True}
+        vae = config.train == "vae"
+        on = {"encoder": vae, "decoder": vae, "diffusion": config.unet and not vae, "clip": config.text_encoder and not vae}
         chosen = {key: models[key] for key in on if on[key]}
     for module in chosen.values():
         module.train().requires_grad_(True)
@@ -289,8 +294,9 @@ def _count(done: Progress, good: bool, step: int, loss: float, config: TrainConf
     done.skipped += not good
     done.skipped_in_a_row = 0 if good else done.skipped_in_a_row + 1
     if done.skipped_in_a_row >= MAX_SKIPPED:
-        raise TrainError(f"{MAX_SKIPPED} steps in a row to step {step} had no usable loss or gradient (the last loss is {loss:g}): "
-                         f"the training has diverged; use a lower learning rate than {config.learning_rate:g}, and another out folder")
+        raise TrainError(f"{MAX_SKIPPED} steps in a row, to step {step}, had no usable loss or gradient (the last loss is "
+                         f"{loss:g}): the training has diverged; use a lower learning rate than {config.learning_rate:g} and "
+                         f"another out folder")
 
 
 def _finite(value: float) -> float | None:

@@ -1,0 +1,261 @@
+"""What the measurements share: the random models on disk, fresh processes, medians, memory, the markdown block.
+
+The process that prints never computes: it forks, so each measurement has its own memory, threads and CUDA context,
+with all imports done and nothing else.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import tyro
+
+from sd.checkpoint import write_safetensors
+from sd.config import SD15, TINY, ModelConfig
+from sd.lora import find_targets
+from sd.lora_formats import AdapterWeights, write_kohya
+from sd.model_loader import Models, build_networks, save_checkpoint
+from sd.names import model_names
+from tests.twins import randomize
+
+CACHE = Path("out/bench")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+RANK, ALPHA = 8, 4.0
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags that all programs of bench/ have."""
+
+    full: bool = False  # the size of SD 1.5 instead of a tiny model of the same topology
+    device: str = "cpu"
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    n: int = 3  # repetitions after one that is not counted; medians are printed
+    threads: int = os.cpu_count() or 1
+    size: int = 0  # pixels on each side; 0: what the model was made for
+    out: Path | None = None  # also append what is printed to this file
+
+    @property
+    def config(self) -> ModelConfig:
+        return SD15 if self.full else TINY
+
+    @property
+    def latent(self) -> int:
+        return (self.size or self.config.image_size) // self.config.vae.factor
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+
+def run(main: Callable[[Options], str]) -> None:
+    """Parse the flags, print the block that `main` returns, and append it to `--out`."""
+    options = tyro.cli(Options)
+    text = main(options)
+    print(text)
+    if options.out is not None:
+        with open(options.out, "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+
+# ---- fresh processes and memory ----------------------------------------------------------------------------------------
+
+class Measured(NamedTuple):
+    result: object
+    peak: int  # bytes that the process grew by at most, after its imports; on CUDA what torch allocated there
+
+
+def isolated(options: Options, function: Callable, *args) -> Measured:
+    """function(*args) in a forked process with `options.threads` threads. Raises RuntimeError with what it raised."""
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(send, options, function, args))
+    sys.stdout.flush()
+    process.start()
+    send.close()
+    try:
+        result, peak, error = receive.recv()
+    except EOFError:
+        result, peak, error = None, 0, "it died"
+    process.join()
+    if error:
+        raise RuntimeError(f"{function.__name__} failed with exit code {process.exitcode}: {error}")
+    return Measured(result, peak)
+
+
+def _child(send, options: Options, function: Callable, args: tuple) -> None:
+    torch.set_num_threads(options.threads)
+    reset_peak()
+    try:
+        send.send((function(*args), peak(options.device), None))
+    except BaseException:  # noqa: B036 (whatever it is, the parent reports it)
+        send.send((None, 0, traceback.format_exc()))
+
+
+_start = 0
+
+
+def reset_peak() -> None:
+    """Count memory from here on."""
+    global _start
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes VmRSS (proc(5))
+    _start = _status("VmRSS")
+
+
+def peak(device: str) -> int:
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    return _status("VmHWM") - _start
+
+
+def _status(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def read_from_disk() -> int:
+    """Bytes that this process had the storage fetch: 0 where the page cache had them."""
+    line = next(line for line in Path("/proc/self/io").read_text().splitlines() if line.startswith("read_bytes:"))
+    return int(line.split()[1])
+
+
+def set_page_cache(path: Path, warm: bool) -> None:
+    """Read a file or folder into the page cache, or ask the kernel to drop it from there."""
+    for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
+        with open(file, "rb") as f:
+            if warm:
+                while f.read(2**24):
+                    pass
+            else:
+                os.fsync(f.fileno())
+                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+# ---- time ----------------------------------------------------------------------------------------------------------------
+
+def seconds(function: Callable, device: str) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def alternate(runs: Mapping[str, Callable], options: Options) -> dict[str, list[float]]:
+    """Seconds of each of `runs`, n times, in an order that turns round each time; the first time is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(options.n + 1):
+        for name in list(runs) if i % 2 else list(runs)[::-1]:
+            taken = seconds(runs[name], options.device)
+            if i:
+                times[name].append(taken)
+    return times
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> list[str]:
+    """Three cells: median of ours, median of theirs, ours / theirs."""
+    a, b = statistics.median(ours), statistics.median(theirs)
+    return [duration(a), duration(b), f"{a / b:.2f}" if b else "-"]
+
+
+def duration(s: float) -> str:
+    return f"{s:.2f} s" if s >= 1 else f"{s * 1e3:.1f} ms" if s >= 1e-3 else f"{s * 1e6:.0f} µs"
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """max |a - b| / max |b|."""
+    a, b = a.double(), b.double()
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+# ---- what is printed -----------------------------------------------------------------------------------------------------
+
+def block(title: str, options: Options, notes: Sequence[str], *tables: tuple[Sequence[str], Sequence[Sequence[object]]]) -> str:
+    """A markdown section: title, environment, notes, tables of (header, rows)."""
+    parts = [f"## {title}", environment(options), *notes, *(table(*t) for t in tables)]
+    return "\n\n".join(parts) + "\n"
+
+
+def environment(options: Options) -> str:
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "peft"))
+    device = isolated(options, _device_name, options.device).result
+    return (f"{date.today()}, commit {_commit()}, Python {platform.python_version()}, {packages}; {device}, "
+            f"threads: {options.threads}, {options.dtype}, model {options.config.name}, n = {options.n} after a warm-up.")
+
+
+def _device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{device} ({name}, {os.cpu_count()} cores)"
+
+
+def _commit() -> str:
+    found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return found.stdout.strip() or "unknown"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+# ---- random models and LoRAs, made once ----------------------------------------------------------------------------------
+
+def checkpoints(options: Options, dtype: str = "fp32") -> tuple[Path, Path]:
+    """The same random weights as an LDM file and as a diffusers folder; made once."""
+    name = f"{options.config.name}-{dtype}"
+    file, folder = CACHE / f"{name}.safetensors", CACHE / name
+    if not (file.exists() and folder.exists()):
+        isolated(options, _make_checkpoints, options.config, file, folder, DTYPES[dtype])
+    return file, folder
+
+
+def _make_checkpoints(config: ModelConfig, file: Path, folder: Path, dtype: torch.dtype) -> None:
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with torch.device("meta"):
+        networks = build_networks(config)
+    models = Models({k: randomize(m.to_empty(device="cpu"), i) for i, (k, m) in enumerate(networks.items())}, config)
+    save_checkpoint(models, file, dtype=dtype)
+    save_checkpoint(models, folder, dtype=dtype)
+
+
+def lora_file(options: Options, seed: int) -> Path:
+    """A random LoRA of rank 8 on q, k, v, out of the UNet (128 layers in SD 1.5), in kohya's spelling; made once."""
+    path = CACHE / f"{options.config.name}-lora-{seed}.safetensors"
+    if not path.exists():
+        isolated(options, _make_lora, options.config, seed, path)
+    return path
+
+
+def _make_lora(config: ModelConfig, seed: int, path: Path) -> None:
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with torch.device("meta"):
+        unet = build_networks(config)["diffusion"]
+    generator, state = torch.Generator().manual_seed(seed), {}
+    for name, layer in find_targets(unet, "attn").items():
+        down = torch.randn(RANK, layer.in_features, generator=generator) * layer.in_features**-0.5
+        up = torch.randn(layer.out_features, RANK, generator=generator) * 0.05
+        state[name] = AdapterWeights("lora", {"down": down, "up": up}, alpha=ALPHA)
+    write_safetensors(path, write_kohya(state, model_names(config)), {"format": "pt"})

@@ -1,0 +1,41 @@
+"""diffusers as its users call it, on the checkpoints of bench/."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from diffusers import StableDiffusionPipeline
+
+from bench.common import Options
+
+
+def from_pretrained(options: Options, folder: Path) -> StableDiffusionPipeline:
+    _quiet()
+    return StableDiffusionPipeline.from_pretrained(folder, torch_dtype=options.torch_dtype).to(options.device)
+
+
+def from_single_file(options: Options, file: Path, folder: Path) -> StableDiffusionPipeline:
+    _quiet()
+    pipe = StableDiffusionPipeline.from_single_file(str(file), config=str(folder), local_files_only=True,
+                                                    torch_dtype=options.torch_dtype)
+    return pipe.to(options.device)
+
+
+def load_lora(pipe: StableDiffusionPipeline, file: Path, name: str) -> None:
+    pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name, local_files_only=True)
+
+
+def attention_weights(pipe: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
+    """Copies of the weights that the LoRA of bench/ changes, under names that do not depend on PEFT's wrapping."""
+    return {key.replace(".base_layer", ""): p.detach().clone() for key, p in pipe.unet.named_parameters()
+            if "lora_" not in key and any(f".{a}." in key for a in ("to_q", "to_k", "to_v", "to_out")) and p.dim() == 2}
+
+
+def _quiet() -> None:
+    for library in (diffusers, transformers):
+        library.logging.set_verbosity_error() if library is transformers else library.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()

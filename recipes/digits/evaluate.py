@@ -1,0 +1,141 @@
+"""Judge data/digits.safetensors and its LoRA with a classifier; contact sheets go to out/digits/.
+
+    python -m recipes.digits.evaluate
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recipes.digits.data import OUT, WORDS, captions, load_mnist, split
+from recipes.digits.train import LORA, MODEL
+from sd.image_io import contact_sheet, save_image
+from sd.model_loader import Models, load_lora_into_models, preload_models_from_standard_weights
+from sd.pipeline import generate
+
+EACH = 20  # generated pictures of each digit
+SAMPLING = {"sampler_name": "dpmpp_2m", "n_inference_steps": 20, "cfg_scale": 2.0}
+
+
+# ---- the judge -------------------------------------------------------------------------------------------------------
+
+def classifier() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 4 * 4, 10))
+
+
+def moved(pictures: Tensor) -> Tensor:
+    """Each picture turned by up to 15 degrees, scaled by up to 10 % and shifted by up to 2 pixels."""
+    n = len(pictures)
+    angle, scale = (torch.rand(n) - 0.5) * math.radians(30), 1 + (torch.rand(n) - 0.5) * 0.2
+    shift = (torch.rand(n, 2) - 0.5) * 4 / 16  # 16 pixels are 1
+    cos, sin = angle.cos() * scale, angle.sin() * scale
+    theta = torch.stack([torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1)
+    grid = F.affine_grid(theta, list(pictures.shape), align_corners=False)
+    return F.grid_sample(pictures + 1, grid, align_corners=False) - 1  # what comes in from outside is black
+
+
+def train_classifier(pictures: Tensor, digits: Tensor, epochs: int = 20, batch: int = 64) -> nn.Module:
+    """Cross-entropy with AdamW on moved pictures; the same weights each time on the same machine. Kept in out/digits/."""
+    path = OUT / "classifier.pt"
+    model = classifier()
+    if path.exists():
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return model.eval()
+    torch.manual_seed(0)
+    model = classifier()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
+    steps = epochs * (len(pictures) // batch)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    for _ in range(epochs):
+        for indices in torch.randperm(len(pictures)).split(batch)[: len(pictures) // batch]:
+            F.cross_entropy(model(moved(pictures[indices])), digits[indices]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    torch.save(model.state_dict(), path)
+    return model.eval()
+
+
+@torch.no_grad()
+def correct(judge: nn.Module, pictures: Tensor, digits: Tensor) -> float:
+    """Share of pictures [N, 1, 32, 32] in [-1, 1] that the judge takes for `digits`."""
+    return (judge(pictures).argmax(dim=1) == digits).float().mean().item()
+
+
+# ---- what is judged --------------------------------------------------------------------------------------------------
+
+def prompts() -> tuple[list[str], Tensor]:
+    """EACH prompts for each digit, its captions in turn, and the digits."""
+    texts = [captions(d)[k % len(captions(d))] for d in range(10) for k in range(EACH)]
+    return texts, torch.arange(10).repeat_interleave(EACH)
+
+
+def make(models: Models, **options) -> Tensor:
+    """The pictures of all prompts, [200, 1, 32, 32] in [-1, 1], seeds 0 to 199."""
+    made = generate(prompts()[0], models=models, seed=0, **(SAMPLING | options))
+    return to_tensor(made)
+
+
+def to_tensor(made: np.ndarray) -> Tensor:
+    """uint8 [B, H, W, 3], grey, to [B, 1, H, W] in [-1, 1]."""
+    return torch.from_numpy(made[..., 0]).float()[:, None] / 127.5 - 1
+
+
+def brightness(pictures: Tensor) -> float:
+    """Mean of all pixels, 0 black to 255 white."""
+    return ((pictures + 1) * 127.5).mean().item()
+
+
+@torch.no_grad()
+def vae_psnr(models: Models, pictures: Tensor) -> float:
+    """Mean over pictures of the peak signal-to-noise ratio after encoding (its mean) and decoding, in dB."""
+    rebuilt = torch.cat([models["decoder"](models["encoder"](p)[0]) for p in pictures.split(50)]).clamp(-1, 1)
+    return (10 * torch.log10(4 / (rebuilt - pictures).square().mean(dim=(1, 2, 3)))).mean().item()
+
+
+def sheet(path: Path, pictures: Tensor) -> None:
+    """A row for each digit, EACH columns."""
+    grey = ((pictures[:, 0] + 1) * 127.5).round().byte().numpy()
+    rows = [list(grey[d * EACH:(d + 1) * EACH]) for d in range(10)]
+    save_image(contact_sheet(rows, row_labels=list(WORDS), tile=64), path)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    pictures, digits = load_mnist()
+    train, held_out = split(digits)
+    judge = train_classifier(pictures[train], digits[train])
+    print(f"judge: {correct(judge, pictures[held_out], digits[held_out]):.1%} of the 1,000 held-out pictures are right")
+
+    models = preload_models_from_standard_weights(MODEL, "cpu")
+    for name, sign in (("white on black", 1), ("black on white", -1)):
+        print(f"VAE, {name}: PSNR {vae_psnr(models, sign * pictures[held_out]):.1f} dB on the held-out pictures")
+
+    asked = prompts()[1]
+    base = make(models)
+    sheet(OUT / "base.png", base)
+    print(f"base: {correct(judge, base, asked):.1%} of {len(asked)} pictures are the digit asked for, "
+          f"brightness {brightness(base):.0f} of 255 ({SAMPLING})")
+    if not LORA.exists():
+        return
+    load_lora_into_models(models, LORA, "inverted")
+    inverted = make(models, lora={"inverted": 1.0})
+    sheet(OUT / "inverted.png", inverted)
+    print(f"LoRA: {correct(judge, -inverted, asked):.1%} after inverting back, brightness {brightness(inverted):.0f}")
+    off = {"multiplier 0": {"lora": {"inverted": 0.0}}, "use_lora=False": {"use_lora": False}}
+    for name, options in off.items():
+        print(f"{name}: {'bit-identical to the base' if torch.equal(make(models, **options), base) else 'DIFFERS FROM THE BASE'}")
+
+
+if __name__ == "__main__":
+    main()

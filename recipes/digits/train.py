@@ -1,0 +1,80 @@
+"""Train the digits model and its LoRA: data/digits.safetensors and data/loras/digits-inverted.safetensors.
+
+    python -m recipes.digits.train       # about 40 minutes on one core; to resume, run it again
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from recipes.digits.data import OUT, captions, load_mnist, split
+from sd.config import DIGITS
+from sd.model_loader import Models, new_models, preload_models_from_standard_weights, save_checkpoint, save_models_lora
+from sd.tokenizer import tokenize
+from sd.training import PictureSet, TrainConfig, train
+from sd.training.data import encode_pictures
+
+MODEL, LORA = Path("data/digits.safetensors"), Path("data/loras/digits-inverted.safetensors")
+
+VAE = TrainConfig(train="vae", out=str(OUT / "vae"), steps=3000, batch_size=32, learning_rate=2e-3, schedule="cosine",
+                  warmup=100, ema=0.995, kl_weight=1e-3, weight_decay=0.0)
+UNET = TrainConfig(train="full", text_encoder=True, out=str(OUT / "unet"), steps=5000, batch_size=64, learning_rate=1.5e-3,
+                   schedule="cosine", warmup=100, ema=0.998, caption_dropout=0.1)
+INVERTED = TrainConfig(name="inverted", out=str(OUT / "inverted"), steps=400, batch_size=32, rank=4, alpha=4.0, targets=("attn",),
+                       learning_rate=5e-3, schedule="cosine", warmup=20)
+
+
+def main() -> None:
+    """All stages; each is finished at once when its folder in out/digits says so."""
+    torch.set_num_threads(1)  # the sums of several threads differ in the last bit, and small networks gain little
+    pictures, digits = load_mnist()
+    chosen, _ = split(digits)
+    pictures, texts = pictures[chosen], [captions(d) for d in digits[chosen].tolist()]
+
+    models = new_models(DIGITS, seed=0)
+    for embedding in (models["clip"].token_embedding, models["clip"].position_embedding):
+        embedding.weight.data.mul_(0.02)  # as CLIP starts them; torch's N(0, 1) drowns what the layers add
+    both = PictureSet(torch.cat([pictures, -pictures]), texts + texts)
+    models = train(VAE, models, both)
+    fold_scale(models, both)
+
+    models = train(UNET, models, PictureSet(pictures, texts))
+    fill_untrained_tokens(models, sorted({text for group in texts for text in group} | {""}))
+    save_checkpoint(models, MODEL, dtype=torch.float16)
+    print(f"{MODEL}: {MODEL.stat().st_size:,} bytes")
+
+    models = preload_models_from_standard_weights(MODEL, "cpu", dtype=torch.float32)  # as it ships: rounded to fp16
+    models = train(INVERTED, models, PictureSet(-pictures, texts))
+    LORA.parent.mkdir(exist_ok=True)
+    save_models_lora(models, LORA, INVERTED.name, dtype=torch.float16)
+    print(f"{LORA}: {LORA.stat().st_size:,} bytes")
+
+
+@torch.no_grad()
+def fold_scale(models: Models, dataset) -> None:
+    """Scale the VAE's latents so that `config.vae.scale` times them has a standard deviation of 1, as the UNet wants it."""
+    mean, std = encode_pictures(models, dataset)
+    factor = 1 / (mean.var() + std.square().mean()).sqrt()
+    quant, post, z = models["encoder"].quant_conv, models["decoder"].post_quant_conv, models.config.vae.latent_channels
+    quant.weight[:z] *= factor
+    quant.bias[:z] *= factor
+    quant.bias[z:] += 2 * factor.log()  # logvar
+    post.weight /= factor
+
+
+@torch.no_grad()
+def fill_untrained_tokens(models: Models, texts: list[str]) -> None:
+    """Words that no caption had get the mean of those that were trained, instead of noise."""
+    weight: Tensor = models["clip"].token_embedding.weight
+    used = tokenize(models.tokenizer, texts, models.config.clip.max_tokens).unique()
+    mean = weight[used].mean(dim=0)
+    others = torch.ones(len(weight), dtype=torch.bool)
+    others[used] = False
+    weight[others] = mean
+
+
+if __name__ == "__main__":
+    main()

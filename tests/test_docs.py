@@ -1,0 +1,132 @@
+"""What the documents say is run: every Python block of the guide, every command, every import rule of the design."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sd.cli import main
+from sd.lora import active_multipliers, adapter_names, lora_layers
+from sd.model_loader import preload_models_from_standard_weights
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = ["config", "noise", "checkpoint", "names", "lora_formats", "lora_variants", "lora_layers", "lora", "attention",
+          "clip", "vae", "unet", "tokenizer", "model_loader", "denoiser", "samplers", "image_io", "pipeline"]
+
+
+def blocks(file: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / file).read_text(), re.S | re.M)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A folder with data/ in it, so that what the documents write does not land in the project."""
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def seen(name):
+    return lambda v: v[name].shape == (32, 32, 3) and v[name].std() > 30
+
+
+def brighter(a, b):
+    return a.mean() > b.mean() + 100
+
+
+# One check for each block of LORA_README.md, in order: what the block promises.
+CHECKS = [
+    lambda v: active_multipliers(v["models"]) == {"inverted": 1.0} and v["models"].lora_reports["inverted"].tensors > 0,
+    lambda v: brighter(v["with_lora"], v["without"]) and seen("without")(v) and Path("seven.png").stat().st_size > 0,
+    lambda v: v["sheet"].ndim == 3 and Path("sheet.png").stat().st_size > 0,
+    lambda v: (v["without"].mean() < v["half"].mean() < v["with_lora"].mean() and brighter(v["four"][1], v["four"][0])
+               and np.abs(v["four"][1].astype(int) - v["four"][0]).max() > 100),
+    lambda v: (np.array_equal(v["off"], v["without"]) and brighter(v["pair"][1], v["pair"][0])
+               and v["without"].mean() < v["blended"].mean() and active_multipliers(v["models"]) == {"inverted": 1.0}),
+    lambda v: all((Path("out/thick") / n).exists() for n in ("thick.safetensors", "metrics.jsonl", "loss.png")),
+    lambda v: torch.isfinite(v["loss"]) and any(p.any() for p in v["parameters"][1::2]) and Path("mine.safetensors").exists(),
+    lambda v: adapter_names(v["mine"]) == ["convs", "default", "qv"],
+    lambda v: all(layer.merged_weight is None for layer in lora_layers(v["models"]).values()),
+    lambda v: (np.array_equal(v["same"], v["with_lora"]) and not lora_layers(v["deployed"])
+               and preload_models_from_standard_weights("merged-folder").config.unet == v["deployed"].config.unet),
+]
+
+
+def test_every_block_of_the_guide_runs_and_does_what_it_says(elsewhere):
+    code = blocks("LORA_README.md", "python")
+    assert len(code) == len(CHECKS)
+    values: dict = {}
+    for block, check in zip(code, CHECKS):
+        exec(compile(block, "LORA_README.md", "exec"), values)
+        assert check(values), block
+
+
+def test_the_python_of_the_readme_runs(elsewhere):
+    (code,) = blocks("README.md", "python")
+    values: dict = {}
+    exec(compile(code, "README.md", "exec"), values)
+    assert brighter(values["picture"], values["plain"]) and values["sheet"].ndim == 3
+
+
+def commands() -> list[str]:
+    lines = [line for block in blocks("README.md", "sh") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("python -m sd") and "v1-5" not in line]
+
+
+def test_the_commands_of_the_readme_run(elsewhere, capsys):
+    assert {line.split()[3] for line in commands()} == {"generate", "compare", "train", "merge", "inspect"}
+    for line in commands():
+        line = line.replace("--steps 300", "--steps 4")  # what is shown is the command, not the training
+        assert main(shlex.split(line)[3:]) == 0, line
+    for file in ("out/seven.png", "out/compare.png", "out/thick/lora.safetensors", "out/merged.safetensors"):
+        assert Path(file).stat().st_size > 0
+    assert main(["generate", "--again", "out/seven.png", "--out", "out/again.png"]) == 0
+    assert Path("out/again.png").read_bytes() == Path("out/seven.png").read_bytes()
+
+
+def test_the_program_runs_as_a_module_and_a_mistake_is_one_sentence(elsewhere):
+    run = subprocess.run([sys.executable, "-m", "sd", "generate", "7", "--model", "nowhere.safetensors"], cwd=ROOT,
+                         capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr == "error: nowhere.safetensors: no such file\n" and run.stdout == ""
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{a.name}" for a in node.names} if node.module == "sd" else {node.module}
+        elif isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+    return {name.split(".")[1] for name in found if name.startswith("sd.")}
+
+
+def test_a_file_imports_only_from_files_above_it():
+    files = {p.stem: p for p in (ROOT / "sd").glob("*.py") if p.stem not in ("__init__", "__main__", "cli")}
+    assert set(files) == set(LAYERS)
+    for name, path in files.items():
+        below = {i for i in imports(path) if i not in LAYERS or LAYERS.index(i) >= LAYERS.index(name)}
+        assert not below, f"sd/{name}.py imports {below}"
+
+
+def test_importing_the_package_is_quick_and_silent_and_leaves_transformers_alone():
+    code = ("import sys, sd.pipeline, sd.model_loader; "
+            "assert not {'transformers', 'diffusers', 'peft', 'matplotlib'} & set(sys.modules)")
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout == run.stderr == ""
+
+
+def test_foreign_key_names_appear_in_two_files_only():
+    for path in (ROOT / "sd").rglob("*.py"):
+        if path.stem not in ("names", "lora_formats"):
+            assert not re.search(r"\bto_q\b|input_blocks|lora_unet_down", path.read_text()), path
+
+
+def test_the_project_stays_small():
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True).stdout.split("\0")
+    assert sum((ROOT / f).stat().st_size for f in tracked if f and (ROOT / f).exists()) < 50e6

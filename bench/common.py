@@ -34,7 +34,7 @@ from tests.twins import randomize
 
 CACHE = Path("out/bench")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-RANK, ALPHA = 8, 4.0
+RANK, ALPHA = 8, 6.0
 GIB = 2**30
 
 

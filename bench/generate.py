@@ -18,13 +18,13 @@ from sd.lora import merge, remove_lora, set_adapters, use_adapters
 from sd.model_loader import load_lora_into_models, preload_models_from_standard_weights
 
 NOTES = """A step is one call of the UNet under `torch.no_grad()` with 2 rows an image (guidance), a context of 77 tokens and
-random weights. LoRAs have rank 8 on q, k, v and out of every attention of the UNet, alpha 4, multiplier 1, fp32 files.
+random weights. LoRAs have rank 8 on q, k, v and out of every attention of the UNet, alpha 6, multiplier 1, fp32 files.
 Adapters: ours unmerged, theirs through `load_lora_weights` (PEFT). Merged: ours `merge`, theirs `fuse_lora` followed by
 `unload_lora_weights`. Routed: a batch of four images, each with a LoRA of its own; ours in one call of 8 rows, theirs in
 four calls of 2 rows with `set_adapters` before each. Both sides run in one process, in alternating order. Peak memory is
 that of a process of its own (loading, LoRA and 2 steps, without imports; mapped file pages count as far as they were
 touched). Difference: max |ours - theirs| / max |theirs| of the step's result."""
-CASES = ("base", "adapters", "merged", "four routed")
+CASES = {"base": 0, "adapters": 1, "merged": 1, "four routed": 4}  # and how many LoRAs are loaded
 HEADER = ("case", "latents", "ours", "theirs", "ours / theirs", "ours, peak GiB", "theirs, peak GiB", "difference")
 
 
@@ -37,7 +37,7 @@ class Ours:
         """Bring the models into the state of a case; returns (x, t, context) -> result."""
         self.stack.close()
         remove_lora(self.models)
-        names = [f"a{i}" for i in range({"base": 0, "four routed": 4}.get(case, 1))]
+        names = [f"a{i}" for i in range(CASES[case])]
         for name, file in zip(names, loras):
             load_lora_into_models(self.models, file, name)
         if case == "merged":
@@ -56,7 +56,7 @@ class Theirs:
     def step(self, case: str, loras: list[Path]) -> Callable:
         pipe, unet = self.pipe, self.pipe.unet
         pipe.unload_lora_weights()
-        names = [f"a{i}" for i in range({"base": 0, "four routed": 4}.get(case, 1))]
+        names = [f"a{i}" for i in range(CASES[case])]
         for name, file in zip(names, loras):
             peers.load_lora(pipe, file, name)
         if case == "merged":  # the last case: it changes the weights for good
@@ -74,10 +74,14 @@ class Theirs:
 
 
 def inputs(options: Options, case: str) -> tuple[Tensor, Tensor, Tensor]:
-    rows, c = 8 if case == "four routed" else 2, options.config.unet
     g, to = torch.Generator().manual_seed(1), {"device": options.device, "dtype": options.torch_dtype}
-    x = torch.randn(rows, c.in_channels, options.latent, options.latent, generator=g).to(**to)
-    return x, torch.full((rows,), 500, device=options.device), torch.randn(rows, 77, c.context_width, generator=g).to(**to)
+    x = torch.randn(latent_shape(options, case), generator=g)
+    context = torch.randn(len(x), 77, options.config.unet.context_width, generator=g)
+    return x.to(**to), torch.full((len(x),), 500, device=options.device), context.to(**to)
+
+
+def latent_shape(options: Options, case: str) -> list[int]:
+    return [2 * max(CASES[case], 1), options.config.unet.in_channels, options.latent, options.latent]
 
 
 @torch.no_grad()
@@ -112,8 +116,7 @@ def main(options: Options) -> str:
     for case in CASES:
         cells, apart = times[case]
         memory = [isolated(options, peak_of, options, side, folder, loras, case).result for side in (Ours, Theirs)]
-        rows.append([case, list(inputs(options, case)[0].shape) if options.device == "cpu" else case, *cells,
-                     *(f"{m / GIB:.2f}" for m in memory), f"{apart:.1e}"])
+        rows.append([case, latent_shape(options, case), *cells, *(f"{m / GIB:.2f}" for m in memory), f"{apart:.1e}"])
     return block("A step of the UNet", options, [NOTES], (HEADER, rows))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import diffusers
@@ -35,7 +36,7 @@ def attention_weights(pipe: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
 
 
 def _quiet() -> None:
-    for library in (diffusers, transformers):
-        library.logging.set_verbosity_error() if library is transformers else library.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    warnings.simplefilter("ignore")  # on torch_dtype, and on adapters that were there before
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()

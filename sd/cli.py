@@ -122,7 +122,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     commands = {"generate": generate, "compare": compare, "train": train, "merge": merge, "inspect": inspect}
     try:
-        args = tyro.cli(_commands(), prog="python -m sd", args=argv, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+        style = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+        args = tyro.cli(_commands(), prog="python -m sd", args=argv, config=style)
         commands[type(args).__name__.lower().removesuffix("config")](args)
         return 0
     except KeyboardInterrupt:
@@ -159,20 +160,22 @@ def _sentence(error: BaseException) -> str:
 def generate(args: Generate) -> None:
     from sd import pipeline
     from sd.image_io import read_parameters, save_image
+    if not args.prompts and args.again is None:
+        raise ValueError("no prompt is given: python -m sd generate \"a handwritten seven\"")
+    if args.mask is not None and args.input is None:
+        raise ValueError("--mask needs --input: the picture to repaint")
+    again = {} if args.again is None else read_parameters(args.again)
+    paths = _paths(args.out, args.count * max(1, len(args.prompts)))
     models = _load(args.on)
     arguments, prompts = args.how.arguments(), list(args.prompts)
     seed = secrets.randbits(32) if args.how.seed is None else args.how.seed
     if args.again is not None:
-        prompts, seed, arguments = _again(read_parameters(args.again), args.again, models)
-    if not prompts:
-        raise ValueError("no prompt is given: python -m sd generate \"a handwritten seven\"")
+        prompts, seed, arguments = _again(again, args.again, models)
     if args.input is not None:
         arguments |= {"input_image": args.input, "mask": args.mask, "strength": args.strength}
-    elif args.mask is not None:
-        raise ValueError("--mask needs --input: the picture to repaint")
     pictures = pipeline.generate(prompts, models=models, seed=seed, images_per_prompt=args.count,
                                  use_lora=not args.no_lora, **arguments)
-    for i, (picture, path) in enumerate(zip(pictures, _paths(args.out, len(pictures)))):
+    for i, (picture, path) in enumerate(zip(pictures, paths)):
         about = pipeline.describe(models, prompts[i // args.count], seed=seed + i, use_lora=not args.no_lora, **arguments)
         save_image(picture, path, about)
         print(f"{path}  seed {seed + i}  {prompts[i // args.count]}")
@@ -207,9 +210,8 @@ def compare(args: Compare) -> None:
     else:
         variants = [{}, *({name: m} for name, m in loaded.items()), *([loaded] if len(loaded) > 1 else [])]
     seed = secrets.randbits(32) if args.how.seed is None else args.how.seed
+    (path,) = _paths(args.out, 1)
     sheet = pipeline.compare(args.prompts, models, variants, seed=seed, **args.how.arguments())
-    path = Path(args.out)
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_image(sheet, path, {"prompts": list(args.prompts), "variants": variants, "seed": seed, **args.how.arguments()})
     print(f"{path}  {len(args.prompts)} prompts x {len(variants)} variants, seed {seed}")
 
@@ -266,8 +268,11 @@ def _dtype(name: str | None):
 
 def _paths(out: str, count: int) -> list[Path]:
     """Where pictures go: the file that is named, numbered if there are several, or the next free numbers of a folder."""
+    from sd.image_io import FORMATS
     path = Path(out)
-    if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
+    if path.suffix and not path.is_dir():
+        if path.suffix.lower() not in FORMATS:
+            raise ValueError(f"{path}: pictures are not saved as {path.suffix!r}; allowed: {', '.join(FORMATS)}, or a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         return [path if count == 1 else path.with_stem(f"{path.stem}-{i + 1}") for i in range(count)]
     path.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 from sd import checkpoint as files
-from sd.lora_formats import AdapterWeights, LoRAFormatError, module_lookup, read_kohya, write_kohya
+from sd.lora_formats import AdapterWeights, LoRAFormatError, guess_file, module_lookup, read_kohya, write_kohya
 from sd.lora_layers import (  # noqa: F401 (the layers are part of this module's face)
     LORA_CLASSES,
     NOTHING,
@@ -413,21 +413,41 @@ def lora_state(models, name: str | None = None) -> dict[str, AdapterWeights]:
 def attach_state(models, state: Mapping[str, AdapterWeights], name: str, multiplier: float = 1.0,
                  where: str = "the LoRA") -> None:
     """Attach loaded weights as adapter `name`, active; one of that name is replaced. Raises before it changes."""
+    if not math.isfinite(multiplier):
+        raise LoRAError(f"the multiplier of {name!r} is {multiplier}; a finite number is needed")
     by_path = dict(named_layers(models))
     _refuse_bypassed(models, {path: by_path[path] for path in state})
-    new = {}
+    new, misfits = {}, []
     for path, weights in state.items():
         try:
-            adapter = KINDS[weights.kind].from_weights(weights, _shape_of(by_path[path], path))
-        except (LoRAFormatError, ValueError) as error:
-            raise LoRAFormatError(f"{where} does not fit this model: {path}: {error}") from None
-        adapter.from_file = True
-        new[path] = adapter.requires_grad_(False)
+            new[path] = _loaded_adapter(weights, by_path[path], path)
+        except ValueError as error:
+            misfits.append(f"{path}: {error}")
+    if misfits:
+        raise LoRAFormatError(f"{where}: {len(misfits)} of {len(state)} LoRA modules do not fit this model, first: {misfits[0]}")
     with exclusive(models):
+        enabled = all(layer.lora_enabled for layer in lora_layers(models).values())
         if name in adapter_names(models):
             remove_lora(models, name)
         for path, adapter in new.items():
             as_lora_layer(by_path[path], path).add_adapter(name, adapter, multiplier)
+        set_lora_enabled(models, enabled)  # also on layers that had no adapter when it was switched
+
+
+def _loaded_adapter(weights: AdapterWeights, layer: nn.Module, path: str) -> Adapter:
+    shape = _shape_of(layer, path)
+    adapter = KINDS[weights.kind].from_weights(weights, shape)
+    if adapter.magnitude is not None:
+        m, rank = adapter.magnitude.data, len(shape.weight)
+        adapter.magnitude.data = m = m.reshape(*m.shape, *(1,) * (rank - m.dim()))  # a 1x1 convolution's may be [out, 1]
+        axes = [i for i, n in enumerate(m.shape) if n != 1]
+        if m.dim() > rank or len(axes) > 1 or any(i > 1 or m.shape[i] != shape.weight[i] for i in axes):
+            raise LoRAFormatError(f"its magnitude has shape {list(m.shape)}, the layer's weight {list(shape.weight)}")
+    bias = getattr(layer, "bias", None)
+    if bias is None and adapter.bias_delta(bias) is not None:
+        raise LoRAFormatError("it changes a bias that the layer does not have")
+    adapter.from_file = True
+    return adapter.requires_grad_(False)
 
 
 def save_lora_weights(models, path: str | os.PathLike, name: str | None = None, *, metadata: Mapping[str, str] | None = None,
@@ -461,7 +481,10 @@ def load_lora_weights(models, path: str | os.PathLike, name: str = "default", mu
     Every tensor is applied, or LoRAFormatError names the first that cannot be and what the file seems to be.
     """
     tensors = files.read_tensors(path)
-    where = os.path.basename(os.fspath(path))
+    made_for = tensors.metadata.get("ss_base_model_version")
+    where = os.path.basename(os.fspath(path)) + (f" (made for {made_for})" if made_for else "")
+    # pickles may hold alpha as a plain number
+    tensors.update({key: torch.tensor(float(v)) for key, v in tensors.scalars.items() if key.endswith(".alpha")})
     known = [p for p, m in named_layers(models) if isinstance(m, (*LORA_CLASSES, LoRALayer))]
     modules = module_lookup(_names(models)) | {p: p for p in known}
     if not tensors:
@@ -471,7 +494,10 @@ def load_lora_weights(models, path: str | os.PathLike, name: str = "default", mu
     if absent:
         raise LoRAFormatError(f"{where}: {len(absent)} of {len(state)} LoRA modules are in no loaded network, "
                               f"first: {absent[0]!r}")
-    attach_state(models, state, name, multiplier, where)
+    try:
+        attach_state(models, state, name, multiplier, where)
+    except LoRAFormatError as error:
+        raise LoRAFormatError(f"{error}; {guess_file(tensors)}") from None
     counts: dict[str, int] = {}
     for module in state:
         component = module.split(".")[0] if module.split(".")[0] in components(models) else ""
@@ -481,5 +507,5 @@ def load_lora_weights(models, path: str | os.PathLike, name: str = "default", mu
 
 
 def _names(models):
-    return [name for component, network in components(models).items() if component
+    return [name for component, network in components(models).items() if getattr(network, "component", None) == component
             for name in component_names(component, network.config)]

@@ -67,7 +67,12 @@ def read_kohya(tensors: Mapping[str, Tensor], modules: Mapping[str, str], where:
         names = sorted(set(unknown))
         raise LoRAFormatError(f"{where}: {len(names)} of {len(names) + len(parts)} LoRA modules are unknown to this model, "
                               f"first: {names[0]!r}; {guess_file(tensors)}")
-    return {modules[module]: _weights(module, found, where) for module, found in parts.items()}
+    state: dict[str, AdapterWeights] = {}
+    for module, found in parts.items():
+        if modules[module] in state:
+            raise LoRAFormatError(f"{where}: {module!r} is a second LoRA for {modules[module]}, which the file has in another spelling")
+        state[modules[module]] = _weights(module, found, where)
+    return state
 
 
 def write_kohya(state: Mapping[str, AdapterWeights], names: Iterable[Name],
@@ -84,9 +89,14 @@ def write_kohya(state: Mapping[str, AdapterWeights], names: Iterable[Name],
                  if kind == weights.kind and (kind != "full" or tail.endswith("_norm") == norm)}
         for ours, tensor in found.items():
             tensors[f"{module}.{tails[ours]}"] = tensor
-        if weights.alpha is not None:
-            tensors[f"{module}.alpha"] = torch.tensor(float(weights.alpha))
-    return {k: t.detach().cpu().to(dtype or t.dtype).contiguous() for k, t in tensors.items()}
+    tensors = {k: t.detach().cpu().to(dtype or t.dtype).contiguous() for k, t in tensors.items()}
+    return tensors | {f"{kohya.get(path, path)}.alpha": _number(w.alpha) for path, w in state.items() if w.alpha is not None}
+
+
+def _number(value: float) -> Tensor:
+    """0-d, fp32 as kohya has it, fp64 where fp32 would round: alpha is a factor of every ΔW, whatever dtype the file has."""
+    single = torch.tensor(float(value))
+    return single if single.item() == value else single.double().fill_(value)
 
 
 def _split(key: str) -> tuple[str, str | None]:
@@ -99,7 +109,7 @@ def _split(key: str) -> tuple[str, str | None]:
 
 def _weights(module: str, found: dict[str, Tensor], where: str) -> AdapterWeights:
     for tail, tensor in found.items():
-        if not torch.isfinite(tensor).all():
+        if not torch.isfinite(tensor.float()).all():  # 8-bit floats know no isfinite
             raise LoRAFormatError(f"{where}: {module}.{tail} holds values that are not finite (NaN or infinity)")
     kinds = sorted({KOHYA_TENSORS[tail][0] for tail in found if tail in KOHYA_TENSORS})
     if len(kinds) != 1:
@@ -111,6 +121,9 @@ def _weights(module: str, found: dict[str, Tensor], where: str) -> AdapterWeight
         raise LoRAFormatError(f"{where}: {module} is half a pair: {', '.join(sorted(found))} without its {missing[0]}")
     if MAGNITUDE in found:
         weights.tensors["magnitude"] = found[MAGNITUDE]
+    empty = [tail for tail, tensor in found.items() if not tensor.numel() or tensor.dim() == 0 and tail != "alpha"]
+    if empty:
+        raise LoRAFormatError(f"{where}: {module}.{empty[0]} has shape {list(found[empty[0]].shape)}, which fits no layer")
     if weights.kind == "lora":
         alpha = found.get("alpha")
         if alpha is not None and alpha.numel() != 1:
@@ -124,19 +137,24 @@ def _weights(module: str, found: dict[str, Tensor], where: str) -> AdapterWeight
 def guess_file(tensors: Mapping[str, Tensor]) -> str:
     """One clause on what a file of these tensors seems to be."""
     keys = list(tensors)
+    contexts = {t.shape[1] for k, t in tensors.items() if k.endswith("attn2_to_k.lora_down.weight") and t.dim() > 1}
     for pattern, what in (
         (r"^lora_te2_|^lora_unet_(input|middle|output)_block", "it seems to be a LoRA for SDXL"),
         (r"^lora_unet_(double|single)_blocks|transformer\.single_transformer_blocks", "it seems to be a LoRA for Flux"),
         (r"^lora_te_text_model_encoder_layers_(1[2-9]|2\d)_", "it seems to be a LoRA for SD 2"),
         (r"joint_blocks", "it seems to be a LoRA for SD 3"),
-        (r"\.lora_A\.|\.lora_B\.|_lora\.(down|up)\.|lora_linear_layer", "it seems to be spelt as in diffusers or PEFT"),
+        (r"\.lora_[AB]\b|[._]lora\.(down|up)\.|lora_linear_layer", "it seems to be spelt as in diffusers or PEFT"),
         (r"^unet:\d+:|^text_encoder:\d+:", "it seems to be a LoRA of cloneofsimo/lora"),
         (r"\.(hada_w1|lokr_w|oft_|lora_mid|a1\.|b1\.)", "it seems to be a LyCORIS file of a kind that is not read here"),
         (r"^(model\.diffusion_model|first_stage_model|cond_stage_model)\.", "it seems to be a whole checkpoint, not a LoRA"),
-        (r"^(lora_unet_|lora_te_|lora_te1_)", "it seems to be a kohya LoRA for another base model"),
     ):
         if any(re.search(pattern, key) for key in keys):
             return what
+    if contexts:
+        base = {768: "SD 1.x", 1024: "SD 2", 2048: "SDXL"}.get(min(contexts), "another base model")
+        return f"it seems to be a LoRA for {base} (text embeddings of width {min(contexts)})"
+    if any(re.match("lora_(unet|te1?)_", key) for key in keys):
+        return "it seems to be a kohya LoRA for another base model"
     return "it does not look like a LoRA" if keys else "it is empty"
 
 

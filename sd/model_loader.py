@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,15 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from sd.checkpoint import CheckpointError, TensorFile, model_hash, read_folder, read_tensors, write_safetensors
+from sd.checkpoint import (
+    CheckpointError,
+    TensorFile,
+    atomic_write,
+    model_hash,
+    read_folder,
+    read_tensors,
+    write_safetensors,
+)
 from sd.clip import CLIP
 from sd.config import SD15, CLIPConfig, ConfigError, ModelConfig, UNetConfig, VAEConfig
 from sd.lora import (
@@ -48,6 +58,7 @@ log = logging.getLogger("sd")
 
 SD15_BLOCKS = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
 CONFIG_KEY = "sdlora.config"  # where our own files keep their ModelConfig
+BASE_HASH = "ss_new_sd_model_hash"  # SHA-256 of the base, whole or its first digits; ss_sd_model_hash is of an older kind
 
 
 class Models(dict):
@@ -137,33 +148,40 @@ def preload_models_from_standard_weights(ckpt_path: str | os.PathLike | None = N
     path = default_model() if ckpt_path is None else Path(ckpt_path)
     device = default_device() if device is None else torch.device(device)
     dtype = default_dtype(device) if dtype is None else dtype
+    if _former(path).exists() and not path.exists():
+        raise CheckpointError(f"{path}: a save of this folder was killed at its last step; what it was before lies whole in "
+                              f"{_former(path)}: rename that back")
     if path.is_dir():
         folder = read_folder(path, variant=variant)
-        sources = {c: folder.components.get(FOLDERS[c]) for c in COMPONENTS}
-        config = config or _config_of_folder(folder.configs, sources, path)
+        sources, configs = {c: folder.components.get(FOLDERS[c]) for c in COMPONENTS}, folder.configs
     else:
-        file = read_tensors(path)
-        sources = dict.fromkeys(COMPONENTS, file)
-        config = config or _config_of_file(file, path)
-    for argument, given, replaced in (("vae", vae, ("encoder", "decoder")), ("text_encoder", text_encoder, ("clip",))):
+        sources, configs = dict.fromkeys(COMPONENTS, read_tensors(path)), {}
+    for given, replaced in ((vae, ("encoder", "decoder")), (text_encoder, ("clip",))):
         if given is not None:
-            sources |= dict.fromkeys(replaced, _part(Path(given), FOLDERS[replaced[0]], argument))
+            part, own = _part(Path(given), FOLDERS[replaced[0]])
+            sources, configs = sources | dict.fromkeys(replaced, part), configs | own
+    for component, source in sources.items():
+        if source is None:
+            kind = configs.get("model_index.json", {}).get("_class_name", "without a model_index.json")
+            raise CheckpointError(f"{path}: has no {FOLDERS[component]} in it{_hint(component)} (the folder is a {kind})")
+    if config is None:
+        config = _config_of_folder(configs, path) if path.is_dir() else _config_of_file(sources["diffusion"], path)
 
     with torch.device("meta"):
         networks = build_networks(config)
     taken: dict[int, set[str]] = {}
     for component, network in networks.items():
         source = sources[component]
-        state, used = _state_for(network, source, path, ema and component == "diffusion")
+        state, used = _state_for(network, source, ema and component == "diffusion")
         taken.setdefault(id(source), set()).update(used)
         # The VAE overflows in fp16; it is a small part of a generation's time, so it stays fp32 there.
         kind = torch.float32 if dtype == torch.float16 and component in ("encoder", "decoder") else dtype
         state = {k: t.to(device=device, dtype=kind) for k, t in state.items()}
         network.load_state_dict(state, strict=True, assign=True)
         network.eval().requires_grad_(False)
-    replaced_prefixes = [LDM_PREFIX[c] for c, given in (("encoder", vae), ("clip", text_encoder)) if given is not None]
     for source in {id(s): s for s in sources.values()}.values():
-        _refuse_unexpected(source, taken[id(source)], tuple(replaced_prefixes))
+        elsewhere = tuple(LDM_PREFIX[c] for c in COMPONENTS if sources[c] is not source)
+        _refuse_unexpected(source, taken[id(source)], elsewhere)
     return Models(networks, config, source=path)
 
 
@@ -184,20 +202,20 @@ def preload_models_with_lora(ckpt_path: str | os.PathLike | None = None, device=
     return models
 
 
-def _state_for(network: nn.Module, source: TensorFile | None, path: Path, ema: bool) -> tuple[dict[str, Tensor], set[str]]:
+def _hint(component: str) -> str:
+    argument = {"clip": "text_encoder", "encoder": "vae", "decoder": "vae"}.get(component)
+    return f"; name one with {argument}=" if argument else ""
+
+
+def _state_for(network: nn.Module, source: TensorFile, ema: bool) -> tuple[dict[str, Tensor], set[str]]:
     """Our state dict from a file's tensors, in whichever spelling the file has, and the file's keys that were used."""
     component, shapes = network.component, {k: tuple(p.shape) for k, p in network.state_dict().items()}
-    argument = {"clip": "text_encoder", "encoder": "vae", "decoder": "vae"}.get(component)
-    if source is None:
-        hint = f"; name one with {argument}=" if argument else ""
-        raise CheckpointError(f"{path}: has no {FOLDERS[component]} in it{hint}")
     given = {modern_key(key, FOLDERS[component]): key for key in source}
     names = component_names(component, network.config)
     spell = max((_ldm, _ldm_flat_clip, _bare_ldm, _diffusers), key=lambda s: sum(s(n) + ".weight" in given for n in names))
     if not any(spell(n) + ".weight" in given for n in names):
-        raise CheckpointError(f"{source.path}: has no weights of the {component} in it"
-                              + (f"; name a {argument} with {argument}=" if argument else "")
-                              + f" ({guess_checkpoint(source)})")
+        raise CheckpointError(f"{source.path}: has no {FOLDERS[component]} in it{_hint(component)} "
+                              f"({guess_checkpoint(source)})")
     state, used, missing, misshapen = {}, set(), [], []
     for name in names:
         for tail in ("weight", "bias"):
@@ -223,8 +241,9 @@ def _state_for(network: nn.Module, source: TensorFile | None, path: Path, ema: b
     return state, used
 
 
-def _refuse_unexpected(source: TensorFile, used: set[str], replaced: tuple[str, ...]) -> None:
-    unexpected = [key for key in source if key not in used and not (replaced and key.startswith(replaced))
+def _refuse_unexpected(source: TensorFile, used: set[str], elsewhere: tuple[str, ...]) -> None:
+    """`elsewhere`: prefixes of the parts that are taken from another file."""
+    unexpected = [key for key in source if key not in used and not key.startswith(elsewhere)
                   and not any(re.fullmatch(pattern, key) for pattern in HARMLESS)]
     if unexpected:
         raise CheckpointError(f"{source.path}: {len(unexpected)} tensors belong to no part of this model, "
@@ -251,15 +270,14 @@ def _ema_key(key: str) -> str:
     return "model_ema." + key.removeprefix("model.").replace(".", "")
 
 
-def _part(path: Path, folder: str, argument: str) -> TensorFile:
-    """The tensors of a VAE or a text encoder that is named on its own: a file, its folder, or a whole diffusers folder."""
+def _part(path: Path, folder: str) -> tuple[TensorFile, dict[str, dict]]:
+    """Tensors and config of a VAE or a text encoder named on its own: a file, its folder, or a whole model of any kind."""
     if not path.is_dir():
-        return read_tensors(path)
-    components = read_folder(path, components=(folder,)).components
-    found = components.get(folder, components.get(""))
-    if found is None:
-        raise CheckpointError(f"{argument}={str(path)!r}: no weights in it, nor in its {folder}")
-    return found
+        return read_tensors(path), {}
+    found = read_folder(path, components=(folder,))
+    where = folder if folder in found.components else ""
+    config = found.configs.get(f"{where}/config.json".lstrip("/"))
+    return found.components[where], {} if config is None else {f"{folder}/config.json": config}
 
 
 def _config_of_file(file: TensorFile, path: Path) -> ModelConfig:
@@ -267,7 +285,7 @@ def _config_of_file(file: TensorFile, path: Path) -> ModelConfig:
     if CONFIG_KEY in file.metadata:
         try:
             return ModelConfig.from_dict(json.loads(file.metadata[CONFIG_KEY]))
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
             raise CheckpointError(f"{path}: its {CONFIG_KEY} metadata is not a model config: {error}") from None
     facts = ldm_facts(file.shapes)
     if not facts:
@@ -280,12 +298,11 @@ def _config_of_file(file: TensorFile, path: Path) -> ModelConfig:
     return family
 
 
-def _config_of_folder(configs: Mapping[str, dict], sources, path: Path) -> ModelConfig:
+def _config_of_folder(configs: Mapping[str, dict], path: Path) -> ModelConfig:
     """From the JSON files of a diffusers folder. Raises CheckpointError for what SD 1.x does not have."""
     parts = ("unet/config.json", "vae/config.json", "text_encoder/config.json")
-    absent = [part for part in parts if part not in configs]
-    if absent and "unet/config.json" in absent:
-        raise CheckpointError(f"{path}: no unet/config.json in it, so it is no whole diffusers model")
+    if parts[0] not in configs:
+        raise CheckpointError(f"{path}: has no {parts[0]}; heads and activation are not in its weights: pass config=ModelConfig(...)")
     unet, vae, text = (configs.get(part, {}) for part in parts)
     scheduler = configs.get("scheduler/scheduler_config.json", {})
     foreign = [f"unet {k} = {unet[k]!r}" for k, allowed in (
@@ -312,13 +329,16 @@ def _config_of_folder(configs: Mapping[str, dict], sources, path: Path) -> Model
             beta_end=scheduler.get("beta_end", 0.012), train_timesteps=scheduler.get("num_train_timesteps", 1000),
             image_size=_image_size(unet, vae),
         )
-    except (ConfigError, TypeError) as error:
+    except (ConfigError, TypeError, ArithmeticError) as error:
         raise CheckpointError(f"{path}: its config files describe no model of this kind: {error}") from None
 
 
 def _pick(cls, values: Mapping, **names: str):
     """A config dataclass from a diffusers JSON; what the JSON leaves out is as in SD 1.x."""
     found = {ours: values[theirs] for ours, theirs in names.items() if values.get(theirs) is not None}
+    for ours, value in found.items():
+        if isinstance(value, list) != isinstance(getattr(cls(), ours), tuple):  # a list: SD 2 and others vary it by block
+            raise ConfigError(f"{names[ours]} is {value!r}")
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()})
 
 
@@ -339,10 +359,10 @@ def save_checkpoint(models: Models, path: str | os.PathLike, *, dtype: torch.dty
     if adapter_names(models):
         raise LoRAError(f"the model carries the adapters {', '.join(map(repr, adapter_names(models)))}; "
                         f"merge_lora_weights(models) or remove_lora(models) before saving the checkpoint")
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         header = {"format": "pt", CONFIG_KEY: json.dumps(models.config.to_dict()), **(metadata or {})}
         write_safetensors(path, ldm_state(models, dtype), header)
-    elif path.suffix in (".ckpt", ".pt", ".bin"):
+    elif path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
         raise CheckpointError(f"{path}: checkpoints are written as .safetensors or as a diffusers folder, not as {path.suffix}")
     else:
         _save_folder(models, path, dtype)
@@ -368,11 +388,24 @@ def _tensors(network: nn.Module):
                 yield name, tail, tensor.detach()
 
 
+# All that stands in a folder of ours; nothing else is ever deleted by a save.
+FOLDER_ENTRIES = {"model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae"}
+
+
 def _save_folder(models: Models, path: Path, dtype: torch.dtype | None) -> None:
-    if path.exists() and any(path.iterdir()) and not (path / "model_index.json").exists():
-        raise CheckpointError(f"{path}: is a folder with other things in it; name a new folder, or a .safetensors file")
+    path = Path(os.path.realpath(path))  # a symbolic link stays and its target is replaced
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"{path}: is a file; name a new folder, or a .safetensors file")
+    there = {file.name for file in path.iterdir()} if path.exists() else set()
+    if there and ("model_index.json" not in there or there - FOLDER_ENTRIES):
+        first = min(there - FOLDER_ENTRIES, default=min(there))
+        raise CheckpointError(f"{path}: is a folder with other things in it, such as {first}; "
+                              f"name a new folder, or a .safetensors file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    for stale in path.parent.glob(glob.escape(f".{path.name}.") + "*.new"):  # what killed saves left
+        if time.time() - stale.stat().st_mtime > 3600:
+            shutil.rmtree(stale, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".new"))
     try:
         for folder, file, networks in (("unet", "diffusion_pytorch_model", ("diffusion",)),
                                        ("vae", "diffusion_pytorch_model", ("encoder", "decoder")),
@@ -381,23 +414,37 @@ def _save_folder(models: Models, path: Path, dtype: torch.dtype | None) -> None:
                        for key in networks for name, tail, tensor in _tensors(models[key])}
             (temporary / folder).mkdir()
             write_safetensors(temporary / folder / f"{file}.safetensors", tensors, {"format": "pt"})
-        for name, content in _folder_configs(models.config).items():
+        texts = {name: json.dumps(content, indent=2) + "\n" for name, content in _folder_configs(models.config).items()}
+        texts |= {f"tokenizer/{n}": (data_dir() / n).read_text(encoding="utf-8") for n in ("vocab.json", "merges.txt")}
+        for name, text in texts.items():
             (temporary / name).parent.mkdir(exist_ok=True)
-            (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        for name in ("vocab.json", "merges.txt"):
-            shutil.copyfile(data_dir() / name, temporary / "tokenizer" / name)
+            with atomic_write(temporary / name) as file:
+                file.write(text.encode("utf-8"))
         temporary.chmod(0o755)
-        if path.exists():
-            old = path.with_name(f".{path.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(path)
+        _replace_folder(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _former(path: Path) -> Path:
+    path = Path(os.path.realpath(path))
+    return path.with_name(f".{path.name}.old")
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    """`new` becomes `path`. Killed between its two renames, it leaves the former folder whole beside it."""
+    old = _former(path)
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+    try:
+        new.rename(path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _folder_configs(c: ModelConfig) -> dict[str, dict]:
@@ -408,8 +455,8 @@ def _folder_configs(c: ModelConfig) -> dict[str, dict]:
     version = {"_diffusers_version": "0.30.0"}  # what these files say holds since then; the inpainting pipeline asks for it
     return {
         "model_index.json": {
-            "_class_name": "StableDiffusionPipeline", **version, "feature_extractor": [None, None], "image_encoder": [None, None],
-            "requires_safety_checker": False, "safety_checker": [None, None],
+            "_class_name": "StableDiffusionPipeline", **version, "feature_extractor": [None, None],
+            "image_encoder": [None, None], "requires_safety_checker": False, "safety_checker": [None, None],
             "scheduler": ["diffusers", "PNDMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
             "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
             "vae": ["diffusers", "AutoencoderKL"]},
@@ -452,8 +499,8 @@ def load_lora_into_models(models: Models, path: str | os.PathLike, name: str | N
     name = Path(path).stem if name is None else name
     models.lora_reports[name] = load_lora_weights(models, path, name, multiplier)
     log.info("%s", models.lora_reports[name])
-    base = models.lora_reports[name].metadata.get("ss_sd_model_hash")
-    if base and models.model_hash and base != models.model_hash:
+    base = models.lora_reports[name].metadata.get(BASE_HASH)
+    if base and log.isEnabledFor(logging.INFO) and models.model_hash and not base.startswith(models.model_hash):
         log.info("LoRA %r was made on a base with hash %s, this one has %s", name, base, models.model_hash)
     return models
 
@@ -465,7 +512,7 @@ def save_models_lora(models: Models, path: str | os.PathLike, name: str | None =
     if models.source is not None:
         base["ss_sd_model_name"] = Path(models.source).name
     if models.model_hash is not None:
-        base["ss_sd_model_hash"] = models.model_hash
+        base[BASE_HASH] = models.model_hash
     save_lora_weights(models, path, name, metadata=base | dict(metadata or {}), dtype=dtype)
 
 

@@ -5,6 +5,7 @@ A row stands for a module that bears weights. Foreign names appear in this file 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -186,11 +187,13 @@ def modern_key(key: str, folder: str) -> str:
 
 # Keys that a checkpoint may hold beside the weights of the model. Known, harmless, and listed here only.
 HARMLESS = (
-    r"model_ema\..*", r".*\.position_ids", r"first_stage_model\.loss\..*", r"cond_stage_model\.(logit_scale|text_projection)",
-    r"(cond_stage_model\.transformer\.)?(text_projection\.weight|logit_scale)", r"scale_factor", r"logvar",
-    r"(log_one_minus_|sqrt_|sqrt_recip_|sqrt_recipm1_|sqrt_one_minus_|one_minus_)?alphas_cumprod(_prev)?", r"betas",
-    r"sqrt_recip_alphas_cumprod", r"sqrt_recipm1_alphas_cumprod", r"posterior_.*", r"model\.lvlb_weights", r"lvlb_weights",
-    r"callbacks", r"epoch", r"global_step", r"model_ema\.decay",
+    r"model_ema\..+",  # averaged weights, taken only on request, and the average's own counters
+    r"(first_stage_model\.)?loss\..+",  # discriminator and perceptual loss with which the VAE was trained
+    r"betas|alphas_cumprod(_prev)?|(sqrt|sqrt_one_minus|log_one_minus|sqrt_recip|sqrt_recipm1)_alphas_cumprod",
+    r"posterior_(variance|log_variance_clipped|mean_coef[12])|lvlb_weights|logvar|scale_factor",
+    r"(cond_stage_model\.transformer\.)?(text_model\.)?embeddings\.position_ids",  # 0, 1, 2, ...
+    r"cond_stage_model\.(logit_scale|text_projection|transformer\.text_projection\.weight)",  # as ComfyUI saves SD 1.x
+    r"logit_scale|text_projection\.weight|visual_projection\.weight|vision_model\..+",  # the rest of a whole CLIP
 )
 
 
@@ -198,33 +201,38 @@ HARMLESS = (
 
 def ldm_facts(shapes: dict[str, tuple[int, ...]]) -> dict[str, object]:
     """What the shapes of an LDM checkpoint tell of its UNet: in_channels, widths, layers_per_block, context_width."""
-    prefix = LDM_PREFIX["diffusion"]
-    blocks = {int(key.split(".")[3]): shape for key, shape in shapes.items()
-              if key.startswith(prefix + "input_blocks.") and key.endswith((".0.in_layers.2.weight", ".0.op.weight"))}
-    downs = {int(key.split(".")[3]) for key in shapes if key.startswith(prefix) and key.endswith(".0.op.weight")}
-    contexts = [shape[1] for key, shape in shapes.items() if key.startswith(prefix) and key.endswith("attn2.to_k.weight")]
-    conv_in = shapes.get(prefix + "input_blocks.0.0.weight")
-    if not (blocks and contexts and conv_in):
+    prefix = re.escape(LDM_PREFIX["diffusion"])
+
+    def widths(pattern: str, dims: int, axis: int) -> dict[int, int]:  # number of the input block -> a width
+        found = {key: re.fullmatch(prefix + pattern, key) for key, shape in shapes.items() if len(shape) == dims}
+        return {int(match[1]): shapes[key][axis] for key, match in found.items() if match}
+
+    convs, downs = (widths(rf"input_blocks\.(\d+)\.0\.{name}\.weight", 4, 0) for name in (r"in_layers\.2", "op"))
+    contexts = widths(r"input_blocks\.(\d+)\.1\.transformer_blocks\.0\.attn2\.to_k\.weight", 2, 1)
+    conv_in = widths(r"input_blocks\.(0)\.0\.weight", 4, 1)
+    if not (convs and contexts and conv_in):
         return {}
-    steps = [[shape[0] for k, shape in sorted(blocks.items()) if low < k < high]
-             for low, high in zip([0, *sorted(downs)], [*sorted(downs), 10**6])]
-    return {"in_channels": conv_in[1], "widths": tuple(step[0] for step in steps if step),
-            "layers_per_block": len(steps[0]), "context_width": contexts[0]}
+    ends = [0, *sorted(downs), max(convs) + 1]
+    steps = [[width for k, width in sorted(convs.items()) if low < k < high] for low, high in zip(ends, ends[1:])]
+    return {"in_channels": conv_in[0], "widths": tuple(step[0] for step in steps if step),
+            "layers_per_block": len(steps[0]), "context_width": contexts[min(contexts)]}
 
 
 def guess_checkpoint(keys) -> str:
     """One clause on what a checkpoint with these keys seems to be."""
     keys = list(keys)
-    for start, what in (
-        ("conditioner.embedders.", "it seems to be SDXL"),
-        ("cond_stage_model.model.", "it seems to be Stable Diffusion 2 (OpenCLIP text encoder)"),
-        ("model.diffusion_model.double_blocks.", "it seems to be Flux"), ("double_blocks.", "it seems to be Flux"),
-        ("model.diffusion_model.joint_blocks.", "it seems to be Stable Diffusion 3"),
-        ("lora_unet_", "it seems to be a LoRA, not a checkpoint"), ("lora_te", "it seems to be a LoRA, not a checkpoint"),
-        ("control_model.", "it seems to be a ControlNet"), ("model.diffusion_model.", "it is some latent diffusion model"),
-        ("first_stage_model.", "it seems to be a VAE"), ("down_blocks.", "it seems to be a UNet of diffusers"),
-        ("decoder.", "it seems to be a VAE"), ("text_model.", "it seems to be a CLIP text encoder"),
+    for pattern, what in (
+        (r"lora_(unet|te\d?)_|.*[._]lora[._](A|B|up|down)\b", "it seems to be a LoRA, not a checkpoint"),
+        (r"conditioner\.embedders\.", "it seems to be SDXL"),
+        (r"cond_stage_model\.model\.", "it seems to be Stable Diffusion 2 (OpenCLIP text encoder)"),
+        (r"(model\.diffusion_model\.)?double_blocks\.|single_transformer_blocks\.", "it seems to be Flux"),
+        (r"(model\.diffusion_model\.)?joint_blocks\.", "it seems to be Stable Diffusion 3"),
+        (r"control_model\.|controlnet_", "it seems to be a ControlNet"),
+        (r"model\.diffusion_model\.", "it is some latent diffusion model"),
+        (r"down_blocks\.", "it seems to be a UNet of diffusers"),
+        (r"(first_stage_model|encoder|decoder)\.(conv_in|mid)", "it seems to be a VAE"),
+        (r"(cond_stage_model\.transformer\.)?(text_model|encoder\.layers)\.", "it seems to be a CLIP text encoder"),
     ):
-        if any(key.startswith(start) for key in keys):
+        if any(re.match(pattern, key) for key in keys):
             return what
     return f"its first tensor is {keys[0]!r}" if keys else "it is empty"

@@ -246,7 +246,7 @@ def test_steps_are_those_of_a_bare_torch_loop(tmp_path, models, what):
     trained = get_lora_parameters(models) if what == "lora" else [p for k in ("diffusion", "clip") for p in models[k].parameters()]
     assert len(trained) == len(parameters)
     for ours, reference in zip(trained, parameters):
-        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=5e-5)  # Adam divides rounding by itself
 
 
 def test_accumulated_micro_batches_are_one_big_batch(tmp_path, models, monkeypatch):

@@ -113,11 +113,13 @@ class Metrics:
 
     def __init__(self, folder: Path, step: int):
         self.path = folder / "metrics.jsonl"
-        self.rows = []
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        for line in lines[:step]:
-            self.rows.append(json.loads(line))
-        if [row["step"] for row in self.rows] != list(range(step)):
+        try:
+            self.rows = [json.loads(line) for line in lines[:step]]
+            whole = [row["step"] for row in self.rows] == list(range(step))
+        except (ValueError, TypeError, KeyError):
+            whole = False
+        if not whole:
             raise TrainError(f"{self.path}: its lines are not the steps 0 to {step - 1}; it was changed after the run")
         with atomic_write(self.path) as file:
             file.write("".join(json.dumps(row) + "\n" for row in self.rows).encode())

@@ -1,0 +1,220 @@
+"""Time and memory of loading a model, and of loading, switching, merging and unmerging LoRAs.
+
+    python -m bench.lora --full
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from bench import peers
+from bench.common import (
+    Options,
+    alternate,
+    block,
+    checkpoints,
+    difference,
+    duration,
+    isolated,
+    lora_file,
+    peak,
+    ratio,
+    read_from_disk,
+    reset_peak,
+    run,
+    seconds,
+    set_page_cache,
+)
+from sd.lora import lora_layers, merge, remove_lora, set_adapters, unmerge
+from sd.model_loader import load_lora_into_models, preload_models_from_standard_weights
+from sd.tokenizer import tokenize
+
+LOADING_NOTES = """Loading: from the call to the end of the first pass through tokenizer, text encoder, UNet (latents [1, 4, 8, 8]),
+VAE encoder and decoder (64 pixels), so that every weight was used. Each time in a new process, imports excluded: the same
+calls have loaded the tiny model before. Cold: the files were dropped from the page cache (`posix_fadvise`); "from disk" is
+what the process then read. Peak is the growth of the process by then, relative to the size of the weights' files.
+Ours is lazy: mapped weights are read when they are first used."""
+LORA_NOTES = """LoRAs of rank 8 on q, k, v and out of every attention of the UNet. "+ step" includes one UNet call with latents
+[2, 4, 8, 8], since each side leaves some of its work to the next step; the step alone is given for comparison. Merging:
+ours `merge` / `unmerge`, theirs `fuse_lora` / `unfuse_lora`. Exactness: max |W - W0| over all adapted weights at the end."""
+SIDES = {"ours, file": "file", "theirs, from_single_file": "file", "ours, folder": "folder", "theirs, from_pretrained": "folder"}
+
+
+# ---- loading -----------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def load(options: Options, side: str, file: Path, folder: Path) -> torch.Tensor:
+    """Load and use everything once; returns the decoded picture."""
+    to, c = {"device": options.device, "dtype": options.torch_dtype}, options.config
+    vae = {**to, "dtype": torch.float32} if options.dtype == "fp16" and side.startswith("ours") else to
+    x = torch.linspace(-1, 1, c.unet.in_channels * 64).view(1, -1, 8, 8)
+    pixels = torch.linspace(-1, 1, c.vae.image_channels * 64 * 64).view(1, -1, 64, 64).to(**vae)
+    t = torch.tensor([500], device=options.device)
+    if side.startswith("ours"):
+        models = preload_models_from_standard_weights(file if side == "ours, file" else folder, options.device,
+                                                      dtype=options.torch_dtype)
+        context = models["clip"](tokenize(models.tokenizer, ["a cat"], c.clip.max_tokens).to(options.device))
+        out, mean = models["diffusion"](x.to(**to), t, context), models["encoder"](pixels)[0]
+        return models["decoder"](out.to(**vae) + mean).cpu()
+    pipe = peers.from_pretrained(options, folder) if side.endswith("pretrained") else peers.from_single_file(options, file, folder)
+    tokens = pipe.tokenizer(["a cat"], padding="max_length", max_length=c.clip.max_tokens, return_tensors="pt").input_ids
+    context = pipe.text_encoder(tokens.to(options.device)).last_hidden_state
+    out, mean = pipe.unet(x.to(**to), t, context).sample, pipe.vae.encode(pixels).latent_dist.mean
+    return pipe.vae.decode(out + mean).sample.cpu()
+
+
+def time_loading(options: Options, side: str, tiny: tuple[Path, Path], paths: tuple[Path, Path], warm: bool) -> dict:
+    load(replace(options, full=False), side, *tiny)
+    for path in paths:
+        set_page_cache(path, warm)
+    reset_peak()
+    before, start = read_from_disk(), time.perf_counter()
+    picture = load(options, side, *paths)
+    return {"seconds": time.perf_counter() - start, "peak": peak(options.device), "disk": read_from_disk() - before,
+            "picture": picture.float().numpy()}
+
+
+def loading(options: Options) -> tuple[list, list[list]]:
+    """Header and rows of the table on loading."""
+    tiny, paths = checkpoints(replace(options, full=False)), checkpoints(options)
+    sizes = {"file": paths[0].stat().st_size, "folder": sum(p.stat().st_size for p in paths[1].rglob("*.safetensors"))}
+    rows, reference = [], None
+    for warm in (True, False):
+        found: dict[str, list[dict]] = {side: [] for side in SIDES}
+        for i in range(options.n):
+            for side in list(SIDES) if i % 2 else list(SIDES)[::-1]:
+                found[side].append(isolated(options, time_loading, options, side, tiny, paths, warm).result)
+        reference = found["theirs, from_pretrained"][0]["picture"] if reference is None else reference
+        medians = {side: statistics.median(r["seconds"] for r in results) for side, results in found.items()}
+        for side, results in found.items():
+            peer = medians["theirs, from_single_file" if SIDES[side] == "file" else "theirs, from_pretrained"]
+            apart = difference(torch.from_numpy(results[-1]["picture"]), torch.from_numpy(reference))
+            rows.append([side, "warm" if warm else "cold", duration(medians[side]), f"{medians[side] / peer:.2f}",
+                         f"{max(r['disk'] for r in results) / sizes[SIDES[side]]:.2f} x file",
+                         f"{max(r['peak'] for r in results) / sizes[SIDES[side]]:.2f} x file", f"{apart:.1e}"])
+    return ["loading", "page cache", "median", "/ theirs", "from disk", "peak", "difference of the picture"], rows
+
+
+def import_times() -> str:
+    """What the table on loading leaves out."""
+    found = []
+    for what, statement in (("ours", "import sd.model_loader; from transformers import CLIPTokenizer"),
+                            ("theirs", "from diffusers import StableDiffusionPipeline; from transformers import CLIPTextModel")):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", statement], check=True, capture_output=True)
+        found.append(f"{what} {duration(time.perf_counter() - start)}")
+    return f"Starting Python and importing, once each: {', '.join(found)}."
+
+
+# ---- LoRA --------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def time_loras(options: Options, folder: Path, files: list[Path]) -> tuple[list[list], list[list]]:
+    """Rows of the table on LoRA files, and of that on merging. `files`: enough that each load sees a new one."""
+    models = preload_models_from_standard_weights(folder, options.device, dtype=options.torch_dtype)
+    pipe = peers.from_pretrained(options, folder)
+    to, g = {"device": options.device, "dtype": options.torch_dtype}, torch.Generator().manual_seed(1)
+    x, t = torch.randn(2, options.config.unet.in_channels, 8, 8, generator=g).to(**to), torch.tensor([500, 500]).to(options.device)
+    context = torch.randn(2, 77, options.config.unet.context_width, generator=g).to(**to)
+    out = {}
+
+    def ours_step() -> None:
+        out["ours"] = models["diffusion"](x, t, context)
+
+    def theirs_step() -> None:
+        out["theirs"] = pipe.unet(x, t, encoder_hidden_states=context).sample
+
+    rows = []
+
+    def compare(what: str, ours: Callable, theirs: Callable, after: bool = True) -> None:
+        """A row: both sides alternating, each call with the next of endlessly many different arguments."""
+        counts = {"ours": 0, "theirs": 0}
+
+        def call(side: str, function: Callable, step: Callable) -> None:
+            counts[side] += 1
+            function(counts[side])
+            if after:
+                step()
+        times = alternate({"ours": lambda: call("ours", ours, ours_step),
+                           "theirs": lambda: call("theirs", theirs, theirs_step)}, options)
+        rows.append([what, *ratio(times["ours"], times["theirs"]),
+                     f"{difference(out['ours'], out['theirs']):.1e}" if after else ""])
+
+    compare("a step, no LoRA", lambda i: None, lambda i: None)
+
+    new = {"ours": [], "theirs": []}  # a file, loaded into models without LoRA, and the first step with it
+    for i, file in enumerate(files):
+        new["ours"].append(seconds(lambda file=file: (load_lora_into_models(models, file, "new"), ours_step()), options.device))
+        new["theirs"].append(seconds(lambda file=file: (peers.load_lora(pipe, file, "new"), theirs_step()), options.device))
+        if i == len(files) - 1:
+            apart = f"{difference(out['ours'], out['theirs']):.1e}"
+        remove_lora(models)
+        pipe.unload_lora_weights()
+    rows.append(["a new LoRA file + step", *ratio(new["ours"][1:], new["theirs"][1:]), apart])
+
+    names = ["a", "b", "c", "d"]
+    for name, file in zip(names, files):
+        load_lora_into_models(models, file, name)
+        peers.load_lora(pipe, file, name)
+    set_adapters(models, {"a": 1.0})
+    pipe.set_adapters("a")
+    compare("a step, one of four LoRAs active", lambda i: None, lambda i: None)
+    for after, tail in ((False, ""), (True, " + step")):
+        compare("switch to another of four LoRAs" + tail, lambda i: set_adapters(models, {names[i % 4]: 1.0}),
+                lambda i: pipe.set_adapters(names[i % 4]), after)
+    for after, tail in ((False, ""), (True, " + step")):
+        compare("change the multiplier" + tail, lambda i: set_adapters(models, {"a": i / 8}),
+                lambda i: pipe.set_adapters("a", i / 8), after)
+
+    return rows, merging(options, models, pipe, files)
+
+
+def merging(options: Options, models, pipe, files: list[Path]) -> list[list]:
+    """Rows on merging. Ours first and again into the same memory; theirs has no such difference."""
+    remove_lora(models)
+    pipe.unload_lora_weights()
+    load_lora_into_models(models, files[0], "a")
+    peers.load_lora(pipe, files[0], "a")
+    ours_before = {path: layer.weight.clone() for path, layer in lora_layers(models).items()}
+    theirs_before = peers.attention_weights(pipe)
+    times: dict[str, list[float]] = {k: [] for k in ("first", "again", "unmerge", "fuse", "unfuse")}
+
+    def timed(what: str, function: Callable) -> None:
+        times[what].append(seconds(function, options.device))
+    for i in range(options.n + 1):
+        set_adapters(models, {"a": 1.0})
+        timed("first", lambda: merge(models))
+        set_adapters(models, {"a": 0.5 + i / 8})
+        timed("again", lambda: merge(models))
+        timed("unmerge", lambda: unmerge(models))
+        timed("fuse", lambda: pipe.fuse_lora(components=["unet"]))
+        timed("unfuse", lambda: pipe.unfuse_lora(components=["unet"]))
+    times = {k: v[1:] for k, v in times.items()}
+    kept = max((layer.weight - ours_before[path]).abs().max().item() for path, layer in lora_layers(models).items())
+    drift = max((p - theirs_before[key]).abs().max().item() for key, p in peers.attention_weights(pipe).items())
+    layers = f"{len(ours_before)} layers"
+    return [[f"merge, {layers}, first", *ratio(times["first"], times["fuse"]), ""],
+            [f"merge, {layers}, again in place", *ratio(times["again"], times["fuse"]), ""],
+            [f"unmerge, {layers}", *ratio(times["unmerge"], times["unfuse"]), f"ours {kept:g}, theirs {drift:.1e}"]]
+
+
+def main(options: Options) -> str:
+    _, folder = checkpoints(options)
+    files = [lora_file(options, seed) for seed in range(max(4, options.n + 1))]
+    tables = [loading(options)]
+    rows, merges = isolated(options, time_loras, options, folder, files).result
+    tables.append((["LoRA", "ours", "theirs", "ours / theirs", "difference of the step"], rows))
+    tables.append((["merging", "ours", "theirs", "ours / theirs", "max abs(W - W0) after it"], merges))
+    return block("Loading, and LoRA files", options, [LOADING_NOTES, import_times(), LORA_NOTES], *tables)
+
+
+if __name__ == "__main__":
+    run(main)

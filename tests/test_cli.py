@@ -1,0 +1,148 @@
+"""The command line: what it makes, and how it answers mistakes."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sd.cli import main
+from sd.config import TINY
+from sd.image_io import read_parameters
+from sd.lora import apply_lora_to_model, get_lora_parameters
+from sd.model_loader import new_models, preload_models_from_standard_weights, save_checkpoint, save_models_lora
+from sd.pipeline import generate
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A tiny model and two LoRAs for it, in one folder."""
+    folder = tmp_path_factory.mktemp("files")
+    models = new_models(TINY)
+    save_checkpoint(models, folder / "tiny.safetensors")
+    for i, name in enumerate(("ink", "wash")):
+        apply_lora_to_model(models["diffusion"], rank=2 + i, alpha=3.0, name=name)
+        for p in get_lora_parameters(models, name):
+            p.data.normal_(generator=torch.Generator().manual_seed(i))
+        save_models_lora(models, folder / f"{name}.safetensors", name)
+    return folder
+
+
+@pytest.fixture
+def run(files, tmp_path, monkeypatch, capsys):
+    """Run a command in an empty folder; returns (exit status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*words):
+        words = [str(w).replace("@", str(files) + "/") for w in words]
+        try:
+            status = main(words)
+        except SystemExit as stop:  # argparse's own way out, for --help and for unknown flags
+            status = stop.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return command
+
+
+MODEL = ("--model", "@tiny.safetensors", "--steps", "2")
+
+
+def test_generate_writes_what_the_function_returns_with_its_parameters(run, files):
+    status, out, _ = run("generate", "a cat", "a dog", *MODEL, "--seed", "5", "--count", "2", "--out", "here",
+                         "--lora", "@ink.safetensors:0.5")
+    assert status == 0 and [line.split()[0] for line in out.splitlines()] == [f"here/000{i}.png" for i in (1, 2, 3, 4)]
+    about = read_parameters("here/0003.png")
+    assert (about["prompt"], about["seed"], about["lora"]) == ("a dog", 7, {"ink": 0.5})
+    assert about["model_hash"] and set(about["lora_hashes"]) == {"ink"}
+    models = preload_models_from_standard_weights(files / "tiny.safetensors", "cpu")
+    expected = generate(["a cat", "a dog"], models=models, seed=5, images_per_prompt=2, n_inference_steps=2,
+                        sampler_name="dpmpp_2m", use_lora=False)
+    run("generate", "a cat", "a dog", *MODEL, "--seed", "5", "--count", "2", "--out", "here", "--lora",
+        "@ink.safetensors:0.5", "--no-lora")
+    assert np.array_equal(np.asarray(Image.open("here/0007.png")), expected[2])
+    assert "lora" not in read_parameters("here/0007.png")
+
+
+def test_a_picture_is_made_again_from_what_it_says(run):
+    lora = ("--lora", "@ink.safetensors:0.5", "@wash.safetensors:-0.25")
+    assert run("generate", 'a "cat",\n: ü', *MODEL, "--negative", "x, y: z", "--seed", "3", *lora, "--out", "one.png",
+               "--sampler", "euler_a", "--cfg", "3.5", "--width", "72")[0] == 0
+    assert run("generate", "--again", "one.png", "--model", "@tiny.safetensors", *lora, "--out", "two.png")[0] == 0
+    assert Path("one.png").read_bytes() == Path("two.png").read_bytes()
+    status, _, err = run("generate", "--again", "one.png", "--model", "@tiny.safetensors", "--out", "two.png")
+    assert status == 2 and "made with the LoRA 'ink'; load it with --lora" in err
+
+
+def test_compare_merge_and_inspect(run, files):
+    assert run("compare", "a cat", *MODEL, "--lora", "@ink.safetensors", "@wash.safetensors", "--out", "sheet.png")[0] == 0
+    assert Image.open("sheet.png").size[0] > 4 * 64
+    assert run("merge", "merged.safetensors", "--model", "@tiny.safetensors", "--lora", "@ink.safetensors:0.5")[0] == 0
+    assert run("generate", "a cat", "--model", "merged.safetensors", "--steps", "2", "--seed", "1", "--out", "a.png")[0] == 0
+    assert run("generate", "a cat", *MODEL, "--lora", "@ink.safetensors:0.5", "--seed", "1", "--out", "b.png")[0] == 0
+    assert np.array_equal(np.asarray(Image.open("a.png")), np.asarray(Image.open("b.png")))
+    for path, kind in (("@ink.safetensors", "LoRA"), ("@tiny.safetensors", "checkpoint"), ("a.png", "picture")):
+        status, out, _ = run("inspect", path)
+        facts = json.loads(out.partition(": ")[2])
+        assert status == 0 and facts["kind"] == kind
+        if kind == "LoRA":
+            assert facts["ranks"] == [2] and facts["alphas"] == [3.0] and facts["modules"] == {"UNet": 80}
+    assert run("merge", "folder", "--model", "@tiny.safetensors", "--lora", "@ink.safetensors")[0] == 0
+    assert json.loads(run("inspect", "folder")[1].partition(": ")[2])["kind"] == "diffusers folder"
+
+
+def broken(kind: str, files: Path) -> Path:
+    path = Path(f"{kind}.safetensors")
+    good = (files / "tiny.safetensors").read_bytes()
+    content = {"truncated": good[: len(good) // 2], "empty": b"", "text": b"hello world\n" * 9,
+               "page": b"<!doctype html><html>", "lfs": b"version https://git-lfs.github.com/spec/v1\n"}
+    path.write_bytes(content[kind])
+    return path
+
+
+@pytest.mark.parametrize("kind, sentence", [("truncated", "truncated safetensors file"), ("empty", "is empty"),
+                                            ("text", "a text file"), ("page", "a web page"), ("lfs", "git-lfs pointer")])
+@pytest.mark.parametrize("flag", ["--model", "--lora"])
+def test_a_damaged_file_is_one_sentence(run, files, kind, sentence, flag):
+    other = () if flag == "--model" else MODEL
+    status, out, err = run("generate", "x", flag, broken(kind, files), *other)
+    assert status == 2 and out == "" and re.fullmatch(rf"error: {kind}.safetensors: .*{sentence}.*\n", err)
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (("generate",), "no prompt is given"),
+    (("generate", "x", "--model", "nowhere.ckpt"), "nowhere.ckpt: no such file"),
+    (("generate", "x", *MODEL, "--lora", "nowhere:0.5"), "nowhere: no such file"),
+    (("generate", "x", *MODEL, "--lora", "@ink.safetensors", "@ink.safetensors:2"), "two LoRAs are named 'ink'"),
+    (("generate", "x", *MODEL, "--lora", "@tiny.safetensors"), "whole checkpoint, not a LoRA"),
+    (("generate", "x", "--model", "@ink.safetensors"), "it seems to be a LoRA, not a checkpoint"),
+    (("generate", "x", *MODEL, "--sampler", "foo"), "sampler 'foo' is unknown; allowed: ddpm"),
+    (("generate", "x", "--model", "@tiny.safetensors", "--steps", "-3"), "-3 steps are not possible"),
+    (("generate", "x", *MODEL, "--width", "65"), "width is 65, no multiple of 8; the nearest are 64 and 72"),
+    (("generate", "x", *MODEL, "--mask", "m.png"), "--mask needs --input"),
+    (("generate", "x", *MODEL, "--input", "m.png"), "m.png: no such file"),
+    (("generate", "x", *MODEL, "--out", "picture.gif"), "pictures are not saved as '.gif'"),
+    (("generate", "x", *MODEL, "--out", "/proc/nothing/here"), "/proc/nothing"),
+    (("generate", "--again", "@tiny.safetensors", *MODEL), "tiny.safetensors"),
+    (("compare", "x", *MODEL), "name at least one LoRA with --lora"),
+    (("merge", "m.safetensors", "--model", "@tiny.safetensors"), "nothing to merge"),
+    (("merge", "m.ckpt", "--model", "@tiny.safetensors", "--lora", "@ink.safetensors"), "not as .ckpt"),
+    (("inspect", "nowhere"), "nowhere: no such file"),
+    (("train", "--data", "nowhere", "--model", "@tiny.safetensors"), "nowhere"),
+])
+def test_a_mistake_is_one_sentence_and_exit_status_2(run, words, sentence):
+    status, _, err = run(*words)
+    lines = [line for line in err.splitlines() if not line.startswith("LoRA ")]
+    assert status == 2 and len(lines) == 1 and lines[0].startswith("error: ") and sentence in lines[0], err
+
+
+def test_unknown_flags_and_commands_are_refused_and_help_helps(run):
+    assert run("generat", "x")[0] == 2 and run("generate", "x", "--stps", "3")[0] == 2
+    status, out, _ = run("--help")
+    assert status == 0 and all(command in out for command in ("generate", "compare", "train", "merge", "inspect"))
+    for command in ("generate", "compare", "train", "merge", "inspect"):
+        status, out, _ = run(command, "--help")
+        assert status == 0 and "usage: python -m sd " + command in out

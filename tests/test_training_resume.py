@@ -1,0 +1,228 @@
+"""N steps are k steps, a kill at any instant, and N - k steps, bit for bit: state, metrics and result are the same files."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sd.checkpoint import read_tensors
+from sd.lora import adapter_names
+from sd.training import PictureSet, TrainConfig, TrainError, train
+from tests.test_training import SMALL, models, one_thread, pictures, untrained  # noqa: F401 (fixtures)
+
+loop = importlib.import_module("sd.training.train")
+
+LORA = TrainConfig(rank=2, alpha=2.0, steps=7, batch_size=2, save_every=2, progress=False, dropout=0.3, rank_dropout=0.2,
+                   module_dropout=0.1, text_encoder=True, accumulate=2, ema=0.9, schedule="cosine", warmup=2, learning_rate=0.01)
+FULL = replace(LORA, train="full", accumulate=1, checkpointing=True)
+VAE = replace(LORA, train="vae", accumulate=1)
+RUNS = {"lora": LORA, "full": FULL, "vae": VAE}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What a run leaves behind, without the picture and with its own folder's name taken out."""
+    found = {f.name: f.read_bytes() for f in folder.iterdir() if f.suffix != ".png"}
+    return {name: content.replace(folder.name.encode(), b"") if name.endswith(".json") else content for name, content in found.items()}
+
+
+@pytest.mark.parametrize("what", RUNS)
+@pytest.mark.parametrize("k", [1, 2, 5, 6])
+def test_a_run_stopped_at_step_k_ends_as_if_it_had_never_been(tmp_path, untrained, what, k, monkeypatch):  # noqa: F811
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    result = train(replace(RUNS[what], out=str(whole)), deepcopy(untrained), pictures())
+
+    def power_cut(step, **options):
+        if step == k:
+            raise KeyboardInterrupt
+        return original(step, **options)
+
+    original = loop.lr_factor
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "lr_factor", power_cut)
+        train(replace(RUNS[what], out=str(broken)), deepcopy(untrained), pictures())
+    torch.manual_seed(k)  # torch's own random state is another one now
+    again = train(replace(RUNS[what], out=str(broken)), deepcopy(untrained), pictures())
+
+    assert files(whole).keys() == files(broken).keys()
+    for name, content in files(whole).items():
+        assert files(broken)[name] == content, name
+    for key in result:
+        for (name, a), b in zip(result[key].state_dict().items(), again[key].state_dict().values()):
+            assert torch.equal(a, b), f"{key}.{name}"
+
+
+def test_a_finished_run_started_again_gives_its_result_at_once(tmp_path, untrained, monkeypatch):  # noqa: F811
+    config = replace(LORA, out=str(tmp_path))
+    first = train(config, deepcopy(untrained), pictures())
+    before = files(tmp_path)
+    monkeypatch.setattr(loop, "diffusion_loss", None)  # nothing is computed
+    second = train(config, deepcopy(untrained), pictures())
+    assert files(tmp_path) == before
+    a, b = (dict(m["diffusion"].named_parameters()) for m in (first, second))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+# What the killed process runs: imports once, then forks a training for each kill, in the folder that is given.
+CHILD = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import sd.checkpoint
+from dataclasses import replace
+from sd.model_loader import new_models
+from sd.training import train
+from tests.test_training import SMALL, pictures
+from tests.test_training_resume import LORA
+
+out, config = Path(sys.argv[1]), replace(LORA, steps=24, save_every=1)
+untrained, data = new_models(SMALL, seed=1), pictures()
+from copy import deepcopy
+untrained.tokenizer  # built before the forks
+
+def start(before=lambda: None):
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            before()
+            train(replace(config, out=str(out)), deepcopy(untrained), data)
+            code = 0
+        finally:
+            os._exit(code)
+    return pid
+
+def die_in_save(n, late):
+    '''SIGKILL to itself in the n-th replacement of the state, just before or just after it.'''
+    replace_file, left = os.replace, [n]
+    def deadly(source, target):
+        left[0] -= str(target).endswith("state.safetensors")
+        if left[0] == 0 and not late:
+            os.truncate(source, os.path.getsize(source) // 2)  # a write cut short
+        if left[0] == 0 and not late:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace_file(source, target)
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.replace = deadly
+
+killed = 0
+for n, late in ((1, False), (2, True), (3, False)):
+    _, status = os.waitpid(start(lambda: die_in_save(n, late)), 0)
+    assert os.WIFSIGNALED(status), status
+    killed += 1
+rng = random.Random(0)
+for _ in range(8):
+    pid = start()
+    time.sleep(rng.uniform(0.02, 0.6))
+    os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    killed += os.WIFSIGNALED(status)
+_, status = os.waitpid(start(), 0)
+assert status == 0, status
+print("killed", killed)
+"""
+
+
+def test_a_run_killed_at_random_instants_and_inside_saves_loses_nothing(tmp_path, untrained):  # noqa: F811
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(replace(LORA, steps=24, save_every=1, out=str(whole)), deepcopy(untrained), pictures())
+    done = subprocess.run([sys.executable, "-c", CHILD, str(broken)], cwd=Path(__file__).parents[1], capture_output=True,
+                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) >= 4  # the three inside saves, and some of the others
+    left = {name: content for name, content in files(broken).items() if not name.endswith(".sd-tmp")}
+    assert left.keys() == files(whole).keys()
+    for name, content in files(whole).items():
+        assert left[name] == content, name
+
+
+def stopped(config: TrainConfig, models, data, monkeypatch, k: int = 3) -> None:  # noqa: F811
+    """Run until step k."""
+    original = loop.lr_factor
+
+    def power_cut(step, **options):
+        if step == k:
+            raise KeyboardInterrupt
+        return original(step, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "lr_factor", power_cut)
+        train(config, models, data)
+
+
+@pytest.mark.parametrize("change, difference", [
+    ({"learning_rate": 0.02}, "learning_rate was 0.01, now 0.02"), ({"rank": 3}, "rank was 2, now 3"),
+    ({"targets": ("q_proj",)}, r"targets was \['attn'\], now \['q_proj'\]"), ({"steps": 9}, "steps was 7, now 9"),
+    ({"seed": 1, "dropout": 0.0}, "dropout was 0.3, now 0.0; seed was 0, now 1")])
+def test_a_config_that_cannot_continue_the_run_is_refused_with_the_difference(
+        tmp_path, models, change, difference, monkeypatch):  # noqa: F811
+    config = replace(LORA, out=str(tmp_path))
+    stopped(config, models, pictures(), monkeypatch)
+    before = files(tmp_path)
+    with pytest.raises(TrainError, match=f"holds another training .*{difference}"):
+        train(replace(config, **change), models, pictures())
+    assert files(tmp_path) == before
+    assert adapter_names(models) == []
+
+
+def test_other_pictures_or_another_base_are_refused_and_what_does_not_matter_may_change(
+        tmp_path, models, untrained, monkeypatch):  # noqa: F811
+    config = replace(LORA, out=str(tmp_path))
+    stopped(config, models, pictures(), monkeypatch)
+    data = pictures()
+    data.captions[0] = ("another",)
+    with pytest.raises(TrainError, match="dataset was"):
+        train(config, models, data)
+    other = deepcopy(untrained)
+    other["decoder"].conv_in.weight.data[0] += 1
+    with pytest.raises(TrainError, match="base was"):
+        train(config, other, pictures())
+    os.rename(tmp_path, tmp_path.with_name("moved"))
+    moved = tmp_path.with_name("moved")
+    train(replace(config, out=str(moved), save_every=5, checkpointing=True), models, pictures())
+    assert json.loads(read_tensors(moved / "state.safetensors").metadata["progress"])["step"] == 7
+
+
+def test_a_damaged_state_or_changed_metrics_are_a_sentence(tmp_path, models, monkeypatch):  # noqa: F811
+    config = replace(LORA, out=str(tmp_path))
+    stopped(config, models, pictures(), monkeypatch)
+    lines = (tmp_path / "metrics.jsonl").read_text()
+    for content in ("", lines.replace('"step": 1', '"step": 5'), "{\n" + lines):
+        (tmp_path / "metrics.jsonl").write_text(content)
+        with pytest.raises(TrainError, match="its lines are not the steps 0 to 1"):
+            train(config, models, pictures())
+    state = (tmp_path / "state.safetensors").read_bytes()
+    for content in (state[: len(state) // 2], b"", b"no state at all"):
+        (tmp_path / "state.safetensors").write_bytes(content)
+        with pytest.raises(TrainError, match="is not the state of a training"):
+            train(config, models, pictures())
+    assert adapter_names(models) == []
+
+
+def test_a_full_disk_stops_with_the_last_good_state_intact(tmp_path, models, monkeypatch):  # noqa: F811
+    config = replace(LORA, out=str(tmp_path))
+    stopped(config, models, pictures(), monkeypatch)
+    state = (tmp_path / "state.safetensors").read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sd.training.train.Metrics.flush", lambda self: monkeypatch.setattr(os, "fsync", full))
+    with pytest.raises(OSError, match="No space left on device"):
+        train(config, models, pictures())
+    assert (tmp_path / "state.safetensors").read_bytes() == state
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_dataset_in_memory_needs_a_caption_for_each_picture():
+    with pytest.raises(ValueError, match="5 pictures are given with 4 captions"):
+        PictureSet(torch.zeros(5, 1, 16, 16), ["a"] * 4)
+    assert SMALL.image_size == 16

@@ -424,7 +424,8 @@ def attach_state(models, state: Mapping[str, AdapterWeights], name: str, multipl
         except ValueError as error:
             misfits.append(f"{path}: {error}")
     if misfits:
-        raise LoRAFormatError(f"{where}: {len(misfits)} of {len(state)} LoRA modules do not fit this model, first: {misfits[0]}")
+        raise LoRAFormatError(f"{where}: {len(misfits)} of {len(state)} LoRA modules do not fit this model, "
+                              f"first: {misfits[0]}")
     with exclusive(models):
         enabled = all(layer.lora_enabled for layer in lora_layers(models).values())
         if name in adapter_names(models):

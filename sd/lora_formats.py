@@ -70,7 +70,7 @@ def read_kohya(tensors: Mapping[str, Tensor], modules: Mapping[str, str], where:
     state: dict[str, AdapterWeights] = {}
     for module, found in parts.items():
         if modules[module] in state:
-            raise LoRAFormatError(f"{where}: {module!r} is a second LoRA for {modules[module]}, which the file has in another spelling")
+            raise LoRAFormatError(f"{where}: {module!r} is a second LoRA for {modules[module]}; the file spells it twice")
         state[modules[module]] = _weights(module, found, where)
     return state
 

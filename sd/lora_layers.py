@@ -115,70 +115,75 @@ class LoRALayer:
     def to_plain(self) -> None:
         """Undo the conversion of a foreign layer."""
         self.__class__ = self.plain_class
-        for attribute in ("active", "lora_enabled", "plain_class", "_merged_state", "_fused", "_fingerprint"):
+        for attribute in ("active", "lora_enabled", "plain_class", "_merged_state", "_fused", "_on", "_key"):
             del self.__dict__[attribute]
         del self.adapters, self.merged_weight, self.merged_bias
 
     def set_active(self, active: ActiveSet) -> None:
         self.active = active.only(self.adapter_names)
-        self._fingerprint = torch.tensor(self.active.fingerprint())
+        self._on = [self.adapter(name) for name in self.multipliers]  # what forward needs of it, found once
+        self._key = self.active.fingerprint()
 
     # ---- forward ------------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.active.multipliers and self.lora_enabled):
             return self.base_forward(x)
-        adapters = [self.adapter(name) for name in self.multipliers]
-        if torch.is_grad_enabled() and any(p.requires_grad for a in adapters for p in a.parameters()):
-            return self._trained_forward(x, adapters)
+        if torch.is_grad_enabled() and any(p.requires_grad for adapter in self._on for p in adapter.parameters()):
+            return self._trained_forward(x)
         if self.is_merged():
             return self.op(x, self.merged_weight, self.bias if self.merged_bias is None else self.merged_bias)
-        return self._fused_forward(x, adapters)
+        return self._fused_forward(x)
 
-    def _trained_forward(self, x: Tensor, adapters: list[Adapter]) -> Tensor:
-        out = self.base_forward(x)
-        for adapter, multiplier in zip(adapters, self._multipliers_for(out)):
-            out = out + _SameActiveSet.apply(adapter(x, self), self._fingerprint) * multiplier
+    def _trained_forward(self, x: Tensor) -> Tensor:
+        out, fingerprint = self.base_forward(x), torch.tensor(self._key)
+        for adapter, multiplier in zip(self._on, self._columns(out)):
+            out = out + _SameActiveSet.apply(adapter(x, self), fingerprint) * multiplier
         return out
 
-    def _fused_forward(self, x: Tensor, adapters: list[Adapter]) -> Tensor:
+    def _fused_forward(self, x: Tensor) -> Tensor:
         """base + up((down x) · m): one pair of products for any number of low-rank adapters and any routing."""
-        dtype = self.compute_dtype(x)
-        if self._fused is None or self._fused.state != (self._state(), dtype):
-            self._fused = _fuse(self, adapters, dtype)
-        fused, out = self._fused, self.base_forward(x)
+        fused, out = self._fused_for(self.compute_dtype(x)), self.base_forward(x)
+        if fused.rows is not None:
+            self._check_rows(fused.rows, out)
         if fused.down is not None:
             h = self.op(x, fused.down, None) if x.is_floating_point() else F.embedding(x, fused.down)
-            if self.active.per_image:
-                self._check_rows(out)
-            axis = 1 if fused.up.dim() > 2 else h.dim() - 1  # the axis of the ranks: channels of a convolution
-            m = fused.multipliers
-            h = h * m.view([m.shape[-1] if i == axis else m.shape[0] if i == 0 else 1 for i in range(h.dim())])
-            out = out + project_up(h, fused.up, self.lora_shape().groups)
-        for (weight, bias), multiplier in zip(fused.deltas, self._multipliers_for(out, fused.delta_indices)):
-            out = out + self.op(x, weight, bias) * multiplier
+            if fused.multipliers is not None:
+                axis = 1 if fused.up.dim() > 2 else h.dim() - 1  # the axis of the ranks: channels of a convolution
+                h = h * fused.multipliers.view([n if i in (0, axis) else 1 for i, n in enumerate(h.shape)])
+            if fused.up.dim() == 2:  # product and sum in one pass over the output
+                out = torch.addmm(out.flatten(0, -2), h.flatten(0, -2), fused.up.T).view(out.shape)
+            else:
+                out = out + project_up(h, fused.up, self.lora_shape().groups)
+        for weight, bias, column in fused.deltas:
+            change = self.op(x, weight, bias)
+            out = out + (change if column is None else change * column.view(-1, *(1,) * (out.dim() - 1)))
         return out
 
-    def _multipliers_for(self, out: Tensor, indices: list[int] | None = None) -> list[float | Tensor]:
-        """One multiplier for each active adapter: a number, or a column that broadcasts over the rows of `out`."""
-        values = list(self.multipliers.values())
-        if self.active.per_image:
-            self._check_rows(out)
-            table = self.active.table().to(out)
-            values = [table[:, i].view(-1, *(1,) * (out.dim() - 1)) for i in range(len(values))]
-        return values if indices is None else [values[i] for i in indices]
+    def _fused_for(self, dtype: torch.dtype) -> _Fused:
+        if self._fused is None or not (torch.compiler.is_compiling() or self._fused.state == (self._state(), dtype)):
+            self._fused = _fuse(self, dtype)
+        return self._fused
 
-    def _check_rows(self, out: Tensor) -> None:
-        rows = len(self.active.table())
+    def _columns(self, out: Tensor) -> list[float | Tensor]:
+        """One multiplier for each active adapter: a number, or a column that broadcasts over the rows of `out`."""
+        if not self.active.per_image:
+            return list(self.multipliers.values())
+        table = self.active.table().to(out)
+        self._check_rows(len(table), out)
+        return [column.view(-1, *(1,) * (out.dim() - 1)) for column in table.T]
+
+    @staticmethod
+    def _check_rows(rows: int, out: Tensor) -> None:
         if rows != out.shape[0]:
             raise LoRAError(f"multipliers are given for {rows} rows, but the layer got {out.shape[0]} rows; "
                             f"say with use_rows() which image each row belongs to")
 
     def _state(self) -> tuple:
         """Differs whenever fused or merged weights would: another active set, a write to an adapter or to the base."""
-        tensors = [p for name in self.multipliers for p in self.adapter(name).parameters()]
-        tensors += [p for p in (self.weight, self.bias) if p is not None]
-        return self.active.fingerprint(), tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in tensors)
+        tensors = [p for adapter in self._on for p in adapter._parameters.values()]
+        tensors += self.weight, self.bias
+        return self._key, [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in tensors if p is not None]
 
     # ---- merging: `weight` is never written; the merged weight is a buffer beside it -----------------------------------
 
@@ -206,8 +211,7 @@ class LoRALayer:
         """W + Σ mᵢ ΔWᵢ and, where an adapter changes the bias, b + Σ mᵢ Δbᵢ: summed in fp32, in order of names."""
         base, bias = self.base_weight(), None
         total = base
-        for name, multiplier in self.multipliers.items():
-            adapter = self.adapter(name)
+        for adapter, multiplier in zip(self._on, self.multipliers.values()):
             delta_b = adapter.bias_delta(self.base_bias())
             total = adapter.add_to(total, base, multiplier)
             if delta_b is not None:
@@ -328,32 +332,35 @@ class _Fused:
 
     state: tuple
     down: Tensor | None  # [ΣR, ...]; for embeddings [num, ΣR]
-    up: Tensor | None  # [out, ΣR/g, ...], alpha / R folded in
-    multipliers: Tensor | None  # [1, ΣR], or [rows, ΣR] where images differ
-    deltas: list[tuple[Tensor, Tensor | None]]  # kinds that are not low-rank: effective ΔW and Δb
-    delta_indices: list[int]  # which of the active adapters those are
+    up: Tensor | None  # [out, ΣR/g, ...], alpha / R folded in, and the multipliers too where all images share them
+    multipliers: Tensor | None  # [rows, ΣR] where images differ
+    deltas: list[tuple[Tensor, Tensor | None, Tensor | None]]  # kinds that are not low-rank: ΔW, Δb, multipliers [rows]
+    rows: int | None  # of the call that it is for, where images differ
 
 
-def _fuse(layer: LoRALayer, adapters: list[Adapter], dtype: torch.dtype) -> _Fused:
-    fused = _Fused((layer._state(), dtype), None, None, None, [], [])
-    shape, table = layer.lora_shape(), layer.active.table().reshape(-1, len(adapters))
+def _fuse(layer: LoRALayer, dtype: torch.dtype) -> _Fused:
+    shape, per_image, table = layer.lora_shape(), layer.active.per_image, layer.active.table()
+    fused = _Fused((layer._state(), dtype), None, None, None, [], len(table) if per_image else None)
+    # Shared multipliers are folded in while all is fp32; one for each row must stay outside.
+    shared = [1.0] * len(layer._on) if per_image else table.tolist()
+    table = table.to(device=layer.weight.device, dtype=dtype)
     with torch.inference_mode(False), torch.no_grad():
         downs, ups, columns = [], [], []
-        for i, adapter in enumerate(adapters):
+        for adapter, m, column in zip(layer._on, shared, table.T if per_image else [None] * len(shared)):
             if isinstance(adapter, LowRank) and adapter.magnitude is None:
                 downs.append(adapter.down.unflatten(0, (shape.groups, -1)))  # [g, R/g, ...]: groups keep their ranks
-                ups.append(adapter.up * adapter.scale)
-                columns.append(table[:, i, None, None].expand(-1, shape.groups, adapter.rank // shape.groups))
+                ups.append(adapter.up * (adapter.scale * m))
+                if per_image:
+                    columns.append(column[:, None, None].expand(-1, shape.groups, adapter.rank // shape.groups))
             else:
                 bias = adapter.bias_delta(layer.base_bias())
-                fused.deltas.append((adapter.effective_delta(layer.base_weight()).to(dtype),
-                                     None if bias is None else bias.to(dtype)))
-                fused.delta_indices.append(i)
+                fused.deltas.append(((adapter.effective_delta(layer.base_weight()) * m).to(dtype),
+                                     None if bias is None else (bias * m).to(dtype), column))
         if downs:
             down = torch.cat(downs, dim=1).flatten(0, 1).to(dtype)
             fused.down = down.T.contiguous() if shape.embedding else down
             fused.up = torch.cat(ups, dim=1).to(dtype)
-            fused.multipliers = torch.cat(columns, dim=2).flatten(1).to(device=down.device, dtype=dtype)
+            fused.multipliers = torch.cat(columns, dim=2).flatten(1) if per_image else None
     return fused
 
 

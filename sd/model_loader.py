@@ -149,8 +149,8 @@ def preload_models_from_standard_weights(ckpt_path: str | os.PathLike | None = N
     device = default_device() if device is None else torch.device(device)
     dtype = default_dtype(device) if dtype is None else dtype
     if _former(path).exists() and not path.exists():
-        raise CheckpointError(f"{path}: a save of this folder was killed at its last step; what it was before lies whole in "
-                              f"{_former(path)}: rename that back")
+        raise CheckpointError(f"{path}: a save of this folder was killed at its last step; what it was before "
+                              f"lies whole in {_former(path)}: rename that back")
     if path.is_dir():
         folder = read_folder(path, variant=variant)
         sources, configs = {c: folder.components.get(FOLDERS[c]) for c in COMPONENTS}, folder.configs
@@ -302,9 +302,11 @@ def _config_of_folder(configs: Mapping[str, dict], path: Path) -> ModelConfig:
     """From the JSON files of a diffusers folder. Raises CheckpointError for what SD 1.x does not have."""
     parts = ("unet/config.json", "vae/config.json", "text_encoder/config.json")
     if parts[0] not in configs:
-        raise CheckpointError(f"{path}: has no {parts[0]}; heads and activation are not in its weights: pass config=ModelConfig(...)")
+        raise CheckpointError(f"{path}: has no {parts[0]}, so its heads and activation are unknown: "
+                              f"pass config=ModelConfig(...)")
     unet, vae, text = (configs.get(part, {}) for part in parts)
     scheduler = configs.get("scheduler/scheduler_config.json", {})
+    blocks = unet.get("down_block_types", SD15_BLOCKS)
     foreign = [f"unet {k} = {unet[k]!r}" for k, allowed in (
         ("use_linear_projection", (None, False)), ("addition_embed_type", (None,)), ("class_embed_type", (None,)),
         ("transformer_layers_per_block", (None, 1)), ("num_class_embeds", (None,))) if unet.get(k) not in allowed]
@@ -319,11 +321,10 @@ def _config_of_folder(configs: Mapping[str, dict], path: Path) -> ModelConfig:
             vae=_pick(VAEConfig, vae, image_channels="in_channels", latent_channels="latent_channels",
                       widths="block_out_channels", layers_per_block="layers_per_block", norm_groups="norm_num_groups",
                       scale="scaling_factor"),
-            unet=replace(_pick(UNetConfig, unet, in_channels="in_channels", out_channels="out_channels",
-                               widths="block_out_channels", layers_per_block="layers_per_block",
-                               heads="attention_head_dim", context_width="cross_attention_dim",
-                               norm_groups="norm_num_groups"),
-                         attention=tuple("CrossAttn" in kind for kind in unet.get("down_block_types", SD15_BLOCKS))),
+            unet=_pick(UNetConfig, unet | {"attention": ["CrossAttn" in kind for kind in blocks]},
+                       in_channels="in_channels", out_channels="out_channels", widths="block_out_channels",
+                       attention="attention", layers_per_block="layers_per_block", heads="attention_head_dim",
+                       context_width="cross_attention_dim", norm_groups="norm_num_groups"),
             prediction={"epsilon": "eps", "v_prediction": "v"}.get(scheduler.get("prediction_type", "epsilon"), "?"),
             beta_schedule=scheduler.get("beta_schedule", "scaled_linear"), beta_start=scheduler.get("beta_start", 0.00085),
             beta_end=scheduler.get("beta_end", 0.012), train_timesteps=scheduler.get("num_train_timesteps", 1000),

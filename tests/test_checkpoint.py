@@ -260,6 +260,7 @@ def file_bytes(kind: str) -> bytes:
 WHOLE = {kind: file_bytes(kind) for kind in ("safetensors", "zip", "old")}
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), kind=st.sampled_from(list(WHOLE)))
 def test_damaged_bytes_never_raise_anything_but_a_checkpoint_error(tmp_path, data, kind):

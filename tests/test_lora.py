@@ -243,6 +243,10 @@ def test_merged_weights_are_dropped_by_every_change_they_depend_on():
     model, _ = merged()
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert copied[0].merged_weight is None and active_multipliers(copied) == {"a": 1.0, "b": 1.0}
+        for p in get_lora_parameters(copied):
+            p.data.zero_()
+        with torch.no_grad(), use_adapters(model, {}):
+            assert torch.equal(copied(x := torch.randn(2, 6)), model(x))  # its adapters are its own
     assert model[0].is_merged()
 
 

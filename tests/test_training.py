@@ -16,7 +16,7 @@ from PIL import Image
 from sd.checkpoint import read_tensors
 from sd.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 from sd.lora import LoRAError, adapter_names, get_lora_parameters, set_lora_enabled
-from sd.model_loader import load_lora_into_models, new_models, preload_models_from_standard_weights
+from sd.model_loader import Models, load_lora_into_models, new_models, preload_models_from_standard_weights
 from sd.training import DataError, PictureFolder, PictureSet, TrainConfig, TrainError, diffusion_loss, train, vae_loss
 from sd.training.data import Contexts, batch_captions, batch_indices, batch_noise, batch_timesteps, encode_pictures
 from sd.training.optim import lr_factor, update_ema
@@ -46,7 +46,12 @@ def untrained():
 
 @pytest.fixture
 def models(untrained):
-    return deepcopy(untrained)
+    return copy_of(untrained)
+
+
+def copy_of(models: Models) -> Models:
+    """Other weights, the same tokenizer: building one takes longer than a training here."""
+    return Models({key: deepcopy(network) for key, network in models.items()}, models.config, models.tokenizer)
 
 
 def pictures(n: int = 5) -> PictureSet:
@@ -214,7 +219,7 @@ def test_a_bad_line_of_metadata_is_named(tmp_path, line, message):
 def test_steps_are_those_of_a_bare_torch_loop(tmp_path, models, what):
     config = replace(QUICK, train=what, out=str(tmp_path), steps=4, accumulate=2, weight_decay=0.1, warmup=3,
                      schedule="cosine", learning_rate=1e-2, clip_norm=0.05, text_encoder=True)
-    data, bare = pictures(), deepcopy(models)
+    data, bare = pictures(), copy_of(models)
     train(config, models, data)
 
     if what == "lora":
@@ -250,7 +255,7 @@ def test_steps_are_those_of_a_bare_torch_loop(tmp_path, models, what):
 
 
 def test_accumulated_micro_batches_are_one_big_batch(tmp_path, models, monkeypatch):
-    small, big = deepcopy(models), models
+    small, big = copy_of(models), models
     config = replace(QUICK, train="full", steps=2, learning_rate=1e-3)
     train(replace(config, out=str(tmp_path / "a"), accumulate=2), small, pictures())
 
@@ -304,7 +309,7 @@ def test_a_training_leaves_modes_flags_and_torchs_random_state_as_they_were(tmp_
 
 
 def test_recomputing_activations_changes_no_gradient(tmp_path, models):
-    other = deepcopy(models)
+    other = copy_of(models)
     config = replace(QUICK, dropout=0.3, module_dropout=0.2, text_encoder=True)
     train(replace(config, out=str(tmp_path / "a")), models, pictures())
     train(replace(config, out=str(tmp_path / "b"), checkpointing=True), other, pictures())
@@ -360,7 +365,7 @@ def probe(models) -> torch.Tensor:
 @pytest.mark.parametrize("options", [{}, {"dora": True, "targets": ("full",)}, {"rank_dropout": 0.2, "targets": ("kohya",)}])
 def test_the_saved_lora_gives_the_output_of_the_trained_one(tmp_path, models, untrained, options):
     train(replace(QUICK, out=str(tmp_path), name="new", learning_rate=0.02, ema=0.5, **options), models, pictures())
-    loaded = load_lora_into_models(deepcopy(untrained), tmp_path / "new.safetensors")
+    loaded = load_lora_into_models(copy_of(untrained), tmp_path / "new.safetensors")
     assert torch.equal(probe(loaded), probe(models))
     base = probe(untrained)
     assert not torch.allclose(probe(loaded), base, atol=1e-4)
@@ -402,7 +407,7 @@ def test_the_autoencoder_learns_through_the_same_loop(tmp_path, models):
 def test_other_adapters_are_off_while_one_is_trained_and_back_afterwards(tmp_path, models, untrained):
     train(replace(QUICK, out=str(tmp_path / "a"), name="first", learning_rate=0.05), models, pictures())
     train(replace(QUICK, out=str(tmp_path / "b"), name="second"), models, pictures())
-    alone = train(replace(QUICK, out=str(tmp_path / "c"), name="second"), deepcopy(untrained), pictures())
+    alone = train(replace(QUICK, out=str(tmp_path / "c"), name="second"), copy_of(untrained), pictures())
     second = [p for n, p in models["diffusion"].named_parameters() if "second" in n]
     assert all(torch.equal(a, b) for a, b in zip(second, get_lora_parameters(alone)))
     assert loop.adapter_names(models) == ["first", "second"]

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from sd.checkpoint import read_tensors
 from sd.lora import adapter_names
 from sd.training import PictureSet, TrainConfig, TrainError, train
-from tests.test_training import SMALL, models, one_thread, pictures, untrained  # noqa: F401 (fixtures)
+from tests.test_training import SMALL, copy_of, models, one_thread, pictures, untrained  # noqa: F401 (fixtures)
 
 loop = importlib.import_module("sd.training.train")
 
@@ -32,23 +31,29 @@ def files(folder: Path) -> dict[str, bytes]:
     return {name: content.replace(folder.name.encode(), b"") if name.endswith(".json") else content for name, content in found.items()}
 
 
-@pytest.mark.parametrize("what", RUNS)
-@pytest.mark.parametrize("k", [1, 2, 5, 6])
-def test_a_run_stopped_at_step_k_ends_as_if_it_had_never_been(tmp_path, untrained, what, k, monkeypatch):  # noqa: F811
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    result = train(replace(RUNS[what], out=str(whole)), deepcopy(untrained), pictures())
+def stopped(config: TrainConfig, models, monkeypatch, k: int = 3) -> None:
+    """A run that ends before step k is computed, as if somebody had pulled the plug."""
+    original = loop.lr_factor
 
     def power_cut(step, **options):
         if step == k:
             raise KeyboardInterrupt
         return original(step, **options)
 
-    original = loop.lr_factor
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(loop, "lr_factor", power_cut)
-        train(replace(RUNS[what], out=str(broken)), deepcopy(untrained), pictures())
+        train(config, models, pictures())
+
+
+@pytest.mark.parametrize("what", RUNS)
+@pytest.mark.parametrize("k", [1, 5, 6])
+def test_a_run_stopped_at_step_k_ends_as_if_it_had_never_been(tmp_path, untrained, what, k, monkeypatch):  # noqa: F811
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    result = train(replace(RUNS[what], out=str(whole)), copy_of(untrained), pictures())
+
+    stopped(replace(RUNS[what], out=str(broken)), copy_of(untrained), monkeypatch, k)
     torch.manual_seed(k)  # torch's own random state is another one now
-    again = train(replace(RUNS[what], out=str(broken)), deepcopy(untrained), pictures())
+    again = train(replace(RUNS[what], out=str(broken)), copy_of(untrained), pictures())
 
     assert files(whole).keys() == files(broken).keys()
     for name, content in files(whole).items():
@@ -60,10 +65,10 @@ def test_a_run_stopped_at_step_k_ends_as_if_it_had_never_been(tmp_path, untraine
 
 def test_a_finished_run_started_again_gives_its_result_at_once(tmp_path, untrained, monkeypatch):  # noqa: F811
     config = replace(LORA, out=str(tmp_path))
-    first = train(config, deepcopy(untrained), pictures())
+    first = train(config, copy_of(untrained), pictures())
     before = files(tmp_path)
     monkeypatch.setattr(loop, "diffusion_loss", None)  # nothing is computed
-    second = train(config, deepcopy(untrained), pictures())
+    second = train(config, copy_of(untrained), pictures())
     assert files(tmp_path) == before
     a, b = (dict(m["diffusion"].named_parameters()) for m in (first, second))
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -79,12 +84,11 @@ import sd.checkpoint
 from dataclasses import replace
 from sd.model_loader import new_models
 from sd.training import train
-from tests.test_training import SMALL, pictures
+from tests.test_training import SMALL, copy_of, pictures
 from tests.test_training_resume import LORA
 
 out, config = Path(sys.argv[1]), replace(LORA, steps=24, save_every=1)
 untrained, data = new_models(SMALL, seed=1), pictures()
-from copy import deepcopy
 untrained.tokenizer  # built before the forks
 
 def start(before=lambda: None):
@@ -93,7 +97,7 @@ def start(before=lambda: None):
         code = 1
         try:
             before()
-            train(replace(config, out=str(out)), deepcopy(untrained), data)
+            train(replace(config, out=str(out)), copy_of(untrained), data)
             code = 0
         finally:
             os._exit(code)
@@ -133,7 +137,7 @@ print("killed", killed)
 
 def test_a_run_killed_at_random_instants_and_inside_saves_loses_nothing(tmp_path, untrained):  # noqa: F811
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train(replace(LORA, steps=24, save_every=1, out=str(whole)), deepcopy(untrained), pictures())
+    train(replace(LORA, steps=24, save_every=1, out=str(whole)), copy_of(untrained), pictures())
     done = subprocess.run([sys.executable, "-c", CHILD, str(broken)], cwd=Path(__file__).parents[1], capture_output=True,
                           text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -144,20 +148,6 @@ def test_a_run_killed_at_random_instants_and_inside_saves_loses_nothing(tmp_path
         assert left[name] == content, name
 
 
-def stopped(config: TrainConfig, models, data, monkeypatch, k: int = 3) -> None:  # noqa: F811
-    """Run until step k."""
-    original = loop.lr_factor
-
-    def power_cut(step, **options):
-        if step == k:
-            raise KeyboardInterrupt
-        return original(step, **options)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "lr_factor", power_cut)
-        train(config, models, data)
-
-
 @pytest.mark.parametrize("change, difference", [
     ({"learning_rate": 0.02}, "learning_rate was 0.01, now 0.02"), ({"rank": 3}, "rank was 2, now 3"),
     ({"targets": ("q_proj",)}, r"targets was \['attn'\], now \['q_proj'\]"), ({"steps": 9}, "steps was 7, now 9"),
@@ -165,7 +155,7 @@ def stopped(config: TrainConfig, models, data, monkeypatch, k: int = 3) -> None:
 def test_a_config_that_cannot_continue_the_run_is_refused_with_the_difference(
         tmp_path, models, change, difference, monkeypatch):  # noqa: F811
     config = replace(LORA, out=str(tmp_path))
-    stopped(config, models, pictures(), monkeypatch)
+    stopped(config, models, monkeypatch)
     before = files(tmp_path)
     with pytest.raises(TrainError, match=f"holds another training .*{difference}"):
         train(replace(config, **change), models, pictures())
@@ -176,12 +166,12 @@ def test_a_config_that_cannot_continue_the_run_is_refused_with_the_difference(
 def test_other_pictures_or_another_base_are_refused_and_what_does_not_matter_may_change(
         tmp_path, models, untrained, monkeypatch):  # noqa: F811
     config = replace(LORA, out=str(tmp_path))
-    stopped(config, models, pictures(), monkeypatch)
+    stopped(config, models, monkeypatch)
     data = pictures()
     data.captions[0] = ("another",)
     with pytest.raises(TrainError, match="dataset was"):
         train(config, models, data)
-    other = deepcopy(untrained)
+    other = copy_of(untrained)
     other["decoder"].conv_in.weight.data[0] += 1
     with pytest.raises(TrainError, match="base was"):
         train(config, other, pictures())
@@ -193,7 +183,7 @@ def test_other_pictures_or_another_base_are_refused_and_what_does_not_matter_may
 
 def test_a_damaged_state_or_changed_metrics_are_a_sentence(tmp_path, models, monkeypatch):  # noqa: F811
     config = replace(LORA, out=str(tmp_path))
-    stopped(config, models, pictures(), monkeypatch)
+    stopped(config, models, monkeypatch)
     lines = (tmp_path / "metrics.jsonl").read_text()
     for content in ("", lines.replace('"step": 1', '"step": 5'), "{\n" + lines):
         (tmp_path / "metrics.jsonl").write_text(content)
@@ -209,13 +199,13 @@ def test_a_damaged_state_or_changed_metrics_are_a_sentence(tmp_path, models, mon
 
 def test_a_full_disk_stops_with_the_last_good_state_intact(tmp_path, models, monkeypatch):  # noqa: F811
     config = replace(LORA, out=str(tmp_path))
-    stopped(config, models, pictures(), monkeypatch)
+    stopped(config, models, monkeypatch)
     state = (tmp_path / "state.safetensors").read_bytes()
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sd.training.train.Metrics.flush", lambda self: monkeypatch.setattr(os, "fsync", full))
+    monkeypatch.setattr(loop.Metrics, "flush", lambda self: monkeypatch.setattr(os, "fsync", full))
     with pytest.raises(OSError, match="No space left on device"):
         train(config, models, pictures())
     assert (tmp_path / "state.safetensors").read_bytes() == state

@@ -1,0 +1,74 @@
+"""The programs of bench/ run at tiny size, and what they compare is equal. Nothing is asserted on time."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.common import Options, duration, ratio, table
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("bench")  # the programs keep their models in out/bench of where they are started
+
+
+def run(program: str, folder: Path, *flags: str) -> str:
+    """What `python -m bench.<program>` prints: in a process of its own, since it forks before any computation."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", f"bench.{program}", "--threads", "1", "--n", "1", "--out", "block.md", *flags],
+                          capture_output=True, text=True, cwd=folder, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (folder / "block.md").read_text().endswith(done.stdout)
+    assert re.search(r"commit \w+.*, torch [\d.]+.*, diffusers [\d.]+, .* threads: 1, fp32, model tiny, n = 1", done.stdout)
+    return done.stdout
+
+
+def rows(text: str, first: str) -> list[list[str]]:
+    """The cells of the table whose header starts with `first`."""
+    lines = text.split(f"| {first} |")[1].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_parity_is_printed_for_every_network_and_within_its_limit(folder):
+    found = rows(run("parity", folder), "network")
+    assert [row[0] for row in found] == ["CLIP", "VAE encode, mean", "VAE encode, logvar", "VAE decode", "UNet"]
+    for row in found:
+        ours_theirs, limit, ours_exact, theirs_exact, exact = map(float, row[2:7])
+        assert ours_theirs <= limit and exact < 1e-9
+        assert ours_exact <= 2 * theirs_exact + 1e-7 and theirs_exact > 0
+
+
+def test_steps_are_timed_in_every_case_and_both_sides_compute_the_same(folder):
+    found = rows(run("generate", folder, "--size", "32"), "case")
+    assert [row[0] for row in found] == ["base", "adapters", "merged", "four routed"]
+    assert [row[1] for row in found] == ["[2, 4, 4, 4]"] * 3 + ["[8, 4, 4, 4]"]
+    for row in found:
+        assert float(row[4]) > 0 and float(row[5]) >= 0 and float(row[6]) >= 0
+        assert float(row[7]) < 1e-5
+
+
+def test_loading_and_loras_are_timed_and_both_sides_compute_the_same(folder):
+    text = run("lora", folder)
+    loads = rows(text, "loading")
+    assert [row[:2] for row in loads] == [[f"{side}", cache] for cache in ("warm", "cold") for side in (
+        "ours, file", "theirs, from_single_file", "ours, folder", "theirs, from_pretrained")]
+    assert all(float(row[6]) < 1e-5 for row in loads)
+    steps = [row for row in rows(text, "LoRA") if "step" in row[0]]
+    assert len(steps) == 5 and all(float(row[4]) < 1e-5 for row in steps)
+    assert rows(text, "merging")[-1][4].startswith("ours 0, ")
+
+
+def test_a_ratio_is_that_of_the_medians():
+    assert ratio([3.0, 1.0, 2.0], [4.0, 100.0, 4.0]) == ["2.00 s", "4.00 s", "0.50"]
+    assert [duration(s) for s in (12.345, 0.0123, 4e-6)] == ["12.35 s", "12.3 ms", "4 µs"]
+    assert table(["a", "b"], [[1, "x"]]) == "| a | b |\n| --- | --- |\n| 1 | x |"
+
+
+def test_the_size_of_latents_follows_the_model():
+    assert (Options(full=True).latent, Options(full=True, size=256).latent, Options().latent) == (64, 32, 8)

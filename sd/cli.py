@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {_sentence(error)}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
+    except RuntimeError as error:  # torch says so when memory is short; what else it says is a fault of ours
         if "not finite" not in str(error) and "memory" not in str(error):
             raise
         print(f"error: {_sentence(error)}", file=sys.stderr)

@@ -37,6 +37,10 @@ class GenerateError(ValueError):
     """A request that cannot be met: the message names the argument, its value and what is allowed."""
 
 
+class NotFiniteError(RuntimeError):
+    """A picture of NaN: the message says whether weights or an overflow are to blame."""
+
+
 def generate(prompt: str | Sequence[str], uncond_prompt: str | Sequence[str] | None = None, input_image=None,
              strength: float = 0.8, do_cfg: bool = True, cfg_scale: float = 7.5, sampler_name: str = "ddpm",
              n_inference_steps: int = 50, models: Models | None = None, seed: int | Sequence[int] | None = None,
@@ -52,7 +56,7 @@ def generate(prompt: str | Sequence[str], uncond_prompt: str | Sequence[str] | N
     `lora`: exactly these adapters, {"name": multiplier}, or one such dict for each image; None: what is active.
     `use_lora=False` is the bare base, whatever is loaded. `merged`: run with merged weights ("auto": in fp32 and with
     the same LoRA for all images). `on_step(i, n, x0)` sees each step's estimate. What was active before is restored.
-    Raises GenerateError (a ValueError) for bad arguments before any network runs.
+    Raises GenerateError (a ValueError) for bad arguments before any network runs, NotFiniteError instead of a black picture.
     """
     prompts = _prompts(prompt, "prompt")
     if not isinstance(images_per_prompt, int) or images_per_prompt < 1:
@@ -124,6 +128,8 @@ def generate(prompt: str | Sequence[str], uncond_prompt: str | Sequence[str] | N
         with loras.use_rows(models, torch.arange(images)):
             pictures = _decode(place("decoder"), x, config)  # [B, C, H, W]
         place(None)
+        if not torch.isfinite(pictures).all():
+            raise NotFiniteError(_why_not_finite(models))
     array = to_uint8(pictures)
     return array[0] if isinstance(prompt, str) and images == 1 else array
 
@@ -287,11 +293,17 @@ def _encode(encoder, picture: Tensor, noise: Tensor, config) -> Tensor:
 
 
 def _decode(decoder, latents: Tensor, config) -> Tensor:
-    pictures = decoder((latents / config.vae.scale).to(decoder.conv_in.weight.dtype)).float()
-    if not torch.isfinite(pictures).all():
-        raise RuntimeError("the picture holds values that are not finite: the networks overflowed; use bf16 or fp32 "
-                           "(dtype=torch.float32 when loading)")
-    return pictures
+    return decoder((latents / config.vae.scale).to(decoder.conv_in.weight.dtype)).float()
+
+
+def _why_not_finite(models: Models) -> str:
+    """Looked up only when a picture came out wrong: reading all weights takes longer than loading them."""
+    bad = [f"{key}.{name}" for key, network in models.items() for name, p in network.named_parameters()
+           if not torch.isfinite(p).all()]
+    if bad:
+        return f"the picture is not finite, since {len(bad)} tensors of the model hold NaN or infinity, first: {bad[0]}"
+    return (f"the picture is not finite: a network overflowed in {str(models.dtype).removeprefix('torch.')}; "
+            f"load it with dtype=torch.float32 or bfloat16, or lower cfg_scale and multipliers")
 
 
 def _inpainting_channels(place: Placement, picture, mask, images: int, noise: ImageNoise, config, height, width) -> Tensor:

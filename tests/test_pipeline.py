@@ -68,8 +68,8 @@ def test_same_seed_same_picture_as_diffusers(folder, models, sampler_name):
     pipe = peer_pipeline(StableDiffusionPipeline, folder, sampler_name)
     theirs = pipe("a photo of a cat", negative_prompt="blurry", num_inference_steps=6, guidance_scale=4.0, height=72, width=88,
                   generator=torch.Generator().manual_seed(7), output_type="pil").images[0]
-    ours = generate("a photo of a cat", "blurry", models=models, seed=7, n_inference_steps=6, cfg_scale=4.0, height=72, width=88,
-                    sampler_name=sampler_name)
+    ours = generate("a photo of a cat", "blurry", models=models, seed=7, n_inference_steps=6, cfg_scale=4.0, height=72,
+                    width=88, sampler_name=sampler_name)
     assert difference(ours, theirs) < 0.5
 
 
@@ -279,14 +279,18 @@ def test_no_argument_is_written_to(models):
 
 def test_steps_are_reported(models):
     seen = []
-    generate("x", models=models, n_inference_steps=3, seed=1, sampler_name="euler", on_step=lambda i, n, x0: seen.append((i, n)))
+    generate("x", models=models, n_inference_steps=3, seed=1, sampler_name="euler",
+             on_step=lambda i, n, x0: seen.append((i, n)))
     assert seen == [(0, 3), (1, 3), (2, 3)]
 
 
-def test_overflow_is_an_error_and_not_a_black_picture(models):
-    models["decoder"].conv_out.weight.data.fill_(float("inf"))
-    with pytest.raises(RuntimeError, match="not finite"):
-        generate("x", models=models, n_inference_steps=1, seed=1)
+def test_a_picture_of_nan_is_an_error_that_says_why(models):
+    arguments = dict(models=models, n_inference_steps=1, seed=1)
+    with pytest.raises(RuntimeError, match="not finite: a network overflowed in float32; load it with"):
+        generate("x", cfg_scale=1e38, **arguments)
+    models["diffusion"].mid_block.resnets[0].conv1.weight.data[0, 0, 1, 1] = float("nan")
+    with pytest.raises(RuntimeError, match="1 tensors .* hold NaN or infinity, first: diffusion.mid_block"):
+        generate("x", **arguments)
 
 
 def test_networks_move_to_the_idle_device_and_come_back(models):

@@ -177,9 +177,10 @@ class Placement:
         self.current = name
         if name is None:
             return None
-        network = self.models[name]
-        # A network that is there already is not touched: a move drops merged weights.
-        return network if next(network.parameters()).device == self.device else network.to(self.device)
+        network, wanted = self.models[name], self.device
+        there = next(network.parameters()).device
+        # A network that is there already is not touched: a move drops merged weights. "cuda" means any of its devices.
+        return network if there.type == wanted.type and wanted.index in (None, there.index) else network.to(wanted)
 
 
 # ---- the arguments ---------------------------------------------------------------------------------------------------

@@ -67,17 +67,17 @@ def run(main: Callable[[Options], str]) -> None:
     """Parse the flags, print the block that `main` returns, and append it to `--out`."""
     options = tyro.cli(Options)
     text = main(options)
-    print(text)
+    print(text, end="")
     if options.out is not None:
         with open(options.out, "a", encoding="utf-8") as file:
-            file.write(text + "\n")
+            file.write(text)
 
 
-# ---- fresh processes and memory ----------------------------------------------------------------------------------------
+# ---- fresh processes and memory --------------------------------------------------------------------------------------
 
 class Measured(NamedTuple):
     result: object
-    peak: int  # bytes that the process grew by at most, after its imports; on CUDA what torch allocated there
+    peak: int  # bytes that the process grew by at most since it was forked; on CUDA what torch allocated there
 
 
 def isolated(options: Options, function: Callable, *args) -> Measured:
@@ -114,6 +114,8 @@ def reset_peak() -> None:
     """Count memory from here on."""
     global _start
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes VmRSS (proc(5))
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
     _start = _status("VmRSS")
 
 
@@ -146,14 +148,15 @@ def set_page_cache(path: Path, warm: bool) -> None:
                 os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-# ---- time ----------------------------------------------------------------------------------------------------------------
+# ---- time ------------------------------------------------------------------------------------------------------------
 
-def seconds(function: Callable, device: str) -> float:
+def timed(function: Callable, device: str) -> tuple[float, object]:
+    """Seconds and the result."""
     synchronize(device)
     start = time.perf_counter()
-    function()
+    result = function()
     synchronize(device)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, result
 
 
 def synchronize(device: str) -> None:
@@ -161,15 +164,19 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def alternate(runs: Mapping[str, Callable], options: Options) -> dict[str, list[float]]:
-    """Seconds of each of `runs`, n times, in an order that turns round each time; the first time is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
+def alternate(runs: Mapping[str, Callable], options: Options) -> tuple[dict[str, list[float]], dict[str, object]]:
+    """Seconds of each of `runs`, n times, in an order that turns round each time, after one that is not counted.
+
+    Returns also the last result of each.
+    """
+    times, results = {name: [] for name in runs}, {}
     for i in range(options.n + 1):
         for name in list(runs) if i % 2 else list(runs)[::-1]:
-            taken = seconds(runs[name], options.device)
+            results.pop(name, None)  # not in memory while its successor is made
+            taken, results[name] = timed(runs[name], options.device)
             if i:
                 times[name].append(taken)
-    return times
+    return times, results
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> list[str]:
@@ -188,10 +195,13 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-# ---- what is printed -----------------------------------------------------------------------------------------------------
+# ---- what is printed -------------------------------------------------------------------------------------------------
 
-def block(title: str, options: Options, notes: Sequence[str], *tables: tuple[Sequence[str], Sequence[Sequence[object]]]) -> str:
-    """A markdown section: title, environment, notes, tables of (header, rows)."""
+Table = tuple[Sequence[str], Sequence[Sequence[object]]]  # header, rows
+
+
+def block(title: str, options: Options, notes: Sequence[str], *tables: Table) -> str:
+    """A markdown section: title, environment, notes, tables."""
     parts = [f"## {title}", environment(options), *notes, *(table(*t) for t in tables)]
     return "\n\n".join(parts) + "\n"
 
@@ -199,8 +209,8 @@ def block(title: str, options: Options, notes: Sequence[str], *tables: tuple[Seq
 def environment(options: Options) -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "peft"))
     device = isolated(options, _device_name, options.device).result
-    return (f"{date.today()}, commit {_commit()}, Python {platform.python_version()}, {packages}; {device}, "
-            f"threads: {options.threads}, {options.dtype}, model {options.config.name}, n = {options.n} after a warm-up.")
+    return (f"{date.today()}, commit {_commit()}, Python {platform.python_version()}, {packages}; {device}, threads: "
+            f"{options.threads}, {options.dtype}, model {options.config.name}, n = {options.n} after a warm-up.")
 
 
 def _device_name(device: str) -> str:
@@ -212,7 +222,8 @@ def _device_name(device: str) -> str:
 
 
 def _commit() -> str:
-    found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
     return found.stdout.strip() or "unknown"
 
 
@@ -221,7 +232,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-# ---- random models and LoRAs, made once ----------------------------------------------------------------------------------
+# ---- random models and LoRAs, made once ------------------------------------------------------------------------------
 
 def checkpoints(options: Options, dtype: str = "fp32") -> tuple[Path, Path]:
     """The same random weights as an LDM file and as a diffusers folder; made once."""

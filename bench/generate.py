@@ -7,23 +7,37 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from bench import peers
-from bench.common import GIB, Options, alternate, block, checkpoints, difference, isolated, lora_file, peak, ratio, reset_peak, run
+from bench.common import (
+    GIB,
+    Options,
+    alternate,
+    block,
+    checkpoints,
+    difference,
+    isolated,
+    lora_file,
+    peak,
+    ratio,
+    reset_peak,
+    run,
+)
 from sd.lora import merge, remove_lora, set_adapters, use_adapters
 from sd.model_loader import load_lora_into_models, preload_models_from_standard_weights
 
-NOTES = """A step is one call of the UNet under `torch.no_grad()` with 2 rows an image (guidance), a context of 77 tokens and
-random weights. LoRAs have rank 8 on q, k, v and out of every attention of the UNet, alpha 6, multiplier 1, fp32 files.
-Adapters: ours unmerged, theirs through `load_lora_weights` (PEFT). Merged: ours `merge`, theirs `fuse_lora` followed by
-`unload_lora_weights`. Routed: a batch of four images, each with a LoRA of its own; ours in one call of 8 rows, theirs in
-four calls of 2 rows with `set_adapters` before each. Both sides run in one process, in alternating order. Peak memory is
-that of a process of its own (loading, LoRA and 2 steps, without imports; mapped file pages count as far as they were
-touched). Difference: max |ours - theirs| / max |theirs| of the step's result."""
+NOTES = """A step is one call of the UNet under `torch.no_grad()` with 2 rows an image (guidance), 77 tokens of context
+and random weights. LoRAs have rank 8 on q, k, v and out of every attention of the UNet, alpha 6, multiplier 1, fp32
+files. Adapters: ours unmerged, theirs through `load_lora_weights` (PEFT). Merged: ours `merge`, theirs `fuse_lora`
+followed by `unload_lora_weights`. Routed: a batch of four images, each with a LoRA of its own; ours in one call of
+8 rows, theirs in four calls of 2 rows with `set_adapters` before each. Both sides run in one process, in alternating
+order. Peak memory is that of a process of its own (loading, LoRA and 2 steps, without imports; mapped file pages count
+as far as they were touched). Difference: max |ours - theirs| / max |theirs| of the step's result."""
 CASES = {"base": 0, "adapters": 1, "merged": 1, "four routed": 4}  # and how many LoRAs are loaded
 HEADER = ("case", "latents", "ours", "theirs", "ours / theirs", "ours, peak GiB", "theirs, peak GiB", "difference")
 
@@ -89,12 +103,9 @@ def time_all(options: Options, folder: Path, loras: list[Path]) -> dict[str, tup
     """case -> (cells of the times, difference)."""
     ours, theirs, found = Ours(options, folder), Theirs(options, folder), {}
     for case in sorted(CASES, key="merged".__eq__):
-        given, out = inputs(options, case), {}
-        steps = {"ours": ours.step(case, loras), "theirs": theirs.step(case, loras)}
-
-        def once(side: str, step: Callable, given=given, out=out) -> None:
-            out[side] = step(*given)
-        times = alternate({side: lambda side=side, step=step, once=once: once(side, step) for side, step in steps.items()}, options)
+        given = inputs(options, case)
+        steps = {"ours": partial(ours.step(case, loras), *given), "theirs": partial(theirs.step(case, loras), *given)}
+        times, out = alternate(steps, options)
         found[case] = ratio(times["ours"], times["theirs"]), difference(out["ours"], out["theirs"])
     return found
 

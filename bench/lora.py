@@ -11,6 +11,8 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -30,25 +32,27 @@ from bench.common import (
     read_from_disk,
     reset_peak,
     run,
-    seconds,
     set_page_cache,
+    timed,
 )
 from sd.lora import lora_layers, merge, remove_lora, set_adapters, unmerge
 from sd.model_loader import load_lora_into_models, preload_models_from_standard_weights
 from sd.tokenizer import tokenize
 
-LOADING_NOTES = """Loading: from the call to the end of the first pass through tokenizer, text encoder, UNet (latents [1, 4, 8, 8]),
-VAE encoder and decoder (64 pixels), so that every weight was used. Each time in a new process, imports excluded: the same
-calls have loaded the tiny model before. Cold: the files were dropped from the page cache (`posix_fadvise`); "from disk" is
-what the process then read. Peak is the growth of the process by then, relative to the size of the weights' files.
-Ours is lazy: mapped weights are read when they are first used."""
-LORA_NOTES = """LoRAs of rank 8 on q, k, v and out of every attention of the UNet. "+ step" includes one UNet call with latents
-[2, 4, 8, 8], since each side leaves some of its work to the next step; the step alone is given for comparison. Merging:
-ours `merge` / `unmerge`, theirs `fuse_lora` / `unfuse_lora`. Exactness: max |W - W0| over all adapted weights at the end."""
-SIDES = {"ours, file": "file", "theirs, from_single_file": "file", "ours, folder": "folder", "theirs, from_pretrained": "folder"}
+LOADING_NOTES = """Loading: from the call to the end of the first pass through tokenizer, text encoder, UNet (latents
+[1, 4, 8, 8]), VAE encoder and decoder (64 pixels), so that every weight was used. Each time in a new process, imports
+excluded: the same calls have loaded the tiny model before. Cold: the files were dropped from the page cache
+(`posix_fadvise`); "from disk" is what the process then read. Peak is the growth of the process by then, relative to the
+size of the weights' files. Ours is lazy: mapped weights are read when they are first used."""
+LORA_NOTES = """LoRAs of rank 8 on q, k, v and out of every attention of the UNet. "+ step" includes one UNet call with
+latents [2, 4, 8, 8], since each side leaves some of its work to the next step; the step alone is given for comparison.
+A new file was written before (its pages are cached) and goes into models without LoRA. Merging: ours `merge` /
+`unmerge`, theirs `fuse_lora` / `unfuse_lora`. Exactness: max |W - W0| over all adapted weights at the end."""
+SIDES = {"ours, file": "file", "theirs, from_single_file": "file",
+         "ours, folder": "folder", "theirs, from_pretrained": "folder"}
 
 
-# ---- loading -----------------------------------------------------------------------------------------------------------
+# ---- loading ---------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def load(options: Options, side: str, file: Path, folder: Path) -> torch.Tensor:
@@ -64,17 +68,17 @@ def load(options: Options, side: str, file: Path, folder: Path) -> torch.Tensor:
         context = models["clip"](tokenize(models.tokenizer, ["a cat"], c.clip.max_tokens).to(options.device))
         out, mean = models["diffusion"](x.to(**to), t, context), models["encoder"](pixels)[0]
         return models["decoder"](out.to(**vae) + mean).cpu()
-    pipe = peers.from_pretrained(options, folder) if side.endswith("pretrained") else peers.from_single_file(options, file, folder)
-    tokens = pipe.tokenizer(["a cat"], padding="max_length", max_length=c.clip.max_tokens, return_tensors="pt").input_ids
-    context = pipe.text_encoder(tokens.to(options.device)).last_hidden_state
+    single = side == "theirs, from_single_file"
+    pipe = peers.from_single_file(options, file, folder) if single else peers.from_pretrained(options, folder)
+    tokens = pipe.tokenizer(["a cat"], padding="max_length", max_length=c.clip.max_tokens, return_tensors="pt")
+    context = pipe.text_encoder(tokens.input_ids.to(options.device)).last_hidden_state
     out, mean = pipe.unet(x.to(**to), t, context).sample, pipe.vae.encode(pixels).latent_dist.mean
     return pipe.vae.decode(out + mean).sample.cpu()
 
 
 def time_loading(options: Options, side: str, tiny: tuple[Path, Path], paths: tuple[Path, Path], warm: bool) -> dict:
     load(replace(options, full=False), side, *tiny)
-    for path in paths:
-        set_page_cache(path, warm)
+    set_page_cache(paths[SIDES[side] == "folder"], warm)
     reset_peak()
     before, start = read_from_disk(), time.perf_counter()
     picture = load(options, side, *paths)
@@ -103,18 +107,21 @@ def loading(options: Options) -> tuple[list, list[list]]:
     return ["loading", "page cache", "median", "/ theirs", "from disk", "peak", "difference of the picture"], rows
 
 
-def import_times() -> str:
+def start_times(options: Options) -> str:
     """What the table on loading leaves out."""
-    found = []
-    for what, statement in (("ours", "import sd.model_loader; from transformers import CLIPTokenizer"),
-                            ("theirs", "from diffusers import StableDiffusionPipeline; from transformers import CLIPTextModel")):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", statement], check=True, capture_output=True)
-        found.append(f"{what} {duration(time.perf_counter() - start)}")
-    return f"Starting Python and importing, once each: {', '.join(found)}."
+    folder = str(checkpoints(replace(options, full=False))[1])
+    ours = f"from sd.model_loader import *; preload_models_from_standard_weights({folder!r}, 'cpu').tokenizer"
+    theirs = f"from diffusers import StableDiffusionPipeline as P; P.from_pretrained({folder!r})"
+    taken = [duration(timed(partial(_python, code), "cpu")[0]) for code in (ours, theirs)]
+    return ("A new Python process that imports, loads the tiny model from its folder and ends, once each: "
+            f"ours {taken[0]}, theirs {taken[1]}.")
 
 
-# ---- LoRA --------------------------------------------------------------------------------------------------------------
+def _python(code: str) -> None:
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+# ---- LoRA ------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def time_loras(options: Options, folder: Path, files: list[Path]) -> tuple[list[list], list[list]]:
@@ -122,42 +129,44 @@ def time_loras(options: Options, folder: Path, files: list[Path]) -> tuple[list[
     models = preload_models_from_standard_weights(folder, options.device, dtype=options.torch_dtype)
     pipe = peers.from_pretrained(options, folder)
     to, g = {"device": options.device, "dtype": options.torch_dtype}, torch.Generator().manual_seed(1)
-    x, t = torch.randn(2, options.config.unet.in_channels, 8, 8, generator=g).to(**to), torch.tensor([500, 500]).to(options.device)
+    x = torch.randn(2, options.config.unet.in_channels, 8, 8, generator=g).to(**to)
     context = torch.randn(2, 77, options.config.unet.context_width, generator=g).to(**to)
-    out = {}
-
-    def ours_step() -> None:
-        out["ours"] = models["diffusion"](x, t, context)
-
-    def theirs_step() -> None:
-        out["theirs"] = pipe.unet(x, t, encoder_hidden_states=context).sample
-
+    t = torch.tensor([500, 500], device=options.device)
+    steps = {"ours": lambda: models["diffusion"](x, t, context), "theirs": lambda: pipe.unet(x, t, context).sample}
     rows = []
 
-    def compare(what: str, ours: Callable, theirs: Callable, after: bool = True) -> None:
-        """A row: both sides alternating, each call with the next of endlessly many different arguments."""
-        counts = {"ours": 0, "theirs": 0}
+    def compare(what: str, ours: Callable, theirs: Callable, step: bool = True) -> None:
+        """A row: ours(i) and theirs(i), i = 0, 1, 2, ..., each with a step after it or alone."""
+        counts = {"ours": count(), "theirs": count()}
 
-        def call(side: str, function: Callable, step: Callable) -> None:
-            counts[side] += 1
-            function(counts[side])
-            if after:
-                step()
-        times = alternate({"ours": lambda: call("ours", ours, ours_step),
-                           "theirs": lambda: call("theirs", theirs, theirs_step)}, options)
-        rows.append([what, *ratio(times["ours"], times["theirs"]),
-                     f"{difference(out['ours'], out['theirs']):.1e}" if after else ""])
+        def call(side: str, change: Callable):
+            change(next(counts[side]))
+            return steps[side]() if step else None
+        calls = {"ours": partial(call, "ours", ours), "theirs": partial(call, "theirs", theirs)}
+        times, out = alternate(calls, options)
+        apart = f"{difference(out['ours'], out['theirs']):.1e}" if step else ""
+        rows.append([what, *ratio(times["ours"], times["theirs"]), apart])
 
-    compare("a step, no LoRA", lambda i: None, lambda i: None)
+    def nothing(i: int) -> None:
+        pass
 
-    new = {"ours": [], "theirs": []}  # a file, loaded into models without LoRA, and the first step with it
-    for i, file in enumerate(files):
-        new["ours"].append(seconds(lambda file=file: (load_lora_into_models(models, file, "new"), ours_step()), options.device))
-        new["theirs"].append(seconds(lambda file=file: (peers.load_lora(pipe, file, "new"), theirs_step()), options.device))
-        if i == len(files) - 1:
-            apart = f"{difference(out['ours'], out['theirs']):.1e}"
+    def ours_new(i: int) -> None:
+        load_lora_into_models(models, files[i], "new")
+
+    def theirs_new(i: int) -> None:
+        peers.load_lora(pipe, files[i], "new")
+
+    compare("a step, no LoRA", nothing, nothing)
+    new: dict[str, list[float]] = {"ours": [], "theirs": []}  # not alternate(): the LoRA before goes away unmeasured
+    for i in range(options.n + 1):
+        out = {}
+        for side, change in (("ours", ours_new), ("theirs", theirs_new)):
+            taken, _ = timed(partial(change, i), options.device)
+            then, out[side] = timed(steps[side], options.device)
+            new[side].append(taken + then)
         remove_lora(models)
         pipe.unload_lora_weights()
+    apart = f"{difference(out['ours'], out['theirs']):.1e}"
     rows.append(["a new LoRA file + step", *ratio(new["ours"][1:], new["theirs"][1:]), apart])
 
     names = ["a", "b", "c", "d"]
@@ -166,13 +175,13 @@ def time_loras(options: Options, folder: Path, files: list[Path]) -> tuple[list[
         peers.load_lora(pipe, file, name)
     set_adapters(models, {"a": 1.0})
     pipe.set_adapters("a")
-    compare("a step, one of four LoRAs active", lambda i: None, lambda i: None)
-    for after, tail in ((False, ""), (True, " + step")):
+    compare("a step, one of four LoRAs active", nothing, nothing)
+    for step, tail in ((False, ""), (True, " + step")):
         compare("switch to another of four LoRAs" + tail, lambda i: set_adapters(models, {names[i % 4]: 1.0}),
-                lambda i: pipe.set_adapters(names[i % 4]), after)
-    for after, tail in ((False, ""), (True, " + step")):
-        compare("change the multiplier" + tail, lambda i: set_adapters(models, {"a": i / 8}),
-                lambda i: pipe.set_adapters("a", i / 8), after)
+                lambda i: pipe.set_adapters(names[i % 4]), step)
+    for step, tail in ((False, ""), (True, " + step")):
+        compare("change the multiplier" + tail, lambda i: set_adapters(models, {"a": (i + 1) / 8}),
+                lambda i: pipe.set_adapters("a", (i + 1) / 8), step)
 
     return rows, merging(options, models, pipe, files)
 
@@ -187,16 +196,16 @@ def merging(options: Options, models, pipe, files: list[Path]) -> list[list]:
     theirs_before = peers.attention_weights(pipe)
     times: dict[str, list[float]] = {k: [] for k in ("first", "again", "unmerge", "fuse", "unfuse")}
 
-    def timed(what: str, function: Callable) -> None:
-        times[what].append(seconds(function, options.device))
+    def take(what: str, function: Callable) -> None:
+        times[what].append(timed(function, options.device)[0])
     for i in range(options.n + 1):
         set_adapters(models, {"a": 1.0})
-        timed("first", lambda: merge(models))
-        set_adapters(models, {"a": 0.5 + i / 8})
-        timed("again", lambda: merge(models))
-        timed("unmerge", lambda: unmerge(models))
-        timed("fuse", lambda: pipe.fuse_lora(components=["unet"]))
-        timed("unfuse", lambda: pipe.unfuse_lora(components=["unet"]))
+        take("first", lambda: merge(models))
+        set_adapters(models, {"a": 0.5 + (i + 1) / 8})
+        take("again", lambda: merge(models))
+        take("unmerge", lambda: unmerge(models))
+        take("fuse", lambda: pipe.fuse_lora(components=["unet"]))
+        take("unfuse", lambda: pipe.unfuse_lora(components=["unet"]))
     times = {k: v[1:] for k, v in times.items()}
     kept = max((layer.weight - ours_before[path]).abs().max().item() for path, layer in lora_layers(models).items())
     drift = max((p - theirs_before[key]).abs().max().item() for key, p in peers.attention_weights(pipe).items())
@@ -213,7 +222,7 @@ def main(options: Options) -> str:
     rows, merges = isolated(options, time_loras, options, folder, files).result
     tables.append((["LoRA", "ours", "theirs", "ours / theirs", "difference of the step"], rows))
     tables.append((["merging", "ours", "theirs", "ours / theirs", "max abs(W - W0) after it"], merges))
-    return block("Loading, and LoRA files", options, [LOADING_NOTES, import_times(), LORA_NOTES], *tables)
+    return block("Loading, and LoRA files", options, [LOADING_NOTES, start_times(options), LORA_NOTES], *tables)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import torch
 
@@ -74,14 +75,15 @@ def measure(network, options: Options) -> list[list]:
 
 
 def main(options: Options) -> str:
-    rows = []
+    size = options.size or min(options.config.image_size, 256)  # fp64 convolutions are slow, and large in memory
+    options, rows = replace(options, device="cpu", dtype="fp32", size=size), []
     for network in (clip, encoder, decoder, unet):
         measured = isolated(options, measure, network, options)
         rows += [[*row, f"{measured.peak / GIB:.1f}"] for row in measured.result]
     failed = [row[0] for row in rows if not row[2] <= LIMIT]  # also catches NaN
     cells = [[f"{x:.1e}" if isinstance(x, float) else x for x in row] for row in rows]
-    note = ("max |difference| / max |value|; random weights, norms and biases included; theirs is diffusers and transformers. "
-            "The sinusoids of the time embedding are fp32 on both sides.")
+    note = ("max |difference| / max |value|; random weights, norms and biases included; theirs is diffusers and "
+            "transformers. The sinusoids of the time embedding are fp32 on both sides.")
     verdict = f"Above the limit: {', '.join(failed)}." if failed else "All within the limit."
     text = block("Parity of the networks", options, [note, verdict], (HEADER, cells))
     if failed:

@@ -75,8 +75,9 @@ class UNetConfig:
 
 
 def _check_groups(name: str, widths: tuple[int, ...], groups: int) -> None:
+    _require(groups > 0, f"{name} has {groups} norm groups; at least 1 is needed")
     for width in widths:
-        _require(width % groups == 0, f"{name} width {width} is not a multiple of its {groups} norm groups")
+        _require(width > 0 and width % groups == 0, f"{name} width {width} is not a multiple of its {groups} norm groups")
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,11 @@ def lora_layers(models) -> dict[str, LoRALayer]:
 
 def adapter_names(models) -> list[str]:
     """Names of all adapters, active or not, in order."""
-    return sorted({name for layer in lora_layers(models).values() for name in layer.adapter_names})
+    return _names_on(lora_layers(models).values())
+
+
+def _names_on(layers: Iterable[LoRALayer]) -> list[str]:
+    return sorted({name for layer in layers for name in layer.adapter_names})
 
 
 def find_targets(models, target_modules: str | Iterable[str] | None = None) -> dict[str, nn.Module]:
@@ -89,9 +93,11 @@ def find_targets(models, target_modules: str | Iterable[str] | None = None) -> d
     if not targets:
         raise LoRAError("target_modules is empty; name a preset (attn, kohya, full), module names or regular expressions")
     layers = {path: m for path, m in named_layers(models) if isinstance(m, (*LORA_CLASSES, LoRALayer))}
+    vae_is_meant = components(models).keys() <= {"encoder", "decoder"}  # a preset on a whole model leaves the VAE alone
     found: dict[str, nn.Module] = {}
     for target in targets:
-        matched = {path: m for path, m in layers.items() if _matches(target, path, m)}
+        matched = {path: m for path, m in layers.items() if _matches(target, path, m)
+                   and (vae_is_meant or target not in TARGET_PRESETS or not path.startswith(("encoder.", "decoder.")))}
         if not matched:
             parts = sorted({part for path in layers for part in path.split(".") if not part.isdigit()})
             near = difflib.get_close_matches(target, parts, n=3) or parts[:12]
@@ -147,11 +153,20 @@ def apply_lora_to_model(models, rank: int = 4, alpha: float = 1.0, dropout: floa
             raise LoRAError(f"{path}: {error}") from None
         new[path] = adapter
     for path, adapter in new.items():
-        layer = as_lora_layer(targets[path], path)
-        if dora and not isinstance(layer, NORMS):
-            adapter.start_magnitude(layer.base_weight())
-        layer.add_adapter(name, adapter)
+        if dora and not isinstance(targets[path], NORMS):
+            adapter.start_magnitude(as_lora_layer(targets[path], path).base_weight())
+    _attach(models, targets, new, name, 1.0)
     return models
+
+
+def _attach(models, layers: Mapping[str, nn.Module], adapters: Mapping[str, Adapter], name: str, multiplier: float) -> None:
+    with exclusive(models):
+        enabled = all(layer.lora_enabled for layer in lora_layers(models).values())
+        if name in adapter_names(models):
+            remove_lora(models, name)
+        for path, adapter in adapters.items():
+            as_lora_layer(layers[path], path).add_adapter(name, adapter, multiplier)
+        set_lora_enabled(models, enabled)  # also on layers that had no adapter when it was switched
 
 
 def _shape_of(layer: nn.Module, path: str):
@@ -175,9 +190,10 @@ def _refuse_bypassed(models, targets: Mapping[str, nn.Module]) -> None:
 
 def remove_lora(models, name: str | None = None) -> None:
     """Take an adapter (None: all) off; the weights were never changed. Converted foreign layers become plain again."""
+    layers = lora_layers(models).values()
     if name is not None:
-        _check_known(models, [name])
-    for layer in lora_layers(models).values():
+        _check_known(layers, [name])
+    for layer in layers:
         for known in layer.adapter_names if name is None else [name]:
             if known in layer.adapter_names:
                 layer.remove_adapter(known)
@@ -185,9 +201,10 @@ def remove_lora(models, name: str | None = None) -> None:
 
 def get_lora_parameters(models, name: str | None = None) -> list[nn.Parameter]:
     """Parameters of one adapter; None: of all that were created here, not of those loaded from files."""
+    layers = lora_layers(models).values()
     if name is not None:
-        _check_known(models, [name])
-    adapters = [(n, layer.adapter(n)) for layer in lora_layers(models).values() for n in layer.adapter_names]
+        _check_known(layers, [name])
+    adapters = [(n, layer.adapter(n)) for layer in layers for n in layer.adapter_names]
     return [p for n, a in adapters if (n == name if name is not None else not a.from_file) for p in a.parameters()]
 
 
@@ -228,12 +245,14 @@ def use_adapters(models, multipliers: Mapping[str, float | Tensor], *, rows: Ten
     A tensor holds one multiplier for each image of the batch; `rows` (long) says which image each row of a network
     call belongs to, by default row i is image i. Overrides `set_lora_enabled`. Raises LoRAError for an unknown name.
     """
-    active = _active_set(models, multipliers, rows)
-    with exclusive(models), _restoring(lora_layers(models).values()):
-        for layer in lora_layers(models).values():
-            layer.lora_enabled = True
-            layer.set_active(active)
-        yield
+    with exclusive(models):
+        layers = list(lora_layers(models).values())
+        active = _active_set(layers, multipliers, rows)
+        with _restoring(layers):
+            for layer in layers:
+                layer.lora_enabled = True
+                layer.set_active(active)
+            yield
 
 
 @contextmanager
@@ -259,9 +278,10 @@ def _restoring(layers: Iterable[LoRALayer]):
 
 def set_adapters(models, multipliers: Mapping[str, float | Tensor]) -> None:
     """As `use_adapters`, but it stays."""
-    active = _active_set(models, multipliers, None)
     with exclusive(models):
-        for layer in lora_layers(models).values():
+        layers = list(lora_layers(models).values())
+        active = _active_set(layers, multipliers, None)
+        for layer in layers:
             layer.set_active(active)
 
 
@@ -280,8 +300,8 @@ def set_lora_enabled(models, enabled: bool) -> None:
         layer.lora_enabled = bool(enabled)
 
 
-def _active_set(models, multipliers: Mapping[str, float | Tensor], rows: Tensor | None) -> ActiveSet:
-    _check_known(models, multipliers)
+def _active_set(layers: Iterable[LoRALayer], multipliers: Mapping[str, float | Tensor], rows: Tensor | None) -> ActiveSet:
+    _check_known(layers, multipliers)
     values: dict[str, float | tuple[float, ...]] = {}
     for name, m in multipliers.items():
         values[name] = tuple(float(v) for v in m.flatten().tolist()) if isinstance(m, Tensor) and m.dim() else float(m)
@@ -296,8 +316,8 @@ def _active_set(models, multipliers: Mapping[str, float | Tensor], rows: Tensor 
     return ActiveSet(values, None if rows is None else tuple(rows.tolist()))
 
 
-def _check_known(models, names: Iterable[str]) -> None:
-    known = adapter_names(models)
+def _check_known(layers: Iterable[LoRALayer], names: Iterable[str]) -> None:
+    known = _names_on(layers)
     for name in names:
         if name not in known:
             raise LoRAError(f"no adapter is named {name!r}; there {_are(known)}")
@@ -400,14 +420,14 @@ class LoadReport:
 
 def lora_state(models, name: str | None = None) -> dict[str, AdapterWeights]:
     """{canonical module path: weights} of one adapter; None: the only one there is."""
-    names = adapter_names(models)
+    layers = lora_layers(models)
+    names = _names_on(layers.values())
     if name is None:
         if len(names) != 1:
             raise LoRAError(f"name the adapter to save; there {_are(names)}")
         name = names[0]
-    _check_known(models, [name])
-    layers = lora_layers(models).items()
-    return {path: layer.adapter(name).weights() for path, layer in layers if name in layer.adapter_names}
+    _check_known(layers.values(), [name])
+    return {path: layer.adapter(name).weights() for path, layer in layers.items() if name in layer.adapter_names}
 
 
 def attach_state(models, state: Mapping[str, AdapterWeights], name: str, multiplier: float = 1.0,
@@ -426,24 +446,12 @@ def attach_state(models, state: Mapping[str, AdapterWeights], name: str, multipl
     if misfits:
         raise LoRAFormatError(f"{where}: {len(misfits)} of {len(state)} LoRA modules do not fit this model, "
                               f"first: {misfits[0]}")
-    with exclusive(models):
-        enabled = all(layer.lora_enabled for layer in lora_layers(models).values())
-        if name in adapter_names(models):
-            remove_lora(models, name)
-        for path, adapter in new.items():
-            as_lora_layer(by_path[path], path).add_adapter(name, adapter, multiplier)
-        set_lora_enabled(models, enabled)  # also on layers that had no adapter when it was switched
+    _attach(models, by_path, new, name, multiplier)
 
 
 def _loaded_adapter(weights: AdapterWeights, layer: nn.Module, path: str) -> Adapter:
     shape = _shape_of(layer, path)
     adapter = KINDS[weights.kind].from_weights(weights, shape)
-    if adapter.magnitude is not None:
-        m, rank = adapter.magnitude.data, len(shape.weight)
-        adapter.magnitude.data = m = m.reshape(*m.shape, *(1,) * (rank - m.dim()))  # a 1x1 convolution's may be [out, 1]
-        axes = [i for i, n in enumerate(m.shape) if n != 1]
-        if m.dim() > rank or len(axes) > 1 or any(i > 1 or m.shape[i] != shape.weight[i] for i in axes):
-            raise LoRAFormatError(f"its magnitude has shape {list(m.shape)}, the layer's weight {list(shape.weight)}")
     bias = getattr(layer, "bias", None)
     if bias is None and adapter.bias_delta(bias) is not None:
         raise LoRAFormatError("it changes a bias that the layer does not have")
@@ -476,12 +484,16 @@ def lora_metadata(state: Mapping[str, AdapterWeights]) -> dict[str, str]:
     }
 
 
-def load_lora_weights(models, path: str | os.PathLike, name: str = "default", multiplier: float = 1.0) -> LoadReport:
-    """Read a LoRA file and attach it as `name`, active at `multiplier`; one of that name is replaced, whatever its rank.
+def load_lora_weights(models, path: str | os.PathLike | Mapping[str, Tensor], name: str = "default",
+                      multiplier: float = 1.0) -> LoadReport:
+    """Read a LoRA file (or its tensors) and attach it as `name`, active; one of that name is replaced, whatever its rank.
 
     Every tensor is applied, or LoRAFormatError names the first that cannot be and what the file seems to be.
     """
-    tensors = files.read_tensors(path)
+    if isinstance(path, Mapping):
+        tensors, path = files.TensorFile("tensors in memory", dict(path)), "tensors in memory"
+    else:
+        tensors = files.read_tensors(path)
     made_for = tensors.metadata.get("ss_base_model_version")
     where = os.path.basename(os.fspath(path)) + (f" (made for {made_for})" if made_for else "")
     # pickles may hold alpha as a plain number

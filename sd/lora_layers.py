@@ -9,6 +9,7 @@ Legend: B images, rows of a network call (2B with guidance), R rank, ΣR the ran
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from urllib.parse import quote, unquote
 
 import torch
@@ -152,7 +153,7 @@ class LoRALayer:
                 axis = 1 if fused.up.dim() > 2 else h.dim() - 1  # the axis of the ranks: channels of a convolution
                 h = h * fused.multipliers.view([n if i in (0, axis) else 1 for i, n in enumerate(h.shape)])
             if fused.up.dim() == 2:  # product and sum in one pass over the output
-                out = torch.addmm(out.flatten(0, -2), h.flatten(0, -2), fused.up.T).view(out.shape)
+                out = torch.addmm(out.reshape(-1, out.shape[-1]), h.reshape(-1, h.shape[-1]), fused.up.T).view(out.shape)
             else:
                 out = out + project_up(h, fused.up, self.lora_shape().groups)
         for weight, bias, column in fused.deltas:
@@ -343,7 +344,8 @@ def _fuse(layer: LoRALayer, dtype: torch.dtype) -> _Fused:
     fused = _Fused((layer._state(), dtype), None, None, None, [], len(table) if per_image else None)
     # Shared multipliers are folded in while all is fp32; one for each row must stay outside.
     shared = [1.0] * len(layer._on) if per_image else table.tolist()
-    table = table.to(device=layer.weight.device, dtype=dtype)
+    if per_image:
+        table = table.to(device=layer.weight.device, dtype=dtype)
     with torch.inference_mode(False), torch.no_grad():
         downs, ups, columns = [], [], []
         for adapter, m, column in zip(layer._on, shared, table.T if per_image else [None] * len(shared)):
@@ -386,10 +388,12 @@ class _SameActiveSet(torch.autograd.Function):
         return grad, None
 
 
+@cache
 def _key(name: str) -> str:
     """Adapter names are free text; module names may not hold dots, be empty, or equal an attribute such as `train`."""
     return "_" + quote(name, safe="").replace(".", "%2E")
 
 
+@cache
 def _name(key: str) -> str:
     return unquote(key[1:])

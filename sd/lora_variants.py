@@ -111,10 +111,14 @@ class Adapter(nn.Module):
         """Inverse of `weights`. Raises LoRAFormatError when the tensors do not fit the layer."""
         raise NotImplementedError
 
-    def _take_magnitude(self, weights: AdapterWeights) -> Adapter:
-        magnitude = weights.tensors.get("magnitude")
-        if magnitude is not None:
-            self.magnitude = nn.Parameter(_own(magnitude))
+    def _take_magnitude(self, weights: AdapterWeights, shape: LayerShape) -> Adapter:
+        m, dims = weights.tensors.get("magnitude"), len(shape.weight)
+        if m is not None:
+            m = m.reshape(*m.shape, *(1,) * (dims - m.dim()))  # that of a 1x1 convolution may be [out, 1]
+            axes = [i for i, n in enumerate(m.shape) if n != 1]
+            if m.dim() > dims or len(axes) > 1 or any(i > 1 or m.shape[i] != shape.weight[i] for i in axes):
+                raise LoRAFormatError(f"its magnitude has shape {list(m.shape)}, the layer's weight {list(shape.weight)}")
+            self.magnitude = nn.Parameter(_own(m))
         return self
 
     def _magnitude_tensors(self) -> dict[str, Tensor]:
@@ -150,6 +154,8 @@ class LowRank(Adapter):
         inner = (shape.weight[0],) if shape.embedding else shape.weight[1:]
         self.down = nn.Parameter(torch.empty(rank, *inner))
         self.up = nn.Parameter(torch.zeros(shape.fan_out, rank // shape.groups, *ones))
+        if self.down.is_meta:  # from_weights brings the values
+            return
         if shape.embedding:  # zero on the side of the tokens, so that tokens never seen never change
             nn.init.zeros_(self.down)
             nn.init.normal_(self.up, std=1 / math.sqrt(rank))
@@ -213,7 +219,7 @@ class LowRank(Adapter):
                                       f"wants {list(want)}")
             fits[name] = given.reshape(want)
         adapter.down, adapter.up = (nn.Parameter(_own(fits[n])) for n in ("down", "up"))
-        return adapter._take_magnitude(weights)
+        return adapter._take_magnitude(weights, shape)
 
 
 def project_up(h: Tensor, up: Tensor, groups: int) -> Tensor:
@@ -256,7 +262,7 @@ class Full(Adapter):
         adapter = cls(LayerShape((0,)))
         adapter.diff = nn.Parameter(_own(diff))
         adapter.diff_b = None if bias is None else nn.Parameter(_own(bias))
-        return adapter._take_magnitude(weights)
+        return adapter._take_magnitude(weights, shape)
 
 
 KINDS: dict[str, type[Adapter]] = {kind.kind: kind for kind in (LowRank, Full)}

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from sd.checkpoint import (
     CheckpointError,
@@ -126,6 +127,16 @@ def build_networks(config: ModelConfig) -> dict[str, nn.Module]:
             "diffusion": UNet(config.unet)}
 
 
+class _NoInitialValues(TorchFunctionMode):
+    """Skips torch.nn.init: its values would be replaced at once, and on the meta device its normal_ imports for seconds."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 def new_models(config: ModelConfig, seed: int = 0) -> Models:
     """Untrained models on the CPU in fp32, the same for the same seed."""
     with torch.random.fork_rng(devices=[]):
@@ -167,7 +178,7 @@ def preload_models_from_standard_weights(ckpt_path: str | os.PathLike | None = N
     if config is None:
         config = _config_of_folder(configs, path) if path.is_dir() else _config_of_file(sources["diffusion"], path)
 
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInitialValues():
         networks = build_networks(config)
     taken: dict[int, set[str]] = {}
     for component, network in networks.items():

@@ -230,7 +230,7 @@ def guess_checkpoint(keys) -> str:
         (r"control_model\.|controlnet_", "it seems to be a ControlNet"),
         (r"model\.diffusion_model\.", "it is some latent diffusion model"),
         (r"down_blocks\.", "it seems to be a UNet of diffusers"),
-        (r"(first_stage_model|encoder|decoder)\.(conv_in|mid)", "it seems to be a VAE"),
+        (r"first_stage_model\.|(encoder|decoder)\.(conv_in|mid)", "it seems to be a VAE"),
         (r"(cond_stage_model\.transformer\.)?(text_model|encoder\.layers)\.", "it seems to be a CLIP text encoder"),
     ):
         if any(re.match(pattern, key) for key in keys):

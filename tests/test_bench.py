@@ -14,18 +14,14 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("bench")  # the programs keep their models in out/bench of where they are started
-
-
-def run(program: str, folder: Path, *flags: str) -> str:
-    """What `python -m bench.<program>` prints: in a process of its own, since it forks before any computation."""
+def text(tmp_path_factory):
+    """What `python -m bench` prints: in a process of its own, since it forks before any computation."""
+    folder = tmp_path_factory.mktemp("bench")  # the programs keep their models in out/bench of where they are started
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", f"bench.{program}", "--threads", "1", "--n", "1", "--out", "block.md", *flags],
-                          capture_output=True, text=True, cwd=folder, env=environment)
+    command = [sys.executable, "-m", "bench", "--threads", "1", "--n", "1", "--size", "32", "--out", "block.md"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (folder / "block.md").read_text().endswith(done.stdout)
-    assert re.search(r"commit \w+.*, torch [\d.]+.*, diffusers [\d.]+, .* threads: 1, fp32, model tiny, n = 1", done.stdout)
+    assert (folder / "block.md").read_text() == done.stdout
     return done.stdout
 
 
@@ -35,8 +31,16 @@ def rows(text: str, first: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-def test_parity_is_printed_for_every_network_and_within_its_limit(folder):
-    found = rows(run("parity", folder), "network")
+def test_each_block_says_where_and_how_it_was_measured(text):
+    lines = [line for line in text.splitlines() if "commit " in line]
+    assert len(lines) == 3
+    for line in lines:
+        assert re.search(r"commit \w+.*, torch [\d.]+.*, diffusers [\d.]+, ", line)
+        assert "threads: 1, fp32, model tiny, n = 1" in line
+
+
+def test_parity_is_printed_for_every_network_and_within_its_limit(text):
+    found = rows(text, "network")
     assert [row[0] for row in found] == ["CLIP", "VAE encode, mean", "VAE encode, logvar", "VAE decode", "UNet"]
     for row in found:
         ours_theirs, limit, ours_exact, theirs_exact, exact = map(float, row[2:7])
@@ -44,8 +48,8 @@ def test_parity_is_printed_for_every_network_and_within_its_limit(folder):
         assert ours_exact <= 2 * theirs_exact + 1e-7 and theirs_exact > 0
 
 
-def test_steps_are_timed_in_every_case_and_both_sides_compute_the_same(folder):
-    found = rows(run("generate", folder, "--size", "32"), "case")
+def test_steps_are_timed_in_every_case_and_both_sides_compute_the_same(text):
+    found = rows(text, "case")
     assert [row[0] for row in found] == ["base", "adapters", "merged", "four routed"]
     assert [row[1] for row in found] == ["[2, 4, 4, 4]"] * 3 + ["[8, 4, 4, 4]"]
     for row in found:
@@ -53,8 +57,7 @@ def test_steps_are_timed_in_every_case_and_both_sides_compute_the_same(folder):
         assert float(row[7]) < 1e-5
 
 
-def test_loading_and_loras_are_timed_and_both_sides_compute_the_same(folder):
-    text = run("lora", folder)
+def test_loading_and_loras_are_timed_and_both_sides_compute_the_same(text):
     loads = rows(text, "loading")
     assert [row[:2] for row in loads] == [[f"{side}", cache] for cache in ("warm", "cold") for side in (
         "ours, file", "theirs, from_single_file", "ours, folder", "theirs, from_pretrained")]

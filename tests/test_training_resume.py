@@ -1,4 +1,4 @@
-"""N steps are k steps, a kill at any instant, and N - k steps, bit for bit: state, metrics and result are the same files."""
+"""N steps are k steps, a kill at any instant, and N - k steps, bit for bit: the files of the two runs are the same."""
 
 import importlib
 import json
@@ -13,22 +13,43 @@ import torch
 
 from sd.checkpoint import read_tensors
 from sd.lora import adapter_names
+from sd.model_loader import new_models
 from sd.training import PictureSet, TrainConfig, TrainError, train
-from tests.test_training import SMALL, copy_of, models, one_thread, pictures, untrained  # noqa: F401 (fixtures)
+from tests.tiny_training import SMALL, copy_of, pictures
 
 loop = importlib.import_module("sd.training.train")
 
-LORA = TrainConfig(rank=2, alpha=2.0, steps=7, batch_size=2, save_every=2, progress=False, dropout=0.3, rank_dropout=0.2,
-                   module_dropout=0.1, text_encoder=True, accumulate=2, ema=0.9, schedule="cosine", warmup=2, learning_rate=0.01)
+LORA = TrainConfig(rank=2, alpha=2.0, steps=7, batch_size=2, accumulate=2, save_every=2, progress=False,
+                   dropout=0.3, rank_dropout=0.2, module_dropout=0.1, text_encoder=True, ema=0.9,
+                   schedule="cosine", warmup=2, learning_rate=0.01)
 FULL = replace(LORA, train="full", accumulate=1, checkpointing=True)
 VAE = replace(LORA, train="vae", accumulate=1)
 RUNS = {"lora": LORA, "full": FULL, "vae": VAE}
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def untrained():
+    return new_models(SMALL, seed=1)
+
+
+@pytest.fixture
+def models(untrained):
+    return copy_of(untrained)
+
+
 def files(folder: Path) -> dict[str, bytes]:
     """What a run leaves behind, without the picture and with its own folder's name taken out."""
     found = {f.name: f.read_bytes() for f in folder.iterdir() if f.suffix != ".png"}
-    return {name: content.replace(folder.name.encode(), b"") if name.endswith(".json") else content for name, content in found.items()}
+    found["config.json"] = found["config.json"].replace(folder.name.encode(), b"")
+    return found
 
 
 def stopped(config: TrainConfig, models, monkeypatch, k: int = 3) -> None:
@@ -47,7 +68,7 @@ def stopped(config: TrainConfig, models, monkeypatch, k: int = 3) -> None:
 
 @pytest.mark.parametrize("what", RUNS)
 @pytest.mark.parametrize("k", [1, 5, 6])
-def test_a_run_stopped_at_step_k_ends_as_if_it_had_never_been(tmp_path, untrained, what, k, monkeypatch):  # noqa: F811
+def test_a_run_stopped_at_step_k_ends_as_if_it_had_never_been(tmp_path, untrained, what, k, monkeypatch):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     result = train(replace(RUNS[what], out=str(whole)), copy_of(untrained), pictures())
 
@@ -63,7 +84,7 @@ def test_a_run_stopped_at_step_k_ends_as_if_it_had_never_been(tmp_path, untraine
             assert torch.equal(a, b), f"{key}.{name}"
 
 
-def test_a_finished_run_started_again_gives_its_result_at_once(tmp_path, untrained, monkeypatch):  # noqa: F811
+def test_a_finished_run_started_again_gives_its_result_at_once(tmp_path, untrained, monkeypatch):
     config = replace(LORA, out=str(tmp_path))
     first = train(config, copy_of(untrained), pictures())
     before = files(tmp_path)
@@ -84,7 +105,7 @@ import sd.checkpoint
 from dataclasses import replace
 from sd.model_loader import new_models
 from sd.training import train
-from tests.test_training import SMALL, copy_of, pictures
+from tests.tiny_training import SMALL, copy_of, pictures
 from tests.test_training_resume import LORA
 
 out, config = Path(sys.argv[1]), replace(LORA, steps=24, save_every=1)
@@ -135,11 +156,12 @@ print("killed", killed)
 """
 
 
-def test_a_run_killed_at_random_instants_and_inside_saves_loses_nothing(tmp_path, untrained):  # noqa: F811
+def test_a_run_killed_at_random_instants_and_inside_saves_loses_nothing(tmp_path, untrained):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(replace(LORA, steps=24, save_every=1, out=str(whole)), copy_of(untrained), pictures())
-    done = subprocess.run([sys.executable, "-c", CHILD, str(broken)], cwd=Path(__file__).parents[1], capture_output=True,
-                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}, timeout=300)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run([sys.executable, "-c", CHILD, str(broken)], cwd=Path(__file__).parents[1], env=environment,
+                          capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) >= 4  # the three inside saves, and some of the others
     left = {name: content for name, content in files(broken).items() if not name.endswith(".sd-tmp")}
@@ -153,7 +175,7 @@ def test_a_run_killed_at_random_instants_and_inside_saves_loses_nothing(tmp_path
     ({"targets": ("q_proj",)}, r"targets was \['attn'\], now \['q_proj'\]"), ({"steps": 9}, "steps was 7, now 9"),
     ({"seed": 1, "dropout": 0.0}, "dropout was 0.3, now 0.0; seed was 0, now 1")])
 def test_a_config_that_cannot_continue_the_run_is_refused_with_the_difference(
-        tmp_path, models, change, difference, monkeypatch):  # noqa: F811
+        tmp_path, models, change, difference, monkeypatch):
     config = replace(LORA, out=str(tmp_path))
     stopped(config, models, monkeypatch)
     before = files(tmp_path)
@@ -164,7 +186,7 @@ def test_a_config_that_cannot_continue_the_run_is_refused_with_the_difference(
 
 
 def test_other_pictures_or_another_base_are_refused_and_what_does_not_matter_may_change(
-        tmp_path, models, untrained, monkeypatch):  # noqa: F811
+        tmp_path, models, untrained, monkeypatch):
     config = replace(LORA, out=str(tmp_path))
     stopped(config, models, monkeypatch)
     data = pictures()
@@ -181,7 +203,7 @@ def test_other_pictures_or_another_base_are_refused_and_what_does_not_matter_may
     assert json.loads(read_tensors(moved / "state.safetensors").metadata["progress"])["step"] == 7
 
 
-def test_a_damaged_state_or_changed_metrics_are_a_sentence(tmp_path, models, monkeypatch):  # noqa: F811
+def test_a_damaged_state_or_changed_metrics_are_a_sentence(tmp_path, models, monkeypatch):
     config = replace(LORA, out=str(tmp_path))
     stopped(config, models, monkeypatch)
     lines = (tmp_path / "metrics.jsonl").read_text()
@@ -197,7 +219,7 @@ def test_a_damaged_state_or_changed_metrics_are_a_sentence(tmp_path, models, mon
     assert adapter_names(models) == []
 
 
-def test_a_full_disk_stops_with_the_last_good_state_intact(tmp_path, models, monkeypatch):  # noqa: F811
+def test_a_full_disk_stops_with_the_last_good_state_intact(tmp_path, models, monkeypatch):
     config = replace(LORA, out=str(tmp_path))
     stopped(config, models, monkeypatch)
     state = (tmp_path / "state.safetensors").read_bytes()
@@ -205,7 +227,7 @@ def test_a_full_disk_stops_with_the_last_good_state_intact(tmp_path, models, mon
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(loop.Metrics, "flush", lambda self: monkeypatch.setattr(os, "fsync", full))
+    monkeypatch.setattr(loop.Metrics, "sync", lambda self: monkeypatch.setattr(os, "fsync", full))
     with pytest.raises(OSError, match="No space left on device"):
         train(config, models, pictures())
     assert (tmp_path / "state.safetensors").read_bytes() == state

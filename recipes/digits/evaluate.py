@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from recipes.digits.data import OUT, WORDS, captions, load_mnist, split
 from recipes.digits.train import LORA, MODEL
+from sd.checkpoint import read_tensors, write_safetensors
 from sd.image_io import contact_sheet, save_image
 from sd.model_loader import Models, load_lora_into_models, preload_models_from_standard_weights
 from sd.pipeline import generate
@@ -45,11 +46,11 @@ def moved(pictures: Tensor) -> Tensor:
 
 
 def train_classifier(pictures: Tensor, digits: Tensor, epochs: int = 20, batch: int = 64) -> nn.Module:
-    """Cross-entropy with AdamW on moved pictures; the same weights each time on the same machine. Kept in out/digits/."""
-    path = OUT / "classifier.pt"
+    """Cross-entropy with AdamW on moved pictures; the same weights each time on one machine. Kept in out/digits/."""
+    path = OUT / "classifier.safetensors"
     model = classifier()
     if path.exists():
-        model.load_state_dict(torch.load(path, weights_only=True))
+        model.load_state_dict(read_tensors(path))
         return model.eval()
     torch.manual_seed(0)
     model = classifier()
@@ -62,7 +63,7 @@ def train_classifier(pictures: Tensor, digits: Tensor, epochs: int = 20, batch: 
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-    torch.save(model.state_dict(), path)
+    write_safetensors(path, model.state_dict())
     return model.eval()
 
 
@@ -134,7 +135,8 @@ def main() -> None:
     print(f"LoRA: {correct(judge, -inverted, asked):.1%} after inverting back, brightness {brightness(inverted):.0f}")
     off = {"multiplier 0": {"lora": {"inverted": 0.0}}, "use_lora=False": {"use_lora": False}}
     for name, options in off.items():
-        print(f"{name}: {'bit-identical to the base' if torch.equal(make(models, **options), base) else 'DIFFERS FROM THE BASE'}")
+        same = torch.equal(make(models, **options), base)
+        print(f"{name}: {'bit-identical to the base' if same else 'DIFFERS FROM THE BASE'}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from recipes.digits.data import OUT, captions, load_mnist, split
@@ -16,15 +17,16 @@ from sd.model_loader import Models, new_models, preload_models_from_standard_wei
 from sd.tokenizer import tokenize
 from sd.training import PictureSet, TrainConfig, train
 from sd.training.data import encode_pictures
+from sd.vae import sample_posterior
 
 MODEL, LORA = Path("data/digits.safetensors"), Path("data/loras/digits-inverted.safetensors")
 
-VAE = TrainConfig(train="vae", out=str(OUT / "vae"), steps=3000, batch_size=32, learning_rate=2e-3, schedule="cosine",
+VAE = TrainConfig(train="vae", out=str(OUT / "vae"), steps=1600, batch_size=32, learning_rate=2e-3, schedule="cosine",
                   warmup=100, ema=0.995, kl_weight=1e-3, weight_decay=0.0)
-UNET = TrainConfig(train="full", text_encoder=True, out=str(OUT / "unet"), steps=5000, batch_size=64, learning_rate=1.5e-3,
-                   schedule="cosine", warmup=100, ema=0.998, caption_dropout=0.1)
-INVERTED = TrainConfig(name="inverted", out=str(OUT / "inverted"), steps=400, batch_size=32, rank=4, alpha=4.0, targets=("attn",),
-                       learning_rate=5e-3, schedule="cosine", warmup=20)
+UNET = TrainConfig(train="full", text_encoder=True, out=str(OUT / "unet"), steps=3200, batch_size=64,
+                   learning_rate=1.5e-3, schedule="cosine", warmup=100, ema=0.998, caption_dropout=0.1)
+INVERTED = TrainConfig(name="inverted", out=str(OUT / "inverted"), steps=400, batch_size=32, rank=4, alpha=4.0,
+                       targets=("attn",), learning_rate=5e-3, schedule="cosine", warmup=20)
 
 
 def main() -> None:
@@ -38,7 +40,7 @@ def main() -> None:
     for embedding in (models["clip"].token_embedding, models["clip"].position_embedding):
         embedding.weight.data.mul_(0.02)  # as CLIP starts them; torch's N(0, 1) drowns what the layers add
     both = PictureSet(torch.cat([pictures, -pictures]), texts + texts)
-    models = train(VAE, models, both)
+    models = train(VAE, models, both, autoencoder_loss=polarity_loss)
     fold_scale(models, both)
 
     models = train(UNET, models, PictureSet(pictures, texts))
@@ -53,9 +55,26 @@ def main() -> None:
     print(f"{LORA}: {LORA.stat().st_size:,} bytes")
 
 
+def polarity_loss(models: Models, pictures: Tensor, noise: Tensor, kl_weight: float) -> Tensor:
+    """As `vae_loss`, with the polarity in the first latent channel: turned over, it decodes to the inverse picture.
+
+    Left alone, the autoencoder finds latents(-x) = -latents(x), and a UNet that has seen one polarity would have to
+    learn every stroke anew for the other. So the two are made to differ in one channel. pictures: [B, 1, H, W].
+    """
+    mean, logvar = models["encoder"](pictures)
+    corner = pictures[:, :, :1, :1]  # the padding: -1 for white on black
+    sign = torch.ones(len(pictures), 1, 1, 1)
+    sign[1::2] = -1  # every second picture of the batch, which is in random order
+    z = sample_posterior(mean, logvar, noise)
+    rebuilt = models["decoder"](torch.cat([sign * z[:, :1], z[:, 1:]], dim=1))
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    is_polarity = F.mse_loss(mean[:, :1], corner.expand_as(mean[:, :1]))
+    return F.mse_loss(rebuilt, sign * pictures) + 0.1 * is_polarity + kl_weight * kl
+
+
 @torch.no_grad()
 def fold_scale(models: Models, dataset) -> None:
-    """Scale the VAE's latents so that `config.vae.scale` times them has a standard deviation of 1, as the UNet wants it."""
+    """Scale the VAE's latents so that times `config.vae.scale` they have a standard deviation of 1."""
     mean, std = encode_pictures(models, dataset)
     factor = 1 / (mean.var() + std.square().mean()).sqrt()
     quant, post, z = models["encoder"].quant_conv, models["decoder"].post_quant_conv, models.config.vae.latent_channels

@@ -5,4 +5,5 @@ from sd.training.loss import diffusion_loss, vae_loss
 from sd.training.run_state import TrainError
 from sd.training.train import TrainConfig, train
 
-__all__ = ["DataError", "PictureFolder", "PictureSet", "TrainConfig", "TrainError", "diffusion_loss", "train", "vae_loss"]
+__all__ = ["DataError", "PictureFolder", "PictureSet", "TrainConfig", "TrainError", "diffusion_loss", "train",
+           "vae_loss"]

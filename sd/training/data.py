@@ -43,10 +43,10 @@ def numpy_rng(seed: int, stream: str, number: int) -> np.random.Generator:
     return np.random.default_rng(seed_of(seed, stream, number))
 
 
-# ---- data sets: anything with `captions`, `picture(i)`, `fingerprint()` and a length ----------------------------------
+# ---- data sets: anything with `captions`, `picture(i)`, `fingerprint()` and a length --------------------------------
 
 class PictureSet:
-    """Pictures in memory, [N, C, H, W] in [-1, 1], and the captions of each; one of them is drawn each time it is used."""
+    """Pictures in memory, [N, C, H, W] in [-1, 1], with the captions of each; one is drawn each time it is used."""
 
     def __init__(self, pictures: Tensor, captions: Sequence[Sequence[str]]):
         if len(pictures) != len(captions):
@@ -67,21 +67,23 @@ class PictureSet:
 class PictureFolder:
     """A folder of pictures, each with a caption in a `.txt` of its name, or all captions in one metadata.jsonl.
 
-    A line of metadata.jsonl is {"file_name": "a.png", "text": "the caption"}. Pictures are turned as their EXIF says, laid
-    on white, scaled to cover size x size and cut in the middle. Raises DataError that names the first bad file.
+    A line of metadata.jsonl is {"file_name": "a.png", "text": "the caption"}. Pictures are turned as their EXIF says,
+    laid on white, scaled to cover size x size and cut in the middle. Raises DataError that names the first bad file.
     """
 
     def __init__(self, folder: str | Path, *, size: int, channels: int):
         self.folder, self.size, self.mode = Path(folder), size, {1: "L", 3: "RGB"}[channels]
         if not self.folder.is_dir():
             raise DataError(f"{folder}: {'is no folder' if self.folder.exists() else 'no such folder'}")
-        self.files = sorted(f for f in self.folder.iterdir() if f.suffix.lower() in PICTURES and not f.name.startswith("."))
+        self.files = sorted(f for f in self.folder.iterdir()
+                            if f.suffix.lower() in PICTURES and not f.name.startswith("."))
         if not self.files:
             raise DataError(f"{folder}: there are no pictures in it ({', '.join(PICTURES)})")
         captions = self._metadata() if (self.folder / "metadata.jsonl").exists() else self._texts()
         without = [f.name for f in self.files if f.name not in captions]
         if without:
-            raise DataError(f"{folder}: {len(without)} of {len(self.files)} pictures have no caption, first: {without[0]}")
+            raise DataError(f"{folder}: {len(without)} of {len(self.files)} pictures have no caption, "
+                            f"first: {without[0]}")
         self.captions = [(captions[f.name],) for f in self.files]
         for i in range(len(self)):
             self.picture(i)  # what cannot be read is found now, not after an hour of training
@@ -202,7 +204,7 @@ def encode_pictures(models, dataset, batch: int = 16) -> tuple[Tensor, Tensor]:
 
 
 class Contexts:
-    """captions -> context [B, L, D]; each different caption is encoded once a batch, or once for good if nothing trains it."""
+    """captions -> context [B, L, D]; each is encoded once a batch, or once for good if the text encoder is frozen."""
 
     def __init__(self, models, *, trained: bool):
         self.models, self.trained, self.kept = models, trained, {}

@@ -17,7 +17,7 @@ def diffusion_loss(models, latents: Tensor, context: Tensor, t: Tensor, noise: T
     Raises ValueError when t or noise do not fit the latents.
     """
     if t.shape != latents.shape[:1] or noise.shape != latents.shape:
-        raise ValueError(f"latents are {list(latents.shape)}, so t must be {list(latents.shape[:1])} and noise the same as "
+        raise ValueError(f"latents are {list(latents.shape)}, so t must be {list(latents.shape[:1])} and noise as the "
                          f"latents; they are {list(t.shape)} and {list(noise.shape)}")
     unet, abar = models["diffusion"], alphas_cumprod(models.config)
     dtype = unet.conv_in.weight.dtype  # the network may be half; noise levels and the loss are fp32

@@ -11,7 +11,7 @@ SCHEDULES = ("constant", "cosine")
 
 
 def adamw(parameters: dict[str, nn.Parameter], config) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019): matrices decay, biases and norms do not, the text encoder has a rate of its own."""
+    """AdamW (Loshchilov and Hutter 2019): matrices decay, biases and norms do not; the text encoder may have a rate."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, p in parameters.items():
         text = name.startswith("clip.") and config.text_learning_rate is not None

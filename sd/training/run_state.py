@@ -47,9 +47,9 @@ def open_folder(path: str | os.PathLike) -> Path:
 
 # ---- state -----------------------------------------------------------------------------------------------------------
 
-def save_state(folder: Path, progress: Progress, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer,
-               ema: Mapping[str, Tensor], facts: Mapping[str, object]) -> None:
-    """Replace the run's state at once: trained weights, optimizer, moving average, progress, and the facts of the run."""
+def save_state(folder: Path, progress: Progress, parameters: Mapping[str, nn.Parameter],
+               optimizer: torch.optim.Optimizer, ema: Mapping[str, Tensor], facts: Mapping[str, object]) -> None:
+    """Replace the run's state at once: trained weights, optimizer, moving average, progress, facts of the run."""
     tensors = {f"weights/{name}": p.detach() for name, p in parameters.items()}
     tensors |= {f"ema/{name}": value for name, value in ema.items()}
     for name, p in parameters.items():
@@ -71,7 +71,8 @@ def load_state(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: 
         tensors = read_tensors(path)
         progress, saved = Progress(**json.loads(tensors.metadata["progress"])), json.loads(tensors.metadata["facts"])
     except (CheckpointError, KeyError, ValueError, TypeError) as error:
-        raise TrainError(f"{path}: is not the state of a training ({error}); remove it, or choose another out folder") from None
+        raise TrainError(f"{path}: is not the state of a training ({error}); remove it, or choose another out "
+                         f"folder") from None
     facts = json.loads(json.dumps(facts))
     differs = [f"{key} was {saved.get(key)!r}, now {facts.get(key)!r}" for key in {**saved, **facts}
                if saved.get(key) != facts.get(key)]
@@ -83,7 +84,7 @@ def load_state(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: 
     for name, p in parameters.items():
         p.copy_(tensors[f"weights/{name}"])
         state = {key.rsplit("/", 1)[1]: value for key, value in tensors.items() if key.startswith(f"optimizer/{name}/")}
-        # A copy: what is read is a view of the mapped file. Counters stay where the optimizer wants them, with the weights.
+        # A copy: what is read is a view of the mapped file.
         optimizer.state[p] = {key: value.to(p.device, copy=True) for key, value in state.items()}
         if name in ema:
             ema[name].copy_(tensors[f"ema/{name}"])
@@ -109,7 +110,7 @@ def run_facts(config, free: tuple[str, ...], **more: object) -> dict[str, object
 # ---- metrics ---------------------------------------------------------------------------------------------------------
 
 class Metrics:
-    """metrics.jsonl, one line a step; lines beyond the resumed step are cut off, so it ends as that of an unbroken run."""
+    """metrics.jsonl, one line a step; lines beyond the resumed step are cut off: it ends as that of an unbroken run."""
 
     def __init__(self, folder: Path, step: int):
         self.path = folder / "metrics.jsonl"
@@ -123,11 +124,11 @@ class Metrics:
             raise TrainError(f"{self.path}: its lines are not the steps 0 to {step - 1}; it was changed after the run")
         with atomic_write(self.path) as file:
             file.write("".join(json.dumps(row) + "\n" for row in self.rows).encode())
-        self.file = open(self.path, "a", encoding="utf-8")
 
     def add(self, **row: float | int) -> None:
         self.rows.append(row)
-        self.file.write(json.dumps(row) + "\n")
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
     def recent_loss(self, n: int = 50) -> float:
         """Mean over the last n steps that have one."""
@@ -142,10 +143,7 @@ class Metrics:
         curve = [(b[len(b) // 2]["step"], sum(row["loss"] for row in b) / len(b)) for b in bins]
         save_image(line_plot({f"mean of {n} steps" if n > 1 else "loss": curve}, "training loss", "step", "loss"), path)
 
-    def flush(self) -> None:
+    def sync(self) -> None:
         """To the disk: before a state is saved, its lines must be there."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-
-    def close(self) -> None:
-        self.file.close()
+        with open(self.path, "rb+") as file:
+            os.fsync(file.fileno())

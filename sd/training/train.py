@@ -141,11 +141,12 @@ class TrainConfig:
             raise TrainError("nothing is trained: unet and text_encoder are both off")
 
 
-def train(config: TrainConfig, models: Models | None = None, dataset=None) -> Models:
-    """Train as `config` says, from `models` (none: `config.model`) on `dataset` (none: `config.data`); returns the models.
+def train(config: TrainConfig, models: Models | None = None, dataset=None, *, autoencoder_loss=vae_loss) -> Models:
+    """Train `models` (none: `config.model`) on `dataset` (none: `config.data`); returns the models.
 
-    They are trained in place: a LoRA is left attached and active. Writes the result into `config.out`: `<name>.safetensors`
-    or model.safetensors. Raises TrainError or DataError, before the first step wherever that can be known.
+    They are trained in place; a LoRA is left attached and active. The result goes into `config.out`, as
+    `<name>.safetensors` or model.safetensors. `autoencoder_loss` has the arguments of `vae_loss` and may replace it.
+    Raises TrainError or DataError, before the first step wherever that can be known.
     """
     folder = open_folder(config.out)
     if models is None:
@@ -161,11 +162,12 @@ def train(config: TrainConfig, models: Models | None = None, dataset=None) -> Mo
         _write_json(folder / "config.json", asdict(config) | {"dataset": facts["dataset"], "base": facts["base"]})
         metrics = Metrics(folder, done.step)
         bar = tqdm(total=config.steps, initial=done.step, unit="step", disable=not config.progress, dynamic_ncols=True)
-        micro_loss = _vae_loss(config, models, dataset) if config.train == "vae" else _diffusion_loss(config, models, dataset)
+        micro_loss = (_vae_loss(config, models, dataset, autoencoder_loss) if config.train == "vae" else
+                      _diffusion_loss(config, models, dataset))
 
         for step in range(done.step, config.steps + 1):
             if step == config.steps or (step % config.save_every == 0 and step > done.step):
-                metrics.flush()
+                metrics.sync()
                 done.step = step
                 save_state(folder, done, parameters, optimizer, ema, facts)
             if step == config.steps:
@@ -193,7 +195,6 @@ def train(config: TrainConfig, models: Models | None = None, dataset=None) -> Mo
             bar.update()
 
         bar.close()
-        metrics.close()
         with torch.no_grad():
             for name, value in ema.items():
                 parameters[name].copy_(value)
@@ -219,7 +220,7 @@ def _diffusion_loss(config: TrainConfig, models: Models, dataset):
     return micro_loss
 
 
-def _vae_loss(config: TrainConfig, models: Models, dataset):
+def _vae_loss(config: TrainConfig, models: Models, dataset, loss):
     """micro-batch number -> loss, for the autoencoder."""
     vae, device = models.config.vae, models["encoder"].conv_in.weight.device
 
@@ -228,14 +229,14 @@ def _vae_loss(config: TrainConfig, models: Models, dataset):
         pictures = torch.stack([dataset.picture(i) for i in indices])
         b, _, h, w = pictures.shape
         noise = batch_noise((b, vae.latent_channels, h // vae.factor, w // vae.factor), config, number, "posterior")
-        return vae_loss(models, pictures.to(device), noise.to(device), config.kl_weight)
+        return loss(models, pictures.to(device), noise.to(device), config.kl_weight)
 
     return micro_loss
 
 
 @contextmanager
 def _training(config: TrainConfig, models: Models) -> Iterator[dict[str, nn.Parameter]]:
-    """The weights to train, by name, alone trainable and in training mode inside the block; afterwards all is as it was."""
+    """The weights to train, by name; they alone have gradients inside the block, and afterwards all is as it was."""
     before = [(p, p.requires_grad) for network in models.values() for p in network.parameters()]
     modes = [(module, module.training) for _, module in named_layers(models)]
     unet, checkpointing, adapters = models["diffusion"], models["diffusion"].checkpointing, adapter_names(models)
@@ -265,16 +266,17 @@ def _parameters(config: TrainConfig, models: Models) -> dict[str, nn.Parameter]:
     if config.train == "lora":
         networks = {key: models[key] for key, on in (("diffusion", config.unet), ("clip", config.text_encoder)) if on}
         torch.manual_seed(seed_of(config.seed, "init", 0))
-        apply_lora_to_model(networks, config.rank, config.alpha, config.dropout, config.targets, config.name, dora=config.dora,
-                            rank_dropout=config.rank_dropout, module_dropout=config.module_dropout)
+        apply_lora_to_model(networks, config.rank, config.alpha, config.dropout, config.targets, config.name,
+                            dora=config.dora, rank_dropout=config.rank_dropout, module_dropout=config.module_dropout)
         chosen = {path: layer.adapter(config.name) for path, layer in lora_layers(networks).items()
                   if config.name in layer.adapter_names}
     else:
         if adapter_names(models):
-            raise TrainError(f"the model carries the adapters {', '.join(map(repr, adapter_names(models)))}; merge or remove "
-                             f"them before all of its weights are trained")
+            raise TrainError(f"the model carries the adapters {', '.join(map(repr, adapter_names(models)))}; merge or "
+                             f"remove them before all of its weights are trained")
         vae = config.train == "vae"
-        on = {"encoder": vae, "decoder": vae, "diffusion": config.unet and not vae, "clip": config.text_encoder and not vae}
+        on = {"encoder": vae, "decoder": vae, "diffusion": config.unet and not vae,
+              "clip": config.text_encoder and not vae}
         chosen = {key: models[key] for key in on if on[key]}
     for module in chosen.values():
         module.train().requires_grad_(True)
@@ -294,9 +296,9 @@ def _count(done: Progress, good: bool, step: int, loss: float, config: TrainConf
     done.skipped += not good
     done.skipped_in_a_row = 0 if good else done.skipped_in_a_row + 1
     if done.skipped_in_a_row >= MAX_SKIPPED:
-        raise TrainError(f"{MAX_SKIPPED} steps in a row, to step {step}, had no usable loss or gradient (the last loss is "
-                         f"{loss:g}): the training has diverged; use a lower learning rate than {config.learning_rate:g} and "
-                         f"another out folder")
+        raise TrainError(f"{MAX_SKIPPED} steps in a row, to step {step}, had no usable loss or gradient (the last loss "
+                         f"is {loss:g}): the training has diverged; use a lower learning rate than "
+                         f"{config.learning_rate:g} and another out folder")
 
 
 def _finite(value: float) -> float | None:

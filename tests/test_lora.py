@@ -308,6 +308,22 @@ def test_merging_for_good_refuses_what_is_switched_off_and_leaves_tied_weights_a
     assert torch.equal(tied[1].weight, before) and not torch.equal(tied[0].weight, before)
 
 
+def test_sets_that_python_hashes_alike_are_told_apart():
+    assert hash(-1.0) == hash(-2.0)
+    model, x = adapted("linear")
+    with torch.no_grad():
+        outputs = {}
+        for m in (-1.0, -2.0):
+            for merged in (False, True):
+                with use_adapters(model, {"a": m}):
+                    if merged:
+                        merge(model)
+                    outputs[m, merged] = model(x)
+    assert torch.allclose(outputs[-1.0, True], outputs[-1.0, False], atol=1e-5)
+    assert torch.allclose(outputs[-2.0, True], outputs[-2.0, False], atol=1e-5)
+    assert (outputs[-1.0, False] - outputs[-2.0, False]).abs().max() > 0.01
+
+
 def test_merge_loss_is_what_rounding_takes_of_the_change():
     model, _ = adapted("linear")
     model.to(torch.bfloat16)
@@ -600,8 +616,8 @@ def test_checkpointing_gives_the_same_gradients_and_recomputes_with_the_set_of_t
 
 def test_a_foreign_checkpoint_that_recomputes_with_another_set_raises():
     model, x = adapted("linear")
-    for after in (2.0, -1.0):
-        with use_adapters(model, {"a": 1.0}):
+    for before, after in ((1.0, 2.0), (1.0, -1.0), (-1.0, -2.0)):
+        with use_adapters(model, {"a": before}):
             loss = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False).sum()
         with use_adapters(model, {"a": after}), pytest.raises(LoRAError, match="active LoRA set changed"):
             loss.backward()

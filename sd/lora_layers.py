@@ -65,12 +65,12 @@ class LoRALayer:
     def init_lora(self, plain: type[nn.Module] | None = None) -> None:
         """Give the layer its (empty) LoRA state; `plain` is the class that a converted foreign layer goes back to."""
         self.adapters = nn.ModuleDict()  # empty, so it adds no keys: base checkpoints load with strict=True
-        self.set_active(NOTHING)
         self.lora_enabled = True
         self.plain_class = plain
         self.register_buffer("merged_weight", None, persistent=False)
         self.register_buffer("merged_bias", None, persistent=False)
         self._merged_state = self._fused = None
+        self.set_active(NOTHING)
 
     def op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's operation with other parameters; also used with `down` factors, whose output width is the rank."""
@@ -119,7 +119,7 @@ class LoRALayer:
     def to_plain(self) -> None:
         """Undo the conversion of a foreign layer."""
         self.__class__ = self.plain_class
-        for attribute in ("active", "lora_enabled", "plain_class", "_merged_state", "_fused", "_on", "_key"):
+        for attribute in ("active", "lora_enabled", "plain_class", "_merged_state", "_merged_on", "_fused", "_on", "_is_on", "_key"):
             del self.__dict__[attribute]
         del self.adapters, self.merged_weight, self.merged_bias
 
@@ -127,11 +127,14 @@ class LoRALayer:
         self.active = active.only(self.adapter_names)
         self._on = [self.adapter(name) for name in self.multipliers]  # what forward needs of it, found once
         self._key = self.active.fingerprint()
+        # Compiled code is guarded by these bools alone, so that values change without recompiling.
+        self._is_on = bool(self._on)
+        self._merged_on = self._merged_state is not None and self._merged_state[0] == self._key
 
     # ---- forward ------------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.active.multipliers and self.lora_enabled):
+        if not (self._is_on and self.lora_enabled):
             return self.base_forward(x)
         if torch.is_grad_enabled() and any(p.requires_grad for adapter in self._on for p in adapter.parameters()):
             return self._trained_forward(x)
@@ -193,7 +196,7 @@ class LoRALayer:
 
     def is_merged(self) -> bool:
         """Whether the merged weight is that of the present active set."""
-        if self.merged_weight is None:
+        if self.merged_weight is None or not self._merged_on:
             return False
         return torch.compiler.is_compiling() or self._merged_state == self._state()
 
@@ -209,7 +212,7 @@ class LoRALayer:
                 self.merged_weight = torch.empty_like(self.weight, requires_grad=False)
             self.merged_weight.copy_(weight)
             self.merged_bias = None if bias is None else bias.to(self.weight.dtype)
-            self._merged_state = self._state()
+            self._merged_state, self._merged_on = self._state(), True
 
     def merged_sum(self) -> tuple[Tensor, Tensor | None]:
         """W + Σ mᵢ ΔWᵢ and, where an adapter changes the bias, b + Σ mᵢ Δbᵢ: summed in fp32, in order of names."""
@@ -224,6 +227,7 @@ class LoRALayer:
 
     def unmerge(self) -> None:
         self.merged_weight = self.merged_bias = self._merged_state = None
+        self._merged_on = False
 
     # ---- moves, dtype changes, loading and copies drop what is derived ------------------------------------------------
 
@@ -240,7 +244,7 @@ class LoRALayer:
         return super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self):
-        state = self.__dict__ | {"_fused": None, "_merged_state": None}
+        state = self.__dict__ | {"_fused": None, "_merged_state": None, "_merged_on": False}
         state["_buffers"] = state["_buffers"] | {"merged_weight": None, "merged_bias": None}
         return state
 

@@ -6,6 +6,7 @@ import json
 import logging
 import secrets
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -173,8 +174,10 @@ def generate(args: Generate) -> None:
         prompts, seed, arguments = _again(again, args.again, models)
     if args.input is not None:
         arguments |= {"input_image": args.input, "mask": args.mask, "strength": args.strength}
-    pictures = pipeline.generate(prompts, models=models, seed=seed, images_per_prompt=args.count,
-                                 use_lora=not args.no_lora, **arguments)
+    with ThreadPoolExecutor(1) as beside:  # hashing gigabytes takes seconds, which the sampler takes too
+        beside.submit(lambda: models.model_hash)
+        pictures = pipeline.generate(prompts, models=models, seed=seed, images_per_prompt=args.count,
+                                     use_lora=not args.no_lora, **arguments)
     for i, (picture, path) in enumerate(zip(pictures, paths)):
         about = pipeline.describe(models, prompts[i // args.count], seed=seed + i, use_lora=not args.no_lora, **arguments)
         save_image(picture, path, about)

@@ -366,9 +366,10 @@ def merge_loss(models) -> float:
     with torch.no_grad():
         for layer in lora_layers(models).values():
             if layer.multipliers and layer.lora_enabled:
-                total, _ = layer.merged_sum()
-                lost += (total.to(layer.weight.dtype).double() - total.double()).square().sum().item()
-                change += (total.double() - layer.base_weight().double()).square().sum().item()
+                W, (total, _) = layer.base_weight(), layer.merged_sum()
+                delta = sum(m * layer.adapter(name).effective_delta(W).double() for name, m in layer.multipliers.items())
+                lost += (total.to(layer.weight.dtype).double() - W.double() - delta).square().sum().item()
+                change += delta.square().sum().item()
     return math.sqrt(lost / change) if change else 0.0
 
 

@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from sd.lora_variants import Adapter, LayerShape, LowRank, project_up
+from sd.lora_variants import Adapter, LayerShape, LowRank, at_least_fp32, project_up
 
 
 class LoRAError(ValueError):
@@ -78,10 +78,10 @@ class LoRALayer:
 
     # The only ways in which adapters see the base: a quantised base overrides them.
     def base_weight(self) -> Tensor:
-        return self.weight.float()
+        return at_least_fp32(self.weight)
 
     def base_bias(self) -> Tensor | None:
-        return None if self.bias is None else self.bias.float()
+        return None if self.bias is None else at_least_fp32(self.bias)
 
     def base_forward(self, x: Tensor) -> Tensor:
         return self.op(x, self.weight, self.bias)
@@ -119,7 +119,8 @@ class LoRALayer:
     def to_plain(self) -> None:
         """Undo the conversion of a foreign layer."""
         self.__class__ = self.plain_class
-        for attribute in ("active", "lora_enabled", "plain_class", "_merged_state", "_merged_on", "_fused", "_on", "_is_on", "_key"):
+        for attribute in ("active", "lora_enabled", "plain_class", "_on", "_is_on", "_key", "_fused", "_merged_state",
+                          "_merged_on"):
             del self.__dict__[attribute]
         del self.adapters, self.merged_weight, self.merged_bias
 

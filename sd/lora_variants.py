@@ -48,7 +48,7 @@ class Adapter(nn.Module):
         self.from_file = False  # loaded adapters are not what get_lora_parameters() trains by default
 
     def delta(self, W: Tensor) -> Tensor:
-        """ΔW in fp32, scale alpha / rank included, in the shape of the fp32 base weight W."""
+        """ΔW, scale alpha / rank included, in the shape and dtype of W: the base weight in fp32 (of an fp64 model, fp64)."""
         raise NotImplementedError
 
     def bias_delta(self, b: Tensor | None) -> Tensor | None:
@@ -61,7 +61,7 @@ class Adapter(nn.Module):
             raise ValueError("rank_dropout does not go with DoRA: its norm belongs to the whole of ΔW")
         keep = int(output_axis == getattr(self, "embedding", False))  # Embedding is [num, dim]: its output axis is the last
         shape = [n if i == keep else 1 for i, n in enumerate(W.shape)]
-        self.magnitude = nn.Parameter(norm_like(W.float(), shape).detach())
+        self.magnitude = nn.Parameter(norm_like(W, shape).detach())
 
     def effective_delta(self, W: Tensor) -> Tensor:
         """W' - W. With magnitude m, W' = m (W + ΔW) / ‖W + ΔW‖ (DoRA, eq. 5); the norm is a constant in training (4.3)."""
@@ -125,6 +125,11 @@ class Adapter(nn.Module):
         return {} if self.magnitude is None else {"magnitude": self.magnitude.detach()}
 
 
+def at_least_fp32(tensor: Tensor) -> Tensor:
+    """Half precision to fp32, in which changes are summed; fp64 stays what it is."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 def _own(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32, copy=True)  # a file may be mapped; an adapter outlives it
 
@@ -169,15 +174,15 @@ class LowRank(Adapter):
 
     def delta(self, W: Tensor) -> Tensor:
         g, r = self.groups, self.rank // self.groups
-        down = self.down.float().reshape(g, r, -1)
-        up = self.up.float().reshape(g, -1, r)
+        down = self.down.to(W.dtype).reshape(g, r, -1)
+        up = self.up.to(W.dtype).reshape(g, -1, r)
         product = torch.bmm(up, down).flatten(0, 1) * self.scale  # [out, in/g * k]
         return product.T if self.embedding else product.reshape(W.shape)
 
     def add_to(self, total: Tensor, W: Tensor, multiplier: float) -> Tensor:
         if self.magnitude is not None or self.embedding or self.groups > 1:
             return super().add_to(total, W, multiplier)
-        up, down = self.up.float().flatten(1), self.down.float().flatten(1)  # one fused product, no ΔW in memory
+        up, down = self.up.to(W.dtype).flatten(1), self.down.to(W.dtype).flatten(1)  # one fused product, no ΔW in memory
         return torch.addmm(total.flatten(1), up, down, alpha=multiplier * self.scale).view(W.shape)
 
     def forward(self, x: Tensor, layer) -> Tensor:
@@ -241,10 +246,10 @@ class Full(Adapter):
         self.diff_b = None if bias_shape is None else nn.Parameter(torch.zeros(bias_shape))
 
     def delta(self, W: Tensor) -> Tensor:
-        return self.diff.float()
+        return at_least_fp32(self.diff)
 
     def bias_delta(self, b: Tensor | None) -> Tensor | None:
-        return None if self.diff_b is None else self.diff_b.float()
+        return None if self.diff_b is None else at_least_fp32(self.diff_b)
 
     def weights(self) -> AdapterWeights:
         tensors = {"diff": self.diff.detach(), **self._magnitude_tensors()}

@@ -30,7 +30,7 @@ from sd.samplers import SAMPLERS, sampler_schedule
 from sd.tokenizer import tokenize
 from sd.vae import sample_posterior
 
-MAX_SIDE = 8192  # pixels; beyond it is a typing error, not a picture
+MAX_SIDE = 8  # times what the model is made for; beyond it is a typing error that would eat all memory, not a picture
 
 
 class GenerateError(ValueError):
@@ -197,8 +197,10 @@ def _prompts(prompt, what: str) -> list[str]:
 
 def _size(pixels: int | None, what: str, config) -> int:
     pixels, factor = config.image_size if pixels is None else pixels, config.vae.factor
-    if not isinstance(pixels, int) or not factor <= pixels <= MAX_SIDE:
-        raise GenerateError(f"{what} is {pixels!r}; allowed: whole numbers of pixels from {factor} to {MAX_SIDE}")
+    most = MAX_SIDE * config.image_size
+    if not isinstance(pixels, int) or not factor <= pixels <= most:
+        raise GenerateError(f"{what} is {pixels!r}; allowed: whole numbers of pixels from {factor} to {most}, "
+                            f"{MAX_SIDE} times what this model is made for")
     if pixels % factor:
         low = pixels // factor * factor
         raise GenerateError(f"{what} is {pixels}, no multiple of {factor}; the nearest are {low} and {low + factor}")

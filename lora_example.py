@@ -57,12 +57,12 @@ def main() -> None:
     zero = generate(PROMPTS, models=models, seed=1, lora={"inverted": 0.0}, **HOW)
     say(f"at multiplier 0 every bit is that of the base: {np.array_equal(zero, base)}")
 
-    step("4. Train a new LoRA on a small folder of pictures, about a minute")
+    step("4. Train a new LoRA on a small folder of pictures, in less than a minute")
     pictures = len(list(EXAMPLES.glob("*.png")))
     say(f"{pictures} pictures of thick digits with captions, in {EXAMPLES}")
     start = time.perf_counter()
     config = TrainConfig(data=str(EXAMPLES), out=str(OUT / "thick"), name="thick", rank=4, steps=300, batch_size=16,
-                         learning_rate=3e-3, schedule="cosine", warmup=20, save_every=100)
+                         learning_rate=2e-3, schedule="cosine", warmup=20, save_every=100)
     train(config, models)
     say(f"{config.steps} steps in {time.perf_counter() - start:.0f} s (run again, it finds that they are done); "
         f"the loss curve is {OUT}/thick/loss.png")

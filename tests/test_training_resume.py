@@ -144,7 +144,7 @@ for n, late in ((1, False), (2, True), (3, False)):
     assert os.WIFSIGNALED(status), status
     killed += 1
 rng = random.Random(0)
-for _ in range(8):
+for _ in range(6):
     pid = start()
     time.sleep(rng.uniform(0.02, 0.6))
     os.kill(pid, signal.SIGKILL)

@@ -126,7 +126,7 @@ def main() -> None:
     base = make(models)
     sheet(OUT / "base.png", base)
     print(f"base: {correct(judge, base, asked):.1%} of {len(asked)} pictures are the digit asked for, "
-          f"brightness {brightness(base):.0f} of 255 ({SAMPLING})")
+          f"brightness {brightness(base):.0f} of 255 ({', '.join(f'{k} {v}' for k, v in SAMPLING.items())})")
     if not LORA.exists():
         return
     load_lora_into_models(models, LORA, "inverted")

@@ -311,10 +311,11 @@ def _write_json(path: Path, values: dict) -> None:
 
 
 def _save_result(config: TrainConfig, models: Models, folder: Path, facts: dict) -> None:
+    metadata = {"sdlora.training": json.dumps(facts)}
     if config.train != "lora":
-        save_checkpoint(models, folder / "model.safetensors")
+        save_checkpoint(models, folder / "model.safetensors", metadata=metadata)
         return
-    pictures = {"ss_learning_rate": config.learning_rate, "ss_max_train_steps": config.steps, "ss_seed": config.seed,
-                "ss_batch_size_per_device": config.batch_size, "ss_lr_scheduler": config.schedule}
-    metadata = {key: str(value) for key, value in pictures.items()} | {"sdlora.training": json.dumps(facts)}
+    kohya = {"ss_learning_rate": config.learning_rate, "ss_max_train_steps": config.steps, "ss_seed": config.seed,
+             "ss_batch_size_per_device": config.batch_size, "ss_lr_scheduler": config.schedule}
+    metadata |= {key: str(value) for key, value in kohya.items()}
     save_models_lora(models, folder / f"{config.name}.safetensors", config.name, metadata=metadata)

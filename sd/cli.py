@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import re
 import secrets
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+NO_MEMORY = "there is not enough memory for pictures of this size and number; make fewer or smaller ones"
 Positional = tyro.conf.Positional
 
 
@@ -81,9 +86,17 @@ class Generate:
     no_lora: bool = False
     """Leave all LoRAs off: the bare base."""
     again: str | None = None
-    """A picture made here: make it once more from what it says of itself."""
+    """A picture made here: make it once more with the prompt, seed, settings and multipliers that it holds."""
     out: str = "out"
     """Folder, or a file ending in .png, .jpg or .webp."""
+
+    def __post_init__(self):
+        if self.again is None and not self.prompts:
+            raise ValueError("no prompt is given; prompts stand before the flags: python -m sd generate \"a cat\" --seed 1")
+        if self.again is not None and (self.prompts or self.how != PictureArgs() or self.count != 1):
+            raise ValueError("--again takes prompt, seed and settings from the picture; leave them out")
+        if self.input is None and (self.mask is not None or self.strength != Generate.strength):
+            raise ValueError(f"--{'strength' if self.mask is None else 'mask'} needs --input: the picture to start from")
 
 
 @dataclass(frozen=True)
@@ -102,7 +115,7 @@ class Compare:
 
 @dataclass(frozen=True)
 class Merge:
-    """Merge LoRAs into a model for deployment: one plain checkpoint that any program loads."""
+    """Merge LoRAs into a model for deployment: one plain checkpoint that any program loads (float32 unless --dtype)."""
 
     out: Positional[str]
     """A file ending in .safetensors (LDM layout), or a new folder (diffusers)."""
@@ -120,11 +133,10 @@ class Inspect:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for a user's mistake (one sentence on stderr), 130 for Ctrl-C."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    warnings.showwarning = lambda message, *where, **more: logging.getLogger("sd").warning("%s", message)
     commands = {"generate": generate, "compare": compare, "train": train, "merge": merge, "inspect": inspect}
     try:
-        style = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
-        args = tyro.cli(_commands(), prog="python -m sd", args=argv, config=style)
+        args = _parse(sys.argv[1:] if argv is None else list(argv))
         commands[type(args).__name__.lower().removesuffix("config")](args)
         return 0
     except KeyboardInterrupt:
@@ -133,11 +145,33 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {_sentence(error)}", file=sys.stderr)
         return 2
+    except MemoryError:
+        print(f"error: {NO_MEMORY}", file=sys.stderr)
+        return 2
     except RuntimeError as error:  # torch says so when memory is short; what else it says is a fault of ours
         if "not finite" not in str(error) and "memory" not in str(error):
             raise
-        print(f"error: {_sentence(error)}", file=sys.stderr)
+        print(f"error: {error if 'not finite' in str(error) else NO_MEMORY}", file=sys.stderr)
         return 2
+
+
+def _parse(argv: list[str]):
+    """The command's dataclass. A mistake ends in ValueError with tyro's answer, which is a box, as one sentence."""
+    flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
+    for flag in flags:
+        if flags.count(flag) > 1:
+            raise ValueError(f"{flag} is given twice; name all of its values after one {flag}")
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box):
+            return tyro.cli(_commands(), prog="python -m sd", args=argv,
+                            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        text = re.sub(r"([╭╮╰╯│─\s]|-{5,})+", " ", box.getvalue()).partition("For full helptext")[0].partition(" in python ")[0]
+        text = text.replace("Unrecognized options Unrecognized", "Unrecognized").strip()
+        raise ValueError(re.sub(r"^.*Error parsing \w+: ", "", text)) from None
 
 
 def _commands():
@@ -161,19 +195,15 @@ def _sentence(error: BaseException) -> str:
 def generate(args: Generate) -> None:
     from sd import pipeline
     from sd.image_io import read_parameters, save_image
-    if not args.prompts and args.again is None:
-        raise ValueError("no prompt is given: python -m sd generate \"a handwritten seven\"")
-    if args.mask is not None and args.input is None:
-        raise ValueError("--mask needs --input: the picture to repaint")
     again = {} if args.again is None else read_parameters(args.again)
     paths = _paths(args.out, args.count * max(1, len(args.prompts)))
     models = _load(args.on)
     arguments, prompts = args.how.arguments(), list(args.prompts)
     seed = secrets.randbits(32) if args.how.seed is None else args.how.seed
     if args.again is not None:
-        prompts, seed, arguments = _again(again, args.again, models)
+        prompts, seed, arguments = _again(again, args.again, models, args.input)
     if args.input is not None:
-        arguments |= {"input_image": args.input, "mask": args.mask, "strength": args.strength}
+        arguments |= {"input_image": args.input, "mask": args.mask, "strength": again.get("strength", args.strength)}
     with ThreadPoolExecutor(1) as beside:  # hashing gigabytes takes seconds, which the sampler takes too
         beside.submit(lambda: models.model_hash)
         pictures = pipeline.generate(prompts, models=models, seed=seed, images_per_prompt=args.count,
@@ -184,11 +214,16 @@ def generate(args: Generate) -> None:
         print(f"{path}  seed {seed + i}  {prompts[i // args.count]}")
 
 
-def _again(about: dict, path: str, models) -> tuple[list[str], int, dict]:
+def _again(about: dict, path: str, models, picture: str | None) -> tuple[list[str], int, dict]:
     """Prompts, seed and arguments from a picture's own parameters. Raises ValueError for another model or LoRA."""
-    if "seed" not in about:
-        raise ValueError(f"{path}: no parameters in it, or not enough to make it again")
-    if "strength" in about:
+    kinds = {"prompt": str, "uncond_prompt": str, "seed": int, "n_inference_steps": int, "sampler_name": str,
+             "cfg_scale": float, "width": int, "height": int}
+    for key, kind in kinds.items():
+        if type(about.get(key)) is not kind:
+            raise ValueError(f"{path}: cannot be made again: what it says of itself has no {key} that is a {kind.__name__}")
+    if not isinstance(about.get("lora", {}), dict) or not isinstance(about.get("lora_hashes", {}), dict):
+        raise ValueError(f"{path}: cannot be made again: what it says of its LoRAs is damaged")
+    if "strength" in about and picture is None:
         raise ValueError(f"{path}: made from another picture, which it does not hold; name it with --input")
     if about.get("model_hash", models.model_hash) != models.model_hash:
         raise ValueError(f"{path}: made with model {about.get('model')!r} of hash {about['model_hash']}; "
@@ -196,6 +231,10 @@ def _again(about: dict, path: str, models) -> tuple[list[str], int, dict]:
     missing = sorted(set(about.get("lora", {})) - set(models.lora_reports))
     if missing:
         raise ValueError(f"{path}: made with the LoRA {missing[0]!r}; load it with --lora")
+    for name, digest in about.get("lora_hashes", {}).items():
+        if name in models.lora_reports and models.lora_reports[name].hash != digest:
+            raise ValueError(f"{path}: made with another LoRA {name!r}, of hash {digest}; "
+                             f"this one has {models.lora_reports[name].hash}")
     keys = ("uncond_prompt", "n_inference_steps", "sampler_name", "cfg_scale", "width", "height", "spacing", "clip_skip", "eta")
     return [about["prompt"]], about["seed"], {k: about[k] for k in keys if k in about} | {"lora": about.get("lora", {})}
 
@@ -222,6 +261,7 @@ def compare(args: Compare) -> None:
 def train(args) -> None:
     from sd.training import train as run
     run(args)
+    print(f"{Path(args.out) / (args.name if args.train == 'lora' else 'model')}.safetensors")
 
 
 def merge(args: Merge) -> None:
@@ -238,6 +278,8 @@ def merge(args: Merge) -> None:
 
 def inspect(args: Inspect) -> None:
     from sd.tools.inspect import inspect_file
+    if not args.paths:
+        raise ValueError("nothing to inspect: name files or diffusers folders")
     for path in args.paths:
         print(f"{path}: {json.dumps(inspect_file(path), indent=2, ensure_ascii=False)}")
 
@@ -272,12 +314,28 @@ def _dtype(name: str | None):
 def _paths(out: str, count: int) -> list[Path]:
     """Where pictures go: the file that is named, numbered if there are several, or the next free numbers of a folder."""
     from sd.image_io import FORMATS
+    from sd.pipeline import MAX_IMAGES
     path = Path(out)
+    if not out:
+        raise ValueError("--out is empty; name a folder or a file")
+    if count > MAX_IMAGES:
+        raise ValueError(f"{count} pictures are asked for; allowed: up to {MAX_IMAGES}")
     if path.suffix and not path.is_dir():
         if path.suffix.lower() not in FORMATS:
             raise ValueError(f"{path}: pictures are not saved as {path.suffix!r}; allowed: {', '.join(FORMATS)}, or a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
+        _try_writing(path.parent)
         return [path if count == 1 else path.with_stem(f"{path.stem}-{i + 1}") for i in range(count)]
     path.mkdir(parents=True, exist_ok=True)
+    _try_writing(path)
     used = [int(p.stem) for p in path.glob("*.png") if p.stem.isdigit()]
     return [path / f"{max(used, default=0) + 1 + i:04d}.png" for i in range(count)]
+
+
+def _try_writing(folder: Path) -> None:
+    """Raises OSError now, not after the pictures are made."""
+    from sd.checkpoint import atomic_write
+    probe = folder / ".sd-probe"
+    with atomic_write(probe):
+        pass
+    probe.unlink()

@@ -30,7 +30,7 @@ class CLIP(nn.Module):
             raise ValueError(f"clip_skip is {clip_skip}; allowed: 1 (last layer) to {len(self.layers)}")
         if tokens.shape[1] > self.config.max_tokens:
             raise ValueError(f"{tokens.shape[1]} tokens are given, the text encoder takes {self.config.max_tokens}")
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)  # a row for each image
         x = self.token_embedding(tokens) + self.position_embedding(positions)  # [B, L, D]
         for layer in self.layers[: len(self.layers) - clip_skip + 1]:
             x = layer(x)

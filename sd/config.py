@@ -104,6 +104,11 @@ class ModelConfig:
         _require(self.vae.latent_channels == self.unet.out_channels,
                  f"the UNet gives {self.unet.out_channels} channels, the VAE has {self.vae.latent_channels} latent channels")
 
+    @property
+    def largest_size(self) -> int:
+        """Pixels on a side beyond which a request is a typing error that would eat all memory, not a picture."""
+        return 8 * self.image_size
+
     def to_dict(self) -> dict:
         """Plain numbers, strings and lists, for JSON in a checkpoint's metadata."""
         return asdict(self)

@@ -38,6 +38,7 @@ from sd.lora_layers import (  # noqa: F401 (the layers are part of this module's
     LoRALinear,
     as_lora_layer,
     check_rank,
+    exact,
 )
 from sd.lora_variants import KINDS, Adapter, Full, LowRank  # noqa: F401
 from sd.names import component_names
@@ -160,7 +161,7 @@ def apply_lora_to_model(models, rank: int = 4, alpha: float = 1.0, dropout: floa
 
 
 def _attach(models, layers: Mapping[str, nn.Module], adapters: Mapping[str, Adapter], name: str, multiplier: float) -> None:
-    with exclusive(models):
+    with exclusive(models), torch.inference_mode(False):
         enabled = all(layer.lora_enabled for layer in lora_layers(models).values())
         if name in adapter_names(models):
             remove_lora(models, name)
@@ -190,13 +191,14 @@ def _refuse_bypassed(models, targets: Mapping[str, nn.Module]) -> None:
 
 def remove_lora(models, name: str | None = None) -> None:
     """Take an adapter (None: all) off; the weights were never changed. Converted foreign layers become plain again."""
-    layers = lora_layers(models).values()
-    if name is not None:
-        _check_known(layers, [name])
-    for layer in layers:
-        for known in layer.adapter_names if name is None else [name]:
-            if known in layer.adapter_names:
-                layer.remove_adapter(known)
+    with exclusive(models):
+        layers = lora_layers(models).values()
+        if name is not None:
+            _check_known(layers, [name])
+        for layer in layers:
+            for known in layer.adapter_names if name is None else [name]:
+                if known in layer.adapter_names:
+                    layer.remove_adapter(known)
 
 
 def get_lora_parameters(models, name: str | None = None) -> list[nn.Parameter]:
@@ -248,17 +250,25 @@ def use_adapters(models, multipliers: Mapping[str, float | Tensor], *, rows: Ten
     with exclusive(models):
         layers = list(lora_layers(models).values())
         active = _active_set(layers, multipliers, rows)
-        with _restoring(layers):
-            for layer in layers:
-                layer.lora_enabled = True
-                layer.set_active(active)
-            yield
+        try:
+            with _restoring(layers):
+                for layer in layers:
+                    layer.lora_enabled = True
+                    layer.set_active(active)
+                yield
+        finally:
+            for layer in lora_layers(models).values():
+                if layer not in layers:  # it got its first adapter inside, which was not active before
+                    layer.set_active(NOTHING)
 
 
 @contextmanager
 def use_rows(models, rows: Tensor):
     """Say which image each row of the network calls inside belongs to; matters only where multipliers differ by image."""
     layers = [layer for layer in lora_layers(models).values() if layer.active.per_image]
+    for m in {m for layer in layers for m in layer.multipliers.values() if isinstance(m, tuple)}:
+        if int(rows.max()) >= len(m):
+            raise LoRAError(f"rows name image {int(rows.max())}, but multipliers are given for {len(m)} images")
     with _restoring(layers):
         for layer in layers:
             layer.set_active(ActiveSet(layer.multipliers, tuple(rows.tolist())))
@@ -272,8 +282,9 @@ def _restoring(layers: Iterable[LoRALayer]):
         yield
     finally:
         for layer, active, enabled in before:
-            layer.set_active(active)
-            layer.lora_enabled = enabled
+            if isinstance(layer, LoRALayer):  # else its last adapter was removed inside
+                layer.set_active(active)
+                layer.lora_enabled = enabled
 
 
 def set_adapters(models, multipliers: Mapping[str, float | Tensor]) -> None:
@@ -296,15 +307,22 @@ def active_multipliers(models) -> dict[str, float | tuple[float, ...]]:
 
 def set_lora_enabled(models, enabled: bool) -> None:
     """Hide all adapters, or bring them back with the multipliers they had."""
-    for layer in lora_layers(models).values():
-        layer.lora_enabled = bool(enabled)
+    with exclusive(models):
+        for layer in lora_layers(models).values():
+            layer.lora_enabled = bool(enabled)
 
 
 def _active_set(layers: Iterable[LoRALayer], multipliers: Mapping[str, float | Tensor], rows: Tensor | None) -> ActiveSet:
     _check_known(layers, multipliers)
     values: dict[str, float | tuple[float, ...]] = {}
     for name, m in multipliers.items():
-        values[name] = tuple(float(v) for v in m.flatten().tolist()) if isinstance(m, Tensor) and m.dim() else float(m)
+        try:
+            number = torch.as_tensor(m, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            raise LoRAError(f"the multiplier of {name!r} is {m!r}; a number is needed, or one for each image") from None
+        if not number.numel():
+            raise LoRAError(f"the multiplier of {name!r} has no values; a number is needed, or one for each image")
+        values[name] = tuple(number.flatten().tolist()) if number.dim() else number.item()
         if not all(math.isfinite(v) for v in (values[name] if isinstance(values[name], tuple) else (values[name],))):
             raise LoRAError(f"the multiplier of {name!r} is {values[name]}; a finite number is needed")
     lengths = {len(v) for v in values.values() if isinstance(v, tuple)}
@@ -356,14 +374,15 @@ def merge(models) -> None:
 
 def unmerge(models) -> None:
     """Free the merged weights. `weight` was never written, so this is exact in every dtype."""
-    for layer in lora_layers(models).values():
-        layer.unmerge()
+    with exclusive(models):
+        for layer in lora_layers(models).values():
+            layer.unmerge()
 
 
 def merge_loss(models) -> float:
     """‖round(W + ΔW) - W - ΔW‖ / ‖ΔW‖ over all active layers: what merging in the weights' dtype loses of the change."""
     lost = change = 0.0
-    with torch.no_grad():
+    with exact():
         for layer in lora_layers(models).values():
             if layer.multipliers and layer.lora_enabled:
                 W, (total, _) = layer.base_weight(), layer.merged_sum()
@@ -387,7 +406,7 @@ def merge_lora_weights(models):
         if any(layer.active.per_image for layer in layers.values()):
             raise LoRAError("multipliers that differ from image to image cannot be merged into one weight")
         for layer in layers.values():
-            with torch.inference_mode(False), torch.no_grad():
+            with exact():
                 weight, bias = layer.merged_sum()
             # New parameters, not writes into the old: a tensor tied to another layer stays what it was there.
             layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=layer.weight.requires_grad)
@@ -395,6 +414,8 @@ def merge_lora_weights(models):
                 layer.bias = nn.Parameter(bias.to(layer.weight.dtype), requires_grad=layer.weight.requires_grad)
             for name in layer.adapter_names:
                 layer.remove_adapter(name)
+    if hasattr(models, "source"):
+        models.source = None  # they are no longer what that file holds
     return models
 
 
@@ -412,6 +433,12 @@ class LoadReport:
     alphas: list[float]
     tensors: int
     metadata: dict[str, str] = field(default_factory=dict)
+    stamp: tuple[int, int] | None = None  # size and time of the file when it was read
+
+    @property
+    def hash(self) -> str | None:
+        """That of the file that was loaded; None once another lies in its place, or it never was a file."""
+        return files.lora_hash(self.file) if self.stamp is not None and self.stamp == _stamp(self.file) else None
 
     def __str__(self) -> str:
         where = ", ".join(f"{n} in {component or 'the model'}" for component, n in self.modules.items())
@@ -517,7 +544,12 @@ def load_lora_weights(models, path: str | os.PathLike | Mapping[str, Tensor], na
         component = module.split(".")[0] if module.split(".")[0] in components(models) else ""
         counts[component] = counts.get(component, 0) + 1
     return LoadReport(name, os.fspath(path), "kohya", counts, sorted({w.rank for w in state.values() if w.rank}),
-                      sorted({w.alpha for w in state.values() if w.alpha is not None}), len(tensors), tensors.metadata)
+                      sorted({w.alpha for w in state.values() if w.alpha is not None}), len(tensors), tensors.metadata,
+                      _stamp(path))
+
+
+def _stamp(path) -> tuple[int, int] | None:
+    return (os.stat(path).st_size, os.stat(path).st_mtime_ns) if os.path.isfile(path) else None
 
 
 def _names(models):

@@ -90,6 +90,10 @@ def write_kohya(state: Mapping[str, AdapterWeights], names: Iterable[Name],
         for ours, tensor in found.items():
             tensors[f"{module}.{tails[ours]}"] = tensor
     tensors = {k: t.detach().cpu().to(dtype or t.dtype).contiguous() for k, t in tensors.items()}
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor.float()).all():
+            raise LoRAFormatError(f"{key} holds values that are not finite in {str(tensor.dtype).removeprefix('torch.')}, "
+                                  f"so the LoRA is not written")
     return tensors | {f"{kohya.get(path, path)}.alpha": _number(w.alpha) for path, w in state.items() if w.alpha is not None}
 
 

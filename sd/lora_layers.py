@@ -8,6 +8,7 @@ Legend: B images, rows of a network call (2B with guidance), R rank, ΣR the ran
 
 from __future__ import annotations
 
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
@@ -106,7 +107,7 @@ class LoRALayer:
     def add_adapter(self, name: str, adapter: Adapter, multiplier: float = 1.0) -> None:
         self.drop_derived()
         self.adapters[_key(name)] = adapter.to(self.weight.device).train(self.training)
-        self.set_active(ActiveSet(self.multipliers | {name: multiplier}, self.active.rows))
+        self.set_active(ActiveSet(self.multipliers | {name: float(multiplier)}, self.active.rows))
 
     def remove_adapter(self, name: str) -> None:
         """Take the adapter off; a converted foreign layer that has no other becomes what it was."""
@@ -131,19 +132,24 @@ class LoRALayer:
         # Compiled code is guarded by these bools alone, so that values change without recompiling.
         self._is_on = bool(self._on)
         self._merged_on = self._merged_state is not None and self._merged_state[0] == self._key
+        if self._fused is not None and self._fused.state[0][0] != self._key:
+            self._fused = None
 
     # ---- forward ------------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self._is_on and self.lora_enabled):
             return self.base_forward(x)
-        if torch.is_grad_enabled() and any(p.requires_grad for adapter in self._on for p in adapter.parameters()):
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self._sources()) \
+                or self.training and any(adapter.drops for adapter in self._on):
             return self._trained_forward(x)
         if self.is_merged():
             return self.op(x, self.merged_weight, self.bias if self.merged_bias is None else self.merged_bias)
         return self._fused_forward(x)
 
     def _trained_forward(self, x: Tensor) -> Tensor:
+        self._fused = self._merged_state = None  # an optimizer may write next, and fused ones raise no version counter
+        self._merged_on = False
         out, fingerprint = self.base_forward(x), torch.tensor(self._key)
         for adapter, multiplier in zip(self._on, self._columns(out)):
             out = out + _SameActiveSet.apply(adapter(x, self), fingerprint) * multiplier
@@ -189,9 +195,14 @@ class LoRALayer:
 
     def _state(self) -> tuple:
         """Differs whenever fused or merged weights would: another active set, a write to an adapter or to the base."""
+        versions = [(p.data_ptr(), object() if p.grad is not None or p.is_inference() else p._version)
+                    for p in self._sources()]  # a new object equals nothing: between backward and step nothing is kept
+        return self._key, versions, [adapter.scale for adapter in self._on]
+
+    def _sources(self) -> list[Tensor]:
+        """All that the output is made of: the base and the active adapters."""
         tensors = [p for adapter in self._on for p in adapter._parameters.values()]
-        tensors += self.weight, self.bias
-        return self._key, [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in tensors if p is not None]
+        return [p for p in (*tensors, self.weight, self.bias) if p is not None]
 
     # ---- merging: `weight` is never written; the merged weight is a buffer beside it -----------------------------------
 
@@ -207,7 +218,7 @@ class LoRALayer:
             raise LoRAError("multipliers that differ from image to image cannot be merged into one weight")
         if self.is_merged():
             return
-        with torch.inference_mode(False), torch.no_grad():
+        with exact():
             weight, bias = self.merged_sum()
             if self.merged_weight is None:
                 self.merged_weight = torch.empty_like(self.weight, requires_grad=False)
@@ -311,6 +322,15 @@ LORA_CLASSES: dict[type[nn.Module], type[LoRALayer]] = {
 }
 
 
+@contextmanager
+def exact():
+    """Derived weights are made once and used everywhere: outside inference mode, autograd and autocast."""
+    with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
+        for device in ("cpu", "cuda", "mps"):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
 def as_lora_layer(layer: nn.Module, path: str = "layer") -> LoRALayer:
     """Convert a plain layer in place: its class changes; identity, ties, hooks and keys stay. Raises LoRAError."""
     if isinstance(layer, LoRALayer):
@@ -318,6 +338,9 @@ def as_lora_layer(layer: nn.Module, path: str = "layer") -> LoRALayer:
     if type(layer) not in LORA_CLASSES:  # exact types: a subclass may compute something else
         raise LoRAError(f"{path} is a {type(layer).__name__}, which has no LoRA form; "
                         f"those that have: {', '.join(c.__name__ for c in LORA_CLASSES)}")
+    if "forward" in vars(layer):
+        raise LoRAError(f"{path} has a forward of its own, put there by a hook such as that of offloading, which would bypass "
+                        f"the LoRA; remove the hook first")
     if layer.weight is None:
         raise LoRAError(f"{path} has no weight to adapt (affine parameters are off)")
     if getattr(layer, "max_norm", None) is not None:
@@ -354,7 +377,7 @@ def _fuse(layer: LoRALayer, dtype: torch.dtype) -> _Fused:
     shared = [1.0] * len(layer._on) if per_image else table.tolist()
     if per_image:
         table = table.to(device=layer.weight.device, dtype=dtype)
-    with torch.inference_mode(False), torch.no_grad():
+    with exact():
         downs, ups, columns = [], [], []
         for adapter, m, column in zip(layer._on, shared, table.T if per_image else [None] * len(shared)):
             if isinstance(adapter, LowRank) and adapter.magnitude is None:
@@ -381,11 +404,16 @@ class _SameActiveSet(torch.autograd.Function):
     forward: a set that changed in between would give wrong gradients in silence.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, change, fingerprint):
-        ctx.save_for_backward(fingerprint)
-        ctx.fingerprint = fingerprint
+    def forward(change, fingerprint):
         return change.view_as(change)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[1])
+        ctx.fingerprint = inputs[1]
 
     @staticmethod
     def backward(ctx, grad):

@@ -37,6 +37,7 @@ class Adapter(nn.Module):
     """One weight change for one layer; knows no names, multipliers or other adapters."""
 
     kind: str
+    scale = 1.0  # alpha / rank, where a kind has them
 
     def __init__(self, *, dropout: float = 0.0, rank_dropout: float = 0.0, module_dropout: float = 0.0):
         super().__init__()
@@ -46,6 +47,11 @@ class Adapter(nn.Module):
         self.dropout, self.rank_dropout, self.module_dropout = dropout, rank_dropout, module_dropout
         self.magnitude: nn.Parameter | None = None
         self.from_file = False  # loaded adapters are not what get_lora_parameters() trains by default
+
+    @property
+    def drops(self) -> bool:
+        """Whether some dropout is at work: in training mode only, with and without gradients, as nn.Dropout."""
+        return self.training and bool(self.dropout or self.rank_dropout or self.module_dropout)
 
     def delta(self, W: Tensor) -> Tensor:
         """ΔW, scale alpha / rank included, in the shape and dtype of W: the base weight in fp32 (of an fp64 model, fp64)."""

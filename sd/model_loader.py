@@ -62,6 +62,10 @@ CONFIG_KEY = "sdlora.config"  # where our own files keep their ModelConfig
 BASE_HASH = "ss_new_sd_model_hash"  # SHA-256 of the base, whole or its first digits; ss_sd_model_hash is of an older kind
 
 
+class DeviceError(ValueError):
+    """A device that is not here."""
+
+
 class Models(dict):
     """The networks under "clip", "encoder", "decoder", "diffusion", with what belongs to them.
 
@@ -105,6 +109,19 @@ def default_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def usable_device(name) -> torch.device:
+    """The device of that name. Raises DeviceError for one that is not here."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise DeviceError(f"device {str(name)!r} cannot be used ({str(error).splitlines()[0]}); the best one here is "
+                          f"{default_device()}") from None
+    if device.type == "meta":
+        raise DeviceError(f"device 'meta' holds no data, so nothing runs on it; the best one here is {default_device()}")
+    return device
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -157,7 +174,7 @@ def preload_models_from_standard_weights(ckpt_path: str | os.PathLike | None = N
     its shape, and nothing unknown beside it.
     """
     path = default_model() if ckpt_path is None else Path(ckpt_path)
-    device = default_device() if device is None else torch.device(device)
+    device = default_device() if device is None else usable_device(device)
     dtype = default_dtype(device) if dtype is None else dtype
     if _former(path).exists() and not path.exists():
         raise CheckpointError(f"{path}: a save of this folder was killed at its last step; what it was before "
@@ -193,7 +210,8 @@ def preload_models_from_standard_weights(ckpt_path: str | os.PathLike | None = N
     for source in {id(s): s for s in sources.values()}.values():
         elsewhere = tuple(LDM_PREFIX[c] for c in COMPONENTS if sources[c] is not source)
         _refuse_unexpected(source, taken[id(source)], elsewhere)
-    return Models(networks, config, source=path)
+    whole = vae is None and text_encoder is None
+    return Models(networks, config, source=path if whole else None)  # its name and hash must tell what the models are
 
 
 def preload_models_with_lora(ckpt_path: str | os.PathLike | None = None, device=None, lora_rank: int = 4,
@@ -368,36 +386,55 @@ def save_checkpoint(models: Models, path: str | os.PathLike, *, dtype: torch.dty
     Raises LoRAError while adapters are attached: merge_lora_weights makes them part of the model, remove_lora drops them.
     """
     path = Path(path)
+    _check_target(path)
     if adapter_names(models):
         raise LoRAError(f"the model carries the adapters {', '.join(map(repr, adapter_names(models)))}; "
                         f"merge_lora_weights(models) or remove_lora(models) before saving the checkpoint")
     if path.suffix.lower() == ".safetensors":
         header = {"format": "pt", CONFIG_KEY: json.dumps(models.config.to_dict()), **(metadata or {})}
         write_safetensors(path, ldm_state(models, dtype), header)
-    elif path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
-        raise CheckpointError(f"{path}: checkpoints are written as .safetensors or as a diffusers folder, not as {path.suffix}")
     else:
         _save_folder(models, path, dtype)
+
+
+def _check_target(path: Path) -> None:
+    """Raises CheckpointError where nothing could be saved: better before a long computation than after it."""
+    if path.suffix.lower() == ".safetensors":
+        return
+    if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
+        raise CheckpointError(f"{path}: checkpoints are written as .safetensors or as a diffusers folder, not as {path.suffix}")
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"{path}: is a file; name a new folder, or a .safetensors file")
+    there = {file.name for file in path.iterdir()} if path.exists() else set()
+    if there and ("model_index.json" not in there or there - FOLDER_ENTRIES):
+        first = min(there - FOLDER_ENTRIES, default=min(there))
+        raise CheckpointError(f"{path}: is a folder with other things in it, such as {first}; "
+                              f"name a new folder, or a .safetensors file")
 
 
 def ldm_state(models: Models, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """{LDM key: tensor} of the whole model, without adapters."""
     state = {}
     for network in models.values():
-        for name, tail, tensor in _tensors(network):
+        for name, tail, tensor in _tensors(network, dtype):
             if tail == "weight" and name.ldm_conv and tensor.dim() == 2:
                 tensor = tensor[:, :, None, None]
-            state[f"{name.ldm}.{tail}"] = tensor.to(dtype or tensor.dtype)
+            state[f"{name.ldm}.{tail}"] = tensor
     return state
 
 
-def _tensors(network: nn.Module):
+def _tensors(network: nn.Module, dtype: torch.dtype | None):
+    """(name, "weight" or "bias", tensor in dtype) of all. Raises CheckpointError for values that are not finite."""
     for name in component_names(network.component, network.config):
         module = network.get_submodule(name.ours)
         for tail in ("weight", "bias"):
             tensor = getattr(module, tail, None)
             if tensor is not None:
-                yield name, tail, tensor.detach()
+                tensor = tensor.detach().to(dtype or tensor.dtype)
+                if not torch.isfinite(tensor).all():
+                    raise CheckpointError(f"{name.path}.{tail} holds values that are not finite in "
+                                          f"{str(tensor.dtype).removeprefix('torch.')}, so the model is not written")
+                yield name, tail, tensor
 
 
 # All that stands in a folder of ours; nothing else is ever deleted by a save.
@@ -406,13 +443,6 @@ FOLDER_ENTRIES = {"model_index.json", "scheduler", "text_encoder", "tokenizer", 
 
 def _save_folder(models: Models, path: Path, dtype: torch.dtype | None) -> None:
     path = Path(os.path.realpath(path))  # a symbolic link stays and its target is replaced
-    if path.exists() and not path.is_dir():
-        raise CheckpointError(f"{path}: is a file; name a new folder, or a .safetensors file")
-    there = {file.name for file in path.iterdir()} if path.exists() else set()
-    if there and ("model_index.json" not in there or there - FOLDER_ENTRIES):
-        first = min(there - FOLDER_ENTRIES, default=min(there))
-        raise CheckpointError(f"{path}: is a folder with other things in it, such as {first}; "
-                              f"name a new folder, or a .safetensors file")
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(glob.escape(f".{path.name}.") + "*.new"):  # what killed saves left
         if time.time() - stale.stat().st_mtime > 3600:
@@ -422,8 +452,8 @@ def _save_folder(models: Models, path: Path, dtype: torch.dtype | None) -> None:
         for folder, file, networks in (("unet", "diffusion_pytorch_model", ("diffusion",)),
                                        ("vae", "diffusion_pytorch_model", ("encoder", "decoder")),
                                        ("text_encoder", "model", ("clip",))):
-            tensors = {f"{name.diffusers}.{tail}": tensor.to(dtype or tensor.dtype)
-                       for key in networks for name, tail, tensor in _tensors(models[key])}
+            tensors = {f"{name.diffusers}.{tail}": tensor
+                       for key in networks for name, tail, tensor in _tensors(models[key], dtype)}
             (temporary / folder).mkdir()
             write_safetensors(temporary / folder / f"{file}.safetensors", tensors, {"format": "pt"})
         texts = {name: json.dumps(content, indent=2) + "\n" for name, content in _folder_configs(models.config).items()}
@@ -532,8 +562,13 @@ def merge_lora_into_checkpoint(ckpt_path: str | os.PathLike | None, loras: Mappi
                                out: str | os.PathLike, *, dtype: torch.dtype | None = None, device="cpu", **load) -> Models:
     """Base + Σ multiplier · LoRA, written as one plain checkpoint for deployment; summed in fp32 and rounded once.
 
-    Raises as `load_lora_into_models` and `save_checkpoint` do. Returns the merged models.
+    Raises as `load_lora_into_models` and `save_checkpoint` do, and CheckpointError for an `out` that is one of the files
+    it reads. Returns the merged models.
     """
+    _check_target(Path(out))
+    for path in (ckpt_path or default_model(), *loras, *filter(None, (load.get("vae"), load.get("text_encoder")))):
+        if os.path.realpath(path) == os.path.realpath(out):
+            raise CheckpointError(f"{out}: is read by this merge and would be lost; name another file to write")
     models = preload_models_from_standard_weights(ckpt_path, device, dtype=torch.float32, **load)
     for path, multiplier in loras.items():
         load_lora_into_models(models, path, name=os.fspath(path), multiplier=multiplier)

@@ -11,7 +11,7 @@ import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from numbers import Integral
+from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -21,16 +21,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sd import lora as loras
-from sd.checkpoint import lora_hash
 from sd.denoiser import DENOISERS, CFGDenoiser
 from sd.image_io import contact_sheet, load_image
-from sd.model_loader import Models, preload_models_from_standard_weights
+from sd.model_loader import Models, preload_models_from_standard_weights, usable_device
 from sd.noise import Schedule, alphas_cumprod, cut
 from sd.samplers import SAMPLERS, sampler_schedule
 from sd.tokenizer import tokenize
 from sd.vae import sample_posterior
 
-MAX_SIDE = 8  # times what the model is made for; beyond it is a typing error that would eat all memory, not a picture
+MAX_IMAGES = 4096  # in one call
 
 
 class GenerateError(ValueError):
@@ -55,46 +54,48 @@ def generate(prompt: str | Sequence[str], uncond_prompt: str | Sequence[str] | N
     else, in the order posterior, start, steps. `clip_skip` 1 is the last layer of the text encoder, 2 the one before.
     `lora`: exactly these adapters, {"name": multiplier}, or one such dict for each image; None: what is active.
     `use_lora=False` is the bare base, whatever is loaded. `merged`: run with merged weights ("auto": in fp32 and with
-    the same LoRA for all images). `on_step(i, n, x0)` sees each step's estimate. What was active before is restored.
+    the same LoRA for all images); they stay for the next call, until `sd.lora.unmerge`. `on_step(i, n, x0)` sees each
+    step's estimate. What was active before is restored.
     Raises GenerateError (a ValueError) for bad arguments before any network runs, NotFiniteError instead of a black picture.
     """
     prompts = _prompts(prompt, "prompt")
-    if not isinstance(images_per_prompt, int) or images_per_prompt < 1:
-        raise GenerateError(f"images_per_prompt is {images_per_prompt!r}; at least 1 is needed")
-    images = len(prompts) * images_per_prompt
+    _check(images_per_prompt, "images_per_prompt", Integral, 1, MAX_IMAGES)
+    images = len(prompts) * int(images_per_prompt)
+    _check(images, "the number of images", Integral, 1, MAX_IMAGES)
     models = preload_models_from_standard_weights(device=device) if models is None else models
     if not isinstance(models, Models):
         raise GenerateError(f"models is a {type(models).__name__}; pass what preload_models_with_lora or "
                             f"preload_models_from_standard_weights returns")
-    config, device = models.config, torch.device(device or models.device)
+    config, device = models.config, models.device if device is None else usable_device(device)
+    idle_device = None if idle_device is None else usable_device(idle_device)
     prompts = [p for p in prompts for _ in range(images_per_prompt)]
     unconds = _prompts("" if uncond_prompt is None else uncond_prompt, "uncond_prompt")
     if len(unconds) not in (1, images, images // images_per_prompt):
         raise GenerateError(f"{len(unconds)} uncond_prompts for {images // images_per_prompt} prompts; give one, or one each")
     unconds = [u for u in unconds for _ in range(images // len(unconds))]
-    if not math.isfinite(cfg_scale):
-        raise GenerateError(f"cfg_scale is {cfg_scale}; a finite number is needed")
+    _check(cfg_scale, "cfg_scale", Real)
+    _check(strength, "strength", Real, 0, 1)
+    _check(clip_skip, "clip_skip", Integral, 1, config.clip.layers)
+    _check(eta, "eta", Real, 0, 1)
     scale = cfg_scale if do_cfg else 1.0
     height, width = _size(height, "height", config), _size(width, "width", config)
     shape = config.vae.latent_channels, height // config.vae.factor, width // config.vae.factor
     noise = ImageNoise(_seeds(seed, images), shape)
     picture, mask = _input(input_image, mask, height, width, config)
+    if not isinstance(sampler_name, str):
+        raise GenerateError(f"sampler {sampler_name!r} is unknown; allowed: {', '.join(SAMPLERS)}")
     try:
         steps = sampler_schedule(sampler_name, n_inference_steps, alphas_cumprod(config), spacing)
         steps = steps if picture is None else cut(steps, strength)
     except ValueError as error:
         raise GenerateError(str(error)) from None
-    if eta and sampler_name != "ddim" or not 0 <= eta <= 1:
-        raise GenerateError(f"eta is {eta} for {sampler_name}; only ddim has an eta, from 0 to 1")
-    if not 1 <= clip_skip <= config.clip.layers:
-        raise GenerateError(f"clip_skip is {clip_skip}; allowed: 1 (last layer) to {config.clip.layers}")
+    if eta and sampler_name != "ddim":
+        raise GenerateError(f"eta is {eta} for {sampler_name}; only ddim has an eta")
 
     with torch.no_grad(), ExitStack() as stack:
         stack.enter_context(loras.exclusive(models))
-        place = Placement(models, device, idle_device)
         _enter_adapters(stack, models, lora, use_lora, images)
-        if _should_merge(models, merged):
-            loras.merge(models)
+        place = Placement(models, device, idle_device, _should_merge(models, merged))
 
         # Guidance asks for two rows an image: without a prompt first, then with it.
         rows = torch.arange(images).repeat(1 if scale == 1 else 2)
@@ -142,9 +143,15 @@ def compare(prompts: str | Sequence[str], models: Models | None = None, variants
     beside all loaded adapters, each alone at 1. `arguments` go to `generate`.
     """
     prompts = _prompts(prompts, "prompts")
+    taken = sorted({"lora", "use_lora", "images_per_prompt"} & arguments.keys())
+    if taken:
+        raise GenerateError(f"compare() sets {taken[0]} itself: each of the variants is a dict of adapters, {{}} is the base")
     models = preload_models_from_standard_weights(device=arguments.get("device")) if models is None else models
     variants = list(variants) or [{}, *({name: 1.0} for name in loras.adapter_names(models))]
     seed = secrets.randbits(32) if seed is None else seed
+    _check(seed, "seed", Integral, 0)
+    if not isinstance(arguments.get("uncond_prompt") or "", str):
+        arguments["uncond_prompt"] = [u for u in arguments["uncond_prompt"] for _ in variants]
     cells = [(p, variant, seed + i) for i, p in enumerate(prompts) for variant in variants]
     pictures = generate([p for p, _, _ in cells], models=models, lora=[v for _, v, _ in cells],
                         seed=[s for _, _, s in cells], **arguments)
@@ -166,10 +173,10 @@ class ImageNoise:
 
 
 class Placement:
-    """Brings a network to the device when it is needed, and sends the one before to `idle_device`, if there is one."""
+    """Brings a network to the device when it is needed, merged if asked, and sends the one before to `idle_device`."""
 
-    def __init__(self, models: Models, device: torch.device, idle_device):
-        self.models, self.device, self.idle, self.current = models, device, idle_device, None
+    def __init__(self, models: Models, device: torch.device, idle_device, merged: bool):
+        self.models, self.device, self.idle, self.merged, self.current = models, device, idle_device, merged, None
 
     def __call__(self, name: str | None):
         if self.idle is not None and self.current not in (None, name):
@@ -180,7 +187,11 @@ class Placement:
         network, wanted = self.models[name], self.device
         there = next(network.parameters()).device
         # A network that is there already is not touched: a move drops merged weights. "cuda" means any of its devices.
-        return network if there.type == wanted.type and wanted.index in (None, there.index) else network.to(wanted)
+        if there.type != wanted.type or wanted.index not in (None, there.index):
+            network.to(wanted)
+        if self.merged:
+            loras.merge(network)
+        return network
 
 
 # ---- the arguments ---------------------------------------------------------------------------------------------------
@@ -195,12 +206,18 @@ def _prompts(prompt, what: str) -> list[str]:
     return prompts
 
 
+def _check(value, what: str, kind: type, low: float = -math.inf, high: float = math.inf) -> None:
+    """Raises GenerateError unless `value` is a finite number of that kind from low to high."""
+    if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value) or not low <= value <= high:
+        allowed = "a finite number" if low == -math.inf else f"{low} to {high}"
+        raise GenerateError(f"{what} is {value!r}; allowed: {'whole numbers from ' if kind is Integral else ''}{allowed}")
+
+
 def _size(pixels: int | None, what: str, config) -> int:
     pixels, factor = config.image_size if pixels is None else pixels, config.vae.factor
-    most = MAX_SIDE * config.image_size
-    if not isinstance(pixels, int) or not factor <= pixels <= most:
-        raise GenerateError(f"{what} is {pixels!r}; allowed: whole numbers of pixels from {factor} to {most}, "
-                            f"{MAX_SIDE} times what this model is made for")
+    if not isinstance(pixels, int) or not factor <= pixels <= config.largest_size:
+        raise GenerateError(f"{what} is {pixels!r}; allowed: whole numbers of pixels from {factor} to {config.largest_size}, "
+                            f"8 times what this model is made for")
     if pixels % factor:
         low = pixels // factor * factor
         raise GenerateError(f"{what} is {pixels}, no multiple of {factor}; the nearest are {low} and {low + factor}")
@@ -252,6 +269,9 @@ def _enter_adapters(stack: ExitStack, models: Models, lora, use_lora: bool, imag
             names = sorted({name for one in lora for name in one})
             table = {name: torch.tensor([float(one.get(name, 0.0)) for one in lora]) for name in names}
             stack.enter_context(loras.use_adapters(models, table))
+    for name, m in loras.active_multipliers(models).items():
+        if isinstance(m, tuple) and len(m) != images:
+            raise GenerateError(f"the multipliers of {name!r} are for {len(m)} images, {images} are asked for")
 
 
 def _should_merge(models: Models, merged: bool | str) -> bool:
@@ -328,8 +348,11 @@ def describe(models: Models, prompt: str, *, seed: int, **arguments) -> dict:
 
     For `sd.image_io.save_image(picture, path, parameters)`, which writes it into the file.
     """
+    _check(seed, "seed", Integral, 0)
     defaults = {k: p.default for k, p in inspect.signature(generate).parameters.items() if p.default is not p.empty}
     known = defaults | {k: v for k, v in arguments.items() if v is not None}
+    if known["sampler_name"] not in SAMPLERS:
+        raise GenerateError(f"sampler {known['sampler_name']!r} is unknown; allowed: {', '.join(SAMPLERS)}")
     row = SAMPLERS[known["sampler_name"]]
     found = {"prompt": prompt, "uncond_prompt": known["uncond_prompt"] or "", "n_inference_steps": known["n_inference_steps"],
              "sampler_name": known["sampler_name"], "cfg_scale": float(known["cfg_scale"] if known["do_cfg"] else 1.0),
@@ -342,10 +365,12 @@ def describe(models: Models, prompt: str, *, seed: int, **arguments) -> dict:
         found["strength"] = known["strength"]
     if models.model_hash:
         found["model_hash"] = models.model_hash
+    if not isinstance(known["lora"], Mapping | None):
+        raise GenerateError("describe() is for one picture: lora is the dict of that picture")
     applied = known["lora"] if known["lora"] is not None else loras.active_multipliers(models)
-    applied = {name: m for name, m in applied.items() if m} if known["use_lora"] else {}
+    applied = {name: float(m) for name, m in applied.items() if m} if known["use_lora"] else {}
     if applied:
         found["lora"] = applied
-        found["lora_hashes"] = {name: lora_hash(models.lora_reports[name].file) for name in applied
-                                if name in models.lora_reports}
+        reports = {name: models.lora_reports[name] for name in applied if name in models.lora_reports}
+        found["lora_hashes"] = {name: report.hash for name, report in reports.items() if report.hash}
     return found

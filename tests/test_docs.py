@@ -51,7 +51,7 @@ CHECKS = [
                and np.abs(v["four"][1].astype(int) - v["four"][0]).max() > 100),
     lambda v: (np.array_equal(v["off"], v["without"]) and brighter(v["pair"][1], v["pair"][0])
                and v["without"].mean() < v["blended"].mean() and active_multipliers(v["models"]) == {"inverted": 1.0}),
-    lambda v: all((Path("out/thick") / n).exists() for n in ("thick.safetensors", "metrics.jsonl", "loss.png")),
+    lambda v: all((Path("out/guide") / n).exists() for n in ("thick.safetensors", "metrics.jsonl", "loss.png")),
     lambda v: torch.isfinite(v["loss"]) and any(p.any() for p in v["parameters"][1::2]) and Path("mine.safetensors").exists(),
     lambda v: adapter_names(v["mine"]) == ["convs", "default", "qv"],
     lambda v: all(layer.merged_weight is None for layer in lora_layers(v["models"]).values()),

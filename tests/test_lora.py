@@ -256,13 +256,24 @@ def test_an_adapter_that_is_trained_is_never_run_merged():
     assert model[0].adapter("a").up.grad is not None
 
 
-def test_inference_follows_every_step_of_the_optimizer():
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("fused", [False, True])  # fused optimizers write without raising a version counter
+def test_inference_follows_every_step_of_the_optimizer(fused, merged):
     model, x = adapted("linear")
-    optimizer = torch.optim.AdamW(get_lora_parameters(model), 0.1)
+    optimizer = torch.optim.AdamW(get_lora_parameters(model), 0.1, fused=fused)
     for _ in range(3):
         optimizer.zero_grad()
         model(x).square().sum().backward()
+        with torch.no_grad():
+            if merged:
+                merge(model)
+            model(x)  # what is cached here is stale after the step
         optimizer.step()
+        with torch.no_grad():
+            if merged:
+                merge(model)
+            expected = plain_with(model[0], {"a": 1.0}, LAYERS["linear"][0])(x.double()).float()
+            assert torch.allclose(model(x), expected, atol=1e-5)
         trained = model(x)
         with torch.no_grad():
             assert torch.allclose(model(x), trained, atol=1e-6)
@@ -304,6 +315,65 @@ def test_merging_for_good_refuses_what_is_switched_off_and_leaves_tied_weights_a
     set_lora_enabled(tied, True)
     merge_lora_weights(tied)
     assert torch.equal(tied[1].weight, before) and not torch.equal(tied[0].weight, before)
+
+
+def test_merging_under_autocast_is_done_in_fp32():
+    model, x = adapted("linear")
+    with torch.autocast("cpu", torch.bfloat16):
+        merge(model)
+    W, delta = model[0].weight.double(), written_out(model[0], "a")[0]
+    assert (model[0].merged_weight.double() - W - delta).abs().max() < 1e-6
+
+
+def test_a_trained_base_gets_its_gradient_though_a_frozen_lora_is_merged():
+    model, x = adapted("linear", dora=True)
+    for p in get_lora_parameters(model):
+        p.requires_grad_(False)
+    with torch.no_grad():
+        merge(model)
+        model(x)
+    model(x).sum().backward()
+    W = model[0].weight.detach().double().requires_grad_()
+    adapter = model[0].adapter("a")
+    total = W + 1.5 * adapter.up.double() @ adapter.down.double()
+    F.linear(x.double(), adapter.magnitude.double() * total / total.norm(dim=1, keepdim=True).detach()).sum().backward()
+    assert torch.allclose(model[0].weight.grad.double(), W.grad, atol=1e-4)
+
+
+def test_merging_and_removing_inside_use_adapters_work():
+    for convert in (lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), lambda: nn.Sequential(LoRALinear(8, 8))):
+        model = convert()
+        apply_lora_to_model(model, rank=2, target_modules=[r"\d"])
+        fill(model)
+        expected = [m.weight + 0.5 * written_out(m, "default", torch.float32)[0] for m in model]
+        with use_adapters(model, {"default": 0.5}):
+            merge_lora_weights(model)
+        assert all(torch.allclose(m.weight, w, atol=1e-6) for m, w in zip(model, expected)) and not lora_layers(model)
+
+
+def test_an_adapter_attached_inside_use_adapters_is_off_everywhere_afterwards():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    apply_lora_to_model(model, rank=2, target_modules=["0"], name="x")
+    with use_adapters(model, {"x": 1.0}):
+        apply_lora_to_model(model, rank=2, target_modules=["0", "1"], name="y")
+        assert active_multipliers(model) == {"x": 1.0, "y": 1.0}
+    assert [m.multipliers for m in model] == [{"x": 1.0}, {}]
+
+
+def test_a_layer_with_a_forward_of_its_own_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4))
+    old = model[0].forward
+    model[0].forward = lambda x: old(x)
+    with pytest.raises(LoRAError, match="0 has a forward of its own"):
+        apply_lora_to_model(model, rank=2, target_modules=["0"])
+
+
+def test_a_changed_alpha_is_followed():
+    model, x = adapted("linear")
+    with torch.no_grad():
+        model(x)
+        model[0].adapter("a").alpha = 8.0
+        assert torch.allclose(model(x), plain_with(model[0], {"a": 1.0}, LAYERS["linear"][0])(x.double()).float(), atol=1e-5)
 
 
 def test_sets_that_python_hashes_alike_are_told_apart():
@@ -502,7 +572,8 @@ def test_the_active_set_is_exact_and_returns_after_an_exception():
             assert active_multipliers(model) == {"b": 2.0}
             raise RuntimeError("boom")
     assert active_multipliers(model) == {"a": 0.5}
-    for wrong in ({"c": 1.0}, {"a": float("nan")}, {"a": torch.tensor([1.0]), "b": torch.tensor([1.0, 2.0])}):
+    for wrong in ({"c": 1.0}, {"a": float("nan")}, {"a": "x"}, {"a": None}, {"a": torch.tensor([])},
+                  {"a": torch.tensor([1.0]), "b": torch.tensor([1.0, 2.0])}):
         with pytest.raises(LoRAError), use_adapters(model, wrong):
             raise AssertionError("must not get here")
     with pytest.raises(LoRAError, match="no adapter is named 'c'; there are 'a', 'b'"), use_adapters(model, {"c": 1.0}):
@@ -628,10 +699,12 @@ def test_base_weights_get_no_gradient_and_stay_as_they_are():
     model, x = adapted("linear")
     model[0].weight.requires_grad_(False)
     model[0].bias.requires_grad_(False)
-    before = model[0].weight.clone()
-    torch.optim.SGD(get_lora_parameters(model), 0.1)
+    weight, up = model[0].weight.clone(), model[0].adapter("a").up.detach().clone()
+    optimizer = torch.optim.SGD(get_lora_parameters(model), 0.1)
     model(x).sum().backward()
-    assert model[0].weight.grad is None and torch.equal(model[0].weight, before)
+    optimizer.step()
+    assert model[0].weight.grad is None and torch.equal(model[0].weight, weight)
+    assert not torch.equal(model[0].adapter("a").up, up)
 
 
 # ---- the seed's own faces --------------------------------------------------------------------------------------------
@@ -667,6 +740,7 @@ def test_self_attention_equals_torch_multi_head_attention():
 
 def test_compiled_code_follows_merged_weights_without_recompiling():
     model, x = adapted("linear", ("a", "b"))
+    model.eval()
     torch._dynamo.reset()
     compiled, ran = torch.compile(model, backend="eager"), False
     with torch.no_grad():
@@ -675,7 +749,9 @@ def test_compiled_code_follows_merged_weights_without_recompiling():
                 merge(model)
                 assert torch.equal(compiled(x), model(x))
                 ran = True
-        with use_adapters(model, {"a": 4.0}):  # not merged: what is merged belongs to another set
-            assert torch.allclose(compiled(x), model(x), atol=1e-5)
+        for m in (4.0, -1.0):  # not merged: what is merged, and what was fused, belongs to another set
+            with use_adapters(model, {"a": m}):
+                assert torch.allclose(compiled(x), plain_with(model[0], {"a": m}, LAYERS["linear"][0])(x.double()).float(),
+                                      atol=1e-5)
         with use_adapters(model, {}):
             assert torch.equal(compiled(x), model(x))

@@ -189,6 +189,14 @@ def test_img2img_with_another_lora_for_each_image(models):
         assert np.abs(together[1].astype(int) - alone[1]).max() <= 1 and not np.array_equal(together[0], together[1])
 
 
+def test_multipliers_for_another_number_of_images_are_refused(models):
+    add_lora(models, "a")
+    set_adapters(models, {"a": torch.tensor([0.0, 1.0, 1.0])})
+    for prompts in ("x", ["x"] * 4):
+        with pytest.raises(GenerateError, match="the multipliers of 'a' are for 3 images"):
+            generate(prompts, models=models, n_inference_steps=2)
+
+
 def test_compare_makes_one_sheet_of_all_variants(models):
     add_lora(models, "a")
     sheet = compare(["a cat", "a dog"], models, [{}, {"a": 1.0}, {"a": 0.5}], n_inference_steps=2)
@@ -232,7 +240,13 @@ def test_inpainting_models_with_nine_channels_take_mask_and_picture():
     (dict(seed=-1), r"seed -1 is not allowed"),
     (dict(seed=[1, 2]), r"2 seeds are given for 1 images"),
     (dict(cfg_scale=float("nan")), r"cfg_scale is nan"),
-    (dict(clip_skip=9), r"clip_skip is 9; allowed: 1 \(last layer\) to 2"),
+    (dict(cfg_scale=None), r"cfg_scale is None"),
+    (dict(strength="a"), r"strength is 'a'"),
+    (dict(clip_skip=1.5), r"clip_skip is 1.5; allowed: whole numbers from 1 to 2"),
+    (dict(sampler_name=[]), r"sampler \[\] is unknown"),
+    (dict(device="cuda:9"), r"device 'cuda:9' cannot be used"),
+    (dict(images_per_prompt=2.0), r"images_per_prompt is 2.0; allowed: whole numbers from 1 to 4096"),
+    (dict(clip_skip=9), r"clip_skip is 9; allowed: whole numbers from 1 to 2"),
     (dict(eta=0.5), r"only ddim has an eta"),
     (dict(mask=Image.new("L", (8, 8))), r"input_image is missing"),
     (dict(input_image="no such file.png"), r"no such file"),

@@ -445,3 +445,12 @@ def test_nothing_that_generates_imports_the_training():
     allowed = {"cli.py"}  # it parses the flags of `train`
     for file in Path(loop.__file__).parents[1].glob("*.py"):
         assert file.name in allowed or "sd.training" not in file.read_text(encoding="utf-8"), file.name
+
+
+def test_two_trainings_in_one_folder_are_refused(tmp_path):
+    from sd.training.run_state import alone_in
+    with alone_in(tmp_path):
+        with pytest.raises(TrainError, match="another training is running in this folder"), alone_in(tmp_path):
+            raise AssertionError("must not get here")
+    with alone_in(tmp_path):
+        pass

@@ -16,7 +16,7 @@ def adamw(parameters: dict[str, nn.Parameter], config) -> torch.optim.AdamW:
     for name, p in parameters.items():
         text = name.startswith("clip.") and config.text_learning_rate is not None
         rate = config.text_learning_rate if text else config.learning_rate
-        groups.setdefault((rate, config.weight_decay if p.dim() > 1 else 0.0), []).append(p)
+        groups.setdefault((rate, config.weight_decay if p.dim() > 1 and not name.endswith("magnitude") else 0.0), []).append(p)
     return torch.optim.AdamW(
         [{"params": ps, "lr": rate, "initial_lr": rate, "weight_decay": decay} for (rate, decay), ps in groups.items()],
         betas=config.betas, fused=True)

@@ -6,15 +6,22 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
 from sd.checkpoint import CheckpointError, atomic_write, read_tensors, write_safetensors
 from sd.image_io import line_plot, save_image
+from sd.model_loader import Models
 
 STATE = "state.safetensors"
 
@@ -43,6 +50,19 @@ def open_folder(path: str | os.PathLike) -> Path:
     except OSError as error:
         raise TrainError(f"{folder}: cannot write there ({error.strerror})") from None
     return folder
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold the run's folder: a second training in it is refused. The lock goes with the process, however it ends."""
+    with open(folder / ".lock", "w") as lock:
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise TrainError(f"{folder}: another training is running in this folder; wait for it, or name another "
+                                 f"out folder") from None
+        yield
 
 
 # ---- state -----------------------------------------------------------------------------------------------------------
@@ -91,9 +111,10 @@ def load_state(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: 
     return progress
 
 
-def fingerprint(models: Mapping[str, nn.Module], trained: Mapping[str, nn.Parameter]) -> str:
-    """Hash of all weights that stay as they are: a resumed run must stand on the same ones."""
+def fingerprint(models: Models, trained: Mapping[str, nn.Parameter]) -> str:
+    """Hash of the config and of all weights that stay as they are: a resumed run must stand on the same ones."""
     digest, skip = hashlib.sha256(), {id(p) for p in trained.values()}
+    digest.update(json.dumps(models.config.to_dict(), sort_keys=True).encode())
     for component in sorted(models):
         for name, p in models[component].named_parameters():
             if id(p) not in skip and ".adapters." not in name:

@@ -37,6 +37,7 @@ from sd.training.run_state import (
     Metrics,
     Progress,
     TrainError,
+    alone_in,
     fingerprint,
     load_state,
     open_folder,
@@ -50,7 +51,7 @@ MAX_SKIPPED = 20  # bad steps in a row, then the training stops
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training. The fields are the flags of the command line."""
+    """Train a LoRA, or the whole model, on a folder of pictures with captions; the same command again resumes."""
 
     data: str = ""
     """Folder of pictures with captions: a .txt beside each, or one metadata.jsonl."""
@@ -61,7 +62,7 @@ class TrainConfig:
     train: Literal["lora", "full", "vae"] = "lora"
     """A LoRA, all weights of UNet and/or text encoder, or the autoencoder."""
     unet: bool = True
-    """Train the UNet (its LoRA, or all of it)."""
+    """Whether the UNet is trained (its LoRA, or all of it)."""
     text_encoder: bool = False
     """Train the text encoder (its LoRA, or all of it)."""
 
@@ -117,7 +118,7 @@ class TrainConfig:
     save_every: int = 500
     """Steps between two saves of the state."""
     progress: bool = True
-    """Show a progress bar."""
+    """Whether a progress bar is shown."""
 
     def __post_init__(self):
         def require(ok: bool, field: str, allowed: str) -> None:
@@ -133,9 +134,15 @@ class TrainConfig:
             require(rate is None or 0 < rate <= 0.1, field, "above 0, to 0.1 (a usual one is 1e-4 to 1e-3)")
         for field in ("warmup", "weight_decay", "clip_norm", "kl_weight", "seed"):
             require(0 <= getattr(self, field) < math.inf, field, "0 or more")
-        require(all(0 <= beta < 1 for beta in self.betas), "betas", "two numbers of 0 <= beta < 1")
+        require(len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "betas", "two numbers of 0 <= beta < 1")
         require(self.schedule in SCHEDULES, "schedule", ", ".join(SCHEDULES))
         require(self.train in ("lora", "full", "vae"), "train", "lora, full, vae")
+        require(bool(self.out), "out", "a folder")
+        require(0 < len(self.name) <= 100 and Path(self.name).name == self.name and self.name not in ("..", "state"), "name",
+                "a file's name of up to 100 letters, without its ending, and not 'state'")
+        require(self.batch_size <= 4096, "batch_size", "1 to 4096")
+        require(0 < abs(self.alpha) <= 1e4, "alpha", "a number other than 0, to 10000")
+        require(self.weight_decay <= 10, "weight_decay", "0 to 10")
         require(self.size is None or self.size >= 8, "size", "8 or more pixels")
         if self.train != "vae" and not (self.unet or self.text_encoder):
             raise TrainError("nothing is trained: unet and text_encoder are both off")
@@ -153,7 +160,7 @@ def train(config: TrainConfig, models: Models | None = None, dataset=None, *, au
         models = preload_models_from_standard_weights(config.model, dtype=torch.float32)
     if dataset is None:
         dataset = _picture_folder(config, models)
-    with torch.random.fork_rng(), _training(config, models) as parameters:
+    with alone_in(folder), torch.random.fork_rng(), _training(config, models) as parameters:
         optimizer = adamw(parameters, config)
         ema = {name: p.detach().clone() for name, p in parameters.items()} if config.ema else {}
         facts = run_facts(config, ("data", "out", "model", "save_every", "progress", "checkpointing"),
@@ -198,8 +205,8 @@ def train(config: TrainConfig, models: Models | None = None, dataset=None, *, au
         with torch.no_grad():
             for name, value in ema.items():
                 parameters[name].copy_(value)
-    metrics.plot(folder / "loss.png")
-    _save_result(config, models, folder, facts)
+        metrics.plot(folder / "loss.png")
+        _save_result(config, models, folder, facts)
     return models
 
 
@@ -285,6 +292,9 @@ def _parameters(config: TrainConfig, models: Models) -> dict[str, nn.Parameter]:
 
 def _picture_folder(config: TrainConfig, models: Models) -> PictureFolder:
     size, factor = config.size or models.config.image_size, models.config.vae.factor
+    if size > models.config.largest_size:
+        raise TrainError(f"size is {size}; allowed: up to {models.config.largest_size} pixels, 8 times what this model is "
+                         f"made for")
     if size % factor:
         raise TrainError(f"size is {size}; it must be a multiple of {factor}, such as {size - size % factor or factor}")
     if not config.data:
@@ -313,6 +323,7 @@ def _write_json(path: Path, values: dict) -> None:
 def _save_result(config: TrainConfig, models: Models, folder: Path, facts: dict) -> None:
     metadata = {"sdlora.training": json.dumps(facts)}
     if config.train != "lora":
+        models.source = None  # they are no longer what that file holds
         save_checkpoint(models, folder / "model.safetensors", metadata=metadata)
         return
     kohya = {"ss_learning_rate": config.learning_rate, "ss_max_train_steps": config.steps, "ss_seed": config.seed,

@@ -431,7 +431,7 @@ def _tensors(network: nn.Module, dtype: torch.dtype | None):
             tensor = getattr(module, tail, None)
             if tensor is not None:
                 tensor = tensor.detach().to(dtype or tensor.dtype)
-                if not torch.isfinite(tensor).all():
+                if not tensor.is_meta and not torch.isfinite(tensor).all():
                     raise CheckpointError(f"{name.path}.{tail} holds values that are not finite in "
                                           f"{str(tensor.dtype).removeprefix('torch.')}, so the model is not written")
                 yield name, tail, tensor

@@ -55,14 +55,18 @@ def open_folder(path: str | os.PathLike) -> Path:
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Hold the run's folder: a second training in it is refused. The lock goes with the process, however it ends."""
-    with open(folder / ".lock", "w") as lock:
-        if fcntl is not None:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise TrainError(f"{folder}: another training is running in this folder; wait for it, or name another "
-                                 f"out folder") from None
+    if fcntl is None:
         yield
+        return
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise TrainError(f"{folder}: another training is running in this folder; wait for it, or name another out "
+                         f"folder") from None
+    finally:
+        os.close(lock)
 
 
 # ---- state -----------------------------------------------------------------------------------------------------------

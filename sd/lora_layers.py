@@ -219,20 +219,26 @@ class LoRALayer:
         if self.is_merged():
             return
         with exact():
-            weight, bias = self.merged_sum()
             if self.merged_weight is None:
                 self.merged_weight = torch.empty_like(self.weight, requires_grad=False)
-            self.merged_weight.copy_(weight)
+            self._merged_state, self._merged_on = None, False  # until it is written whole
+            direct = self.weight.dtype.itemsize >= 4 and self.merged_weight.is_contiguous()  # no rounding, so no copy
+            weight, bias = self.merged_sum(out=self.merged_weight if direct else None)
+            if weight is not self.merged_weight:
+                self.merged_weight.copy_(weight)
             self.merged_bias = None if bias is None else bias.to(self.weight.dtype)
             self._merged_state, self._merged_on = self._state(), True
 
-    def merged_sum(self) -> tuple[Tensor, Tensor | None]:
-        """W + Σ mᵢ ΔWᵢ and, where an adapter changes the bias, b + Σ mᵢ Δbᵢ: summed in fp32, in order of names."""
+    def merged_sum(self, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """W + Σ mᵢ ΔWᵢ and, where an adapter changes the bias, b + Σ mᵢ Δbᵢ: summed in fp32, in order of names.
+
+        `out` may be used for the first; which tensor it is, is what is returned.
+        """
         base, bias = self.base_weight(), None
         total = base
         for adapter, multiplier in zip(self._on, self.multipliers.values()):
             delta_b = adapter.bias_delta(self.base_bias())
-            total = adapter.add_to(total, base, multiplier)
+            total = adapter.add_to(total, base, multiplier, out)
             if delta_b is not None:
                 bias = (self.base_bias() if bias is None else bias) + multiplier * delta_b
         return total, bias

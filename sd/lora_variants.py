@@ -79,8 +79,8 @@ class Adapter(nn.Module):
         s = s.where(norm > 0, 1.0)  # a row of zeros has no direction to scale
         return W * s + delta * s - W  # in this order it is exactly 0 while ΔW = 0, since then s = 1
 
-    def add_to(self, total: Tensor, W: Tensor, multiplier: float) -> Tensor:
-        """total + multiplier · (W' - W) in fp32, as a new tensor."""
+    def add_to(self, total: Tensor, W: Tensor, multiplier: float, out: Tensor | None = None) -> Tensor:
+        """total + multiplier · (W' - W) in fp32, as a new tensor or in `out`, which total may be but W may not."""
         return total + multiplier * self.effective_delta(W)
 
     def forward(self, x: Tensor, layer) -> Tensor:
@@ -185,11 +185,13 @@ class LowRank(Adapter):
         product = torch.bmm(up, down).flatten(0, 1) * self.scale  # [out, in/g * k]
         return product.T if self.embedding else product.reshape(W.shape)
 
-    def add_to(self, total: Tensor, W: Tensor, multiplier: float) -> Tensor:
+    def add_to(self, total: Tensor, W: Tensor, multiplier: float, out: Tensor | None = None) -> Tensor:
         if self.magnitude is not None or self.embedding or self.groups > 1:
-            return super().add_to(total, W, multiplier)
+            return super().add_to(total, W, multiplier, out)
         up, down = self.up.to(W.dtype).flatten(1), self.down.to(W.dtype).flatten(1)  # one fused product, no ΔW in memory
-        return torch.addmm(total.flatten(1), up, down, alpha=multiplier * self.scale).view(W.shape)
+        flat = None if out is None else out.view(total.flatten(1).shape)
+        product = torch.addmm(total.flatten(1), up, down, alpha=multiplier * self.scale, out=flat)
+        return product.view(W.shape) if out is None else out
 
     def forward(self, x: Tensor, layer) -> Tensor:
         if self.magnitude is not None:

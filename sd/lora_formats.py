@@ -162,6 +162,14 @@ def guess_file(tensors: Mapping[str, Tensor]) -> str:
     return "it does not look like a LoRA" if keys else "it is empty"
 
 
+def component_of(key: str) -> str:
+    """What the start of a key says of the network it is for, without a model at hand."""
+    for start, name in (("lora_unet_", "UNet"), ("unet.", "UNet"), ("lora_te", "text encoder"), ("text_enc", "text encoder")):
+        if key.startswith(start):
+            return name
+    return key.split(".")[0]
+
+
 def module_lookup(names: Iterable[Name]) -> dict[str, str]:
     """Every name under which a LoRA file may address a module -> module path."""
     table: dict[str, str] = {}

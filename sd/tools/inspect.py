@@ -12,7 +12,7 @@ import torch
 
 from sd.checkpoint import TensorFile, lora_hash, model_hash, read_folder, read_tensors, sniff
 from sd.image_io import FORMATS, read_parameters
-from sd.lora_formats import KOHYA_TENSORS, guess_file
+from sd.lora_formats import KOHYA_TENSORS, component_of, guess_file
 from sd.model_loader import CONFIG_KEY
 from sd.names import guess_checkpoint, ldm_facts
 
@@ -38,18 +38,11 @@ def inspect_file(path: str | os.PathLike) -> dict:
 
 
 def _lora(file: TensorFile, path: Path) -> dict:
-    modules = Counter(_component(key) for key in {key.split(".lora_")[0].removesuffix(".alpha") for key in file})
+    modules = Counter(component_of(key) for key in {key.split(".lora_")[0].removesuffix(".alpha") for key in file})
     ranks = sorted({t.shape[0] for key, t in file.items() if key.endswith("lora_down.weight")})
     alphas = sorted({float(t) for key, t in file.items() if key.endswith(".alpha") and t.numel() == 1})
     return {"kind": "LoRA", **_tensors(file), "hash": lora_hash(path), "modules": dict(modules), "ranks": ranks,
             "alphas": alphas, "format": "kohya" if ranks or alphas else guess_file(file)} | _metadata(file)
-
-
-def _component(key: str) -> str:
-    for start, name in (("lora_unet_", "UNet"), ("unet.", "UNet"), ("lora_te", "text encoder"), ("text_enc", "text encoder")):
-        if key.startswith(start):
-            return name
-    return key.split(".")[0]
 
 
 def _tensors(file: TensorFile) -> dict:

@@ -272,6 +272,7 @@ def merge(args: Merge) -> None:
     if len(chosen) < len(args.on.lora):
         raise ValueError("the same LoRA is named twice; give it once, with the sum of the multipliers")
     dtype = _dtype(args.on.dtype)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     merge_lora_into_checkpoint(args.on.model, chosen, args.out, dtype=dtype, vae=args.on.vae, device=args.on.device or "cpu")
     print(f"{args.out}: the model with " + " + ".join(f"{m:g} x {Path(p).name}" for p, m in chosen.items()) + " merged into it")
 

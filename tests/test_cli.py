@@ -90,8 +90,9 @@ def test_a_picture_is_not_made_again_with_another_lora_of_that_name(run, files):
 def test_compare_merge_and_inspect(run, files):
     assert run("compare", "a cat", *MODEL, "--lora", "@ink.safetensors", "@wash.safetensors", "--out", "sheet.png")[0] == 0
     assert Image.open("sheet.png").size[0] > 4 * 64
-    assert run("merge", "merged.safetensors", "--model", "@tiny.safetensors", "--lora", "@ink.safetensors:0.5")[0] == 0
-    assert run("generate", "a cat", "--model", "merged.safetensors", "--steps", "2", "--seed", "1", "--out", "a.png")[0] == 0
+    assert run("merge", "new/merged.safetensors", "--model", "@tiny.safetensors", "--lora", "@ink.safetensors:0.5")[0] == 0
+    assert run("generate", "a cat", "--model", "new/merged.safetensors", "--steps", "2", "--seed", "1",
+               "--out", "a.png")[0] == 0
     assert run("generate", "a cat", *MODEL, "--lora", "@ink.safetensors:0.5", "--seed", "1", "--out", "b.png")[0] == 0
     assert np.array_equal(np.asarray(Image.open("a.png")), np.asarray(Image.open("b.png")))
     for path, kind in (("@ink.safetensors", "LoRA"), ("@tiny.safetensors", "checkpoint"), ("a.png", "picture")):

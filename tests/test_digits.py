@@ -15,14 +15,6 @@ from sd.training.data import encode_pictures
 PROMPTS = [f"a handwritten {word}" for word in ("zero", "two", "five", "seven")]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def digits():
     return preload_models_from_standard_weights(data_dir() / "digits.safetensors", "cpu")

@@ -25,14 +25,6 @@ loop = importlib.import_module("sd.training.train")  # `sd.training.train` is th
 QUICK = TrainConfig(rank=2, alpha=2.0, steps=6, batch_size=2, save_every=100, progress=False)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def untrained():
     return new_models(SMALL, seed=1)

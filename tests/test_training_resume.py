@@ -27,14 +27,6 @@ VAE = replace(LORA, train="vae", accumulate=1)
 RUNS = {"lora": LORA, "full": FULL, "vae": VAE}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def untrained():
     return new_models(SMALL, seed=1)

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from sd.image_io import save_image
 from sd.lora import get_lora_parameters, lora_layers, merge_loss, remove_lora, use_adapters
@@ -84,7 +85,7 @@ def main() -> None:
     with use_adapters(fresh, {"thick": 1.0}):
         say(f"rounding to float32 loses {merge_loss(fresh):.1e} of the change")
     merged = OUT / "digits-thick-merged.safetensors"
-    merge_lora_into_checkpoint(None, {file: 1.0}, merged)
+    merge_lora_into_checkpoint(None, {file: 1.0}, merged, dtype=torch.float32)  # without dtype that of the base: float16
     plain = preload_models_from_standard_weights(merged)
     say(f"{merged}: {len(lora_layers(plain))} LoRA layers left in it")
     deployed = generate(PROMPTS, models=plain, seed=1, **HOW)

@@ -256,17 +256,22 @@ def lora_file(options: Options, seed: int) -> Path:
     """A random LoRA of rank 8 on q, k, v, out of the UNet (128 layers in SD 1.5), in kohya's spelling; made once."""
     path = CACHE / f"{options.config.name}-lora-{seed}.safetensors"
     if not path.exists():
-        isolated(options, _make_lora, options.config, seed, path)
+        isolated(options, make_lora, options.config, seed, path)
     return path
 
 
-def _make_lora(config: ModelConfig, seed: int, path: Path) -> None:
+def make_lora(config: ModelConfig, seed: int, path: Path, targets: str = "attn", rank: int = RANK, alpha: float = ALPHA,
+              dtype: torch.dtype = torch.float32) -> None:
+    """Write a random LoRA on what a preset means, in kohya's spelling; of the text encoder too where the preset has it."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
-        unet = build_networks(config)["diffusion"]
+        networks = build_networks(config)
+    wanted = {"diffusion": networks["diffusion"]} if targets == "attn" else networks
     generator, state = torch.Generator().manual_seed(seed), {}
-    for name, layer in find_targets(unet, "attn").items():
-        down = torch.randn(RANK, layer.in_features, generator=generator) * layer.in_features**-0.5
-        up = torch.randn(layer.out_features, RANK, generator=generator) * 0.05
-        state[name] = AdapterWeights("lora", {"down": down, "up": up}, alpha=ALPHA)
-    write_safetensors(path, write_kohya(state, model_names(config)), {"format": "pt"})
+    for name, layer in find_targets(wanted, targets).items():
+        out, inner, *kernel = layer.weight.shape
+        down = torch.randn(rank, inner, *kernel, generator=generator) * inner**-0.5
+        up = torch.randn(out, rank, *(1 for _ in kernel), generator=generator) * 0.05
+        state[name] = AdapterWeights("lora", {"down": down, "up": up}, alpha=alpha)
+    family = "sd_v1" if config == SD15 else config.name
+    write_safetensors(path, write_kohya(state, model_names(config), dtype), {"format": "pt", "ss_base_model_version": family})

@@ -6,6 +6,7 @@ that takes them as they are needs no second copy. What a file is, is told by its
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
 import json
@@ -14,11 +15,13 @@ import pickle
 import pickletools
 import re
 import secrets
+import shutil
 import struct
+import tempfile
 import time
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
@@ -199,18 +202,27 @@ def _view(storage: torch.UntypedStorage, dtype: torch.dtype, shape: tuple[int, .
     return torch.empty(0, dtype=dtype).set_(part, 0, shape)
 
 
-def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+@dataclass(frozen=True)
+class Lazy:
+    """A tensor that is made when its turn to be written comes, and forgotten when it is written."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+
+def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor | Lazy], metadata: dict[str, str] | None = None) -> None:
     """Write tensors and metadata (strings) as one safetensors file that replaces `path` at once or not at all.
 
-    One tensor at a time is made contiguous on the CPU; shared tensors are written once for each name. The same input
-    gives the same bytes. Raises TypeError for anything but tensors and strings, OSError (disk full) with the old file
-    untouched.
+    One tensor at a time is made, and made contiguous on the CPU; shared tensors are written once for each name. The same
+    input gives the same bytes. Raises TypeError for anything but tensors and strings, OSError (disk full) with the old
+    file untouched, and what a Lazy raises.
     """
     metadata = metadata or {}
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise TypeError(f"{path}: metadata must be strings, {key!r} is {value!r}")
-    _check_tensors(path, tensors)
+    _check_tensors(path, tensors, Lazy)
     # Wide dtypes first, so that every tensor is aligned to its own size; the library sorts the same way.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header, end = {"__metadata__": metadata} if metadata else {}, 0
@@ -218,7 +230,7 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: di
         tensor = tensors[name]
         if tensor.dtype not in DTYPE_NAMES:
             raise TypeError(f"{path}: {name!r} is {tensor.dtype}; allowed: {', '.join(map(str, DTYPE_NAMES))}")
-        begin, end = end, end + tensor.numel() * tensor.dtype.itemsize
+        begin, end = end, end + prod(tensor.shape) * tensor.dtype.itemsize
         header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-(8 + len(text)) % 64)  # the first tensor starts on a cache line
@@ -228,9 +240,17 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: di
     with atomic_write(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in names:
-            if tensors[name].numel():
-                plain = tensors[name].detach().to("cpu").contiguous().reshape(-1)
-                file.write(memoryview(plain.view(torch.uint8).numpy()))
+            file.write(_raw(tensors[name], f"{path}: {name!r}"))  # a temporary: two tensors are never there at once
+
+
+def _raw(tensor: Tensor | Lazy, what: str) -> memoryview:
+    if isinstance(tensor, Lazy):
+        lazy, tensor = tensor, tensor.make()
+        if (tensor.shape, tensor.dtype) != (lazy.shape, lazy.dtype):
+            raise ValueError(f"{what} was made with shape {list(tensor.shape)} and {tensor.dtype}, its header says "
+                             f"{list(lazy.shape)} and {lazy.dtype}")
+    plain = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return memoryview(plain.view(torch.uint8).numpy()) if plain.numel() else memoryview(b"")
 
 
 def write_pt(path: str | Path, tensors: dict[str, Tensor]) -> None:
@@ -263,10 +283,12 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[s
     write_pt(path, tensors)
 
 
-def _check_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
+def _check_tensors(path: str | Path, tensors: Mapping[str, Tensor | Lazy], lazy: type | tuple = ()) -> None:
     for name, tensor in tensors.items():
         if not isinstance(name, str) or name == "__metadata__":
             raise TypeError(f"{path}: {name!r} cannot be the name of a tensor")
+        if isinstance(tensor, lazy):
+            continue
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type == "meta":
             raise TypeError(f"{path}: {name!r} must be a dense tensor with data, not {_type_name(tensor)}")
 
@@ -405,7 +427,7 @@ def read_folder(path: str | Path, components: tuple[str, ...] = ("unet", "vae", 
         raise CheckpointError(f"{path}: {state}")
     configs = {}
     for file in sorted([*path.glob("model_index.json"), *path.glob("*config.json"), *path.glob("*/*config.json")]):
-        configs[file.relative_to(path).as_posix()] = _read_json(file)
+        configs[file.relative_to(path).as_posix()] = read_json(file)
     found, variants = {}, set()
     for name in components if "model_index.json" in configs else ("", *components):
         files = _weight_files(path / name)
@@ -446,7 +468,7 @@ def _weight_files(folder: Path) -> dict[str | None, str]:
 def _read_weights(folder: Path, name: str) -> TensorFile:
     if not name.endswith(".json"):
         return read_tensors(folder / name)
-    index = _read_json(folder / name).get("weight_map")
+    index = read_json(folder / name).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(v, str) and v == os.path.basename(v) for v in index.values()):
         raise CheckpointError(f"{folder / name}: its weight_map does not name files of this folder")
     merged = TensorFile(folder / name, {})
@@ -461,7 +483,7 @@ def _read_weights(folder: Path, name: str) -> TensorFile:
     return merged
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -503,6 +525,43 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             os.close(descriptor)
 
 
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """A new folder that becomes `path` when the block ends, and leaves no trace when the block raises.
+
+    A symbolic link stays and its target is replaced. Killed between its two renames, it leaves the folder that was there
+    whole beside it, at `former_folder(path)`.
+    """
+    path, old = Path(os.path.realpath(path)), former_folder(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(glob.escape(f".{path.name}.") + "*.new"):  # what killed saves left
+        if time.time() - stale.stat().st_mtime > 3600:
+            shutil.rmtree(stale, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".new"))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)
+        try:
+            temporary.rename(path)
+        except BaseException:
+            if old.exists() and not path.exists():
+                old.rename(path)
+            raise
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def former_folder(path: str | Path) -> Path:
+    """Where a folder lies while another takes its place."""
+    path = Path(os.path.realpath(path))
+    return path.with_name(f".{path.name}.old")
+
+
 def remove_stale_temporaries(folder: str | Path) -> None:
     """Delete what killed writers left in a folder: temporaries that nobody has written to for an hour."""
     for file in Path(folder).glob(f".*{_TEMPORARY}"):
@@ -519,6 +578,13 @@ _hashes: dict[tuple, str] = {}
 def model_hash(path: str | Path) -> str:
     """First 10 hex digits of the file's SHA-256, as other programs show it; cached by path, size and time."""
     return _sha256(Path(path), 0)[:10]
+
+
+def old_model_hash(path: str | Path) -> str:
+    """8 hex digits of the SHA-256 of 64 KiB from the first MiB on, by which programs of 2022 named a checkpoint."""
+    with open(path, "rb") as file:
+        file.seek(0x100000)
+        return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
 
 
 def lora_hash(path: str | Path) -> str:

@@ -1,10 +1,10 @@
-"""`python -m sd generate | compare | train | merge | inspect`: parse, call one function, show the result."""
+"""`python -m sd <command>`: parse, call one function, show the result. The tools for files are in cli_tools."""
 
 from __future__ import annotations
 
 import io
-import json
 import logging
+import os
 import re
 import secrets
 import sys
@@ -13,28 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
+from sd.cli_args import ModelArgs, load
+from sd.cli_tools import TOOLS, Positional
+
 NO_MEMORY = "there is not enough memory for pictures of this size and number; make fewer or smaller ones"
-Positional = tyro.conf.Positional
-
-
-@dataclass(frozen=True)
-class ModelArgs:
-    """Which model, where it runs, and what is loaded on it."""
-
-    model: str | None = None
-    """Checkpoint (.safetensors, .ckpt) or diffusers folder; none: the small model that ships with the program."""
-    lora: tuple[str, ...] = ()
-    """LoRA files as PATH or PATH:MULTIPLIER; names of data/loras need no path."""
-    vae: str | None = None
-    """VAE to use instead of the model's own."""
-    device: str | None = None
-    """cuda, mps, cpu; none: the best present."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the networks; none: float32 on the CPU, half precision elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -113,35 +99,20 @@ class Compare:
     """File of the contact sheet."""
 
 
-@dataclass(frozen=True)
-class Merge:
-    """Merge LoRAs into a model for deployment: one plain checkpoint that any program loads (float32 unless --dtype)."""
-
-    out: Positional[str]
-    """A file ending in .safetensors (LDM layout), or a new folder (diffusers)."""
-    on: Annotated[ModelArgs, tyro.conf.arg(name="")] = field(default_factory=ModelArgs)
-
-
-@dataclass(frozen=True)
-class Inspect:
-    """Say what a file is: a checkpoint, a LoRA, or a picture with the parameters that made it."""
-
-    paths: Positional[tuple[str, ...]]
-    """Files or diffusers folders."""
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for a user's mistake (one sentence on stderr), 130 for Ctrl-C."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     warnings.showwarning = lambda message, *where, **more: logging.getLogger("sd").warning("%s", message)
-    commands = {"generate": generate, "compare": compare, "train": train, "merge": merge, "inspect": inspect}
+    commands = {"generate": generate, "compare": compare, "train": train} | {name: run for name, (_, run) in TOOLS.items()}
     try:
         args = _parse(sys.argv[1:] if argv is None else list(argv))
-        commands[type(args).__name__.lower().removesuffix("config")](args)
-        return 0
+        return commands[type(args).__name__.lower().removesuffix("config")](args) or 0
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError) as error:
         print(f"error: {_sentence(error)}", file=sys.stderr)
         return 2
@@ -176,7 +147,7 @@ def _parse(argv: list[str]):
 
 def _commands():
     from sd.training import TrainConfig
-    kinds = {"generate": Generate, "compare": Compare, "train": TrainConfig, "merge": Merge, "inspect": Inspect}
+    kinds = {"generate": Generate, "compare": Compare, "train": TrainConfig} | {name: cls for name, (cls, _) in TOOLS.items()}
     union = None
     for command, cls in kinds.items():
         one = Annotated[cls, tyro.conf.subcommand(command, description=(cls.__doc__ or "").splitlines()[0])]
@@ -197,7 +168,7 @@ def generate(args: Generate) -> None:
     from sd.image_io import read_parameters, save_image
     again = {} if args.again is None else read_parameters(args.again)
     paths = _paths(args.out, args.count * max(1, len(args.prompts)))
-    models = _load(args.on)
+    models = load(args.on)
     arguments, prompts = args.how.arguments(), list(args.prompts)
     seed = secrets.randbits(32) if args.how.seed is None else args.how.seed
     if args.again is not None:
@@ -235,6 +206,12 @@ def _again(about: dict, path: str, models, picture: str | None) -> tuple[list[st
         if name in models.lora_reports and models.lora_reports[name].hash != digest:
             raise ValueError(f"{path}: made with another LoRA {name!r}, of hash {digest}; "
                              f"this one has {models.lora_reports[name].hash}")
+    for key, what in (("lora_blocks", "blocks"), ("lora_skipped", "skipped")):
+        for name in about.get("lora", {}):
+            then, now = (about.get(key) or {}).get(name) or None, getattr(models.lora_reports[name], what) or None
+            if then != now:
+                raise ValueError(f"{path}: made with {what} {then} of the LoRA {name!r}; this one has {now}; "
+                                 f"say so with --lora PATH:MULTIPLIER:BLOCKS and --skip")
     keys = ("uncond_prompt", "n_inference_steps", "sampler_name", "cfg_scale", "width", "height", "spacing", "clip_skip", "eta")
     return [about["prompt"]], about["seed"], {k: about[k] for k in keys if k in about} | {"lora": about.get("lora", {})}
 
@@ -243,7 +220,7 @@ def compare(args: Compare) -> None:
     from sd import pipeline
     from sd.image_io import save_image
     from sd.lora import active_multipliers
-    models = _load(args.on)
+    models = load(args.on)
     loaded = active_multipliers(models)
     if not loaded:
         raise ValueError("nothing to compare with the base: name at least one LoRA with --lora")
@@ -262,54 +239,6 @@ def train(args) -> None:
     from sd.training import train as run
     run(args)
     print(f"{Path(args.out) / (args.name if args.train == 'lora' else 'model')}.safetensors")
-
-
-def merge(args: Merge) -> None:
-    from sd.model_loader import merge_lora_into_checkpoint
-    if not args.on.lora:
-        raise ValueError("nothing to merge: name at least one LoRA with --lora PATH:MULTIPLIER")
-    chosen = dict(_lora(text) for text in args.on.lora)
-    if len(chosen) < len(args.on.lora):
-        raise ValueError("the same LoRA is named twice; give it once, with the sum of the multipliers")
-    dtype = _dtype(args.on.dtype)
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    merge_lora_into_checkpoint(args.on.model, chosen, args.out, dtype=dtype, vae=args.on.vae, device=args.on.device or "cpu")
-    print(f"{args.out}: the model with " + " + ".join(f"{m:g} x {Path(p).name}" for p, m in chosen.items()) + " merged into it")
-
-
-def inspect(args: Inspect) -> None:
-    from sd.tools.inspect import inspect_file
-    if not args.paths:
-        raise ValueError("nothing to inspect: name files or diffusers folders")
-    for path in args.paths:
-        print(f"{path}: {json.dumps(inspect_file(path), indent=2, ensure_ascii=False)}")
-
-
-def _load(on: ModelArgs):
-    from sd.model_loader import load_lora_into_models, preload_models_from_standard_weights
-    models = preload_models_from_standard_weights(on.model, on.device, dtype=_dtype(on.dtype), vae=on.vae)
-    for path, multiplier in (_lora(text) for text in on.lora):
-        if path.stem in models.lora_reports:
-            raise ValueError(f"two LoRAs are named {path.stem!r}; rename one of the files")
-        load_lora_into_models(models, path, multiplier=multiplier)
-    return models
-
-
-def _lora(text: str) -> tuple[Path, float]:
-    """(file, multiplier) of PATH or PATH:MULTIPLIER; a bare name is looked up in data/loras."""
-    from sd.tokenizer import data_dir
-    name, _, number = text.rpartition(":")
-    try:
-        path, multiplier = (Path(name), float(number)) if name else (Path(text), 1.0)
-    except ValueError:  # the colon belongs to the path
-        path, multiplier = Path(text), 1.0
-    shipped = data_dir() / "loras" / f"{path.name}.safetensors"
-    return (shipped if not path.exists() and path.parent == Path(".") and shipped.exists() else path), multiplier
-
-
-def _dtype(name: str | None):
-    import torch
-    return None if name is None else getattr(torch, name)
 
 
 def _paths(out: str, count: int) -> list[Path]:

@@ -148,4 +148,5 @@ DIGITS = ModelConfig(
     image_size=32,
 )
 
+CONFIG_KEY = "sdlora.config"  # where our own files keep their ModelConfig, as JSON
 PRESETS = {config.name: config for config in (SD15, TINY, DIGITS)}

@@ -6,13 +6,12 @@
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import os
 import re
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -22,7 +21,10 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 from sd import checkpoint as files
-from sd.lora_formats import AdapterWeights, LoRAFormatError, guess_file, module_lookup, read_kohya, write_kohya
+from sd.lora_blocks import BlockWeights, block_multipliers
+from sd.lora_files import LoRAFile, read_lora
+from sd.lora_formats import AdapterWeights, LoRAFormatError, Modules, guess_file
+from sd.lora_kinds import KINDS
 from sd.lora_layers import (  # noqa: F401 (the layers are part of this module's face)
     LORA_CLASSES,
     NOTHING,
@@ -39,8 +41,10 @@ from sd.lora_layers import (  # noqa: F401 (the layers are part of this module's
     as_lora_layer,
     check_rank,
     exact,
+    shape_of,
 )
-from sd.lora_variants import KINDS, Adapter, Full, LowRank  # noqa: F401
+from sd.lora_variants import Adapter, Full, LayerShape, LowRank  # noqa: F401
+from sd.lora_writers import write_lora
 from sd.names import component_names
 
 NORMS = (nn.GroupNorm, nn.LayerNorm)
@@ -126,16 +130,24 @@ def _matches(target: str, path: str, module: nn.Module) -> bool:
 
 def apply_lora_to_model(models, rank: int = 4, alpha: float = 1.0, dropout: float = 0.0, target_modules=None,
                         name: str = "default", *, kind: str = "lora", dora: bool = False, rank_dropout: float = 0.0,
-                        module_dropout: float = 0.0):
+                        module_dropout: float = 0.0, **options):
     """Attach a new, trainable adapter to every target layer, active at multiplier 1; no output changes by a bit.
 
-    ΔW = alpha / rank · up · down, with up = 0 at the start. Norms, which have no low rank, get a full difference.
-    `dora` adds a trained magnitude. Returns `models`. Raises LoRAError, before anything changes, for a name in use,
-    a rank below 1 or above min(in, out) of a layer, a target that matches nothing, or a layer without a LoRA form.
+    Of kind "lora", ΔW = alpha / rank · up · down, with up = 0 at the start; the other kinds and their options (such as
+    `tucker` or `factor`) stand in KINDS. Norms, which have no low rank, get a full difference. `rank` bounds the rows of
+    a block of oft and boft, whose constraint is `alpha`; ia3 and full have neither. `dora` adds a trained magnitude.
+    Returns `models`. Raises LoRAError, before anything changes, for a name in use, a rank below 1 or above
+    min(in, out) of a layer, a target that matches nothing, or a layer without a LoRA form or without one of this kind.
     """
     targets = find_targets(models, target_modules)
     if kind not in KINDS:
         raise LoRAError(f"adapter kind {kind!r} is unknown; allowed: {', '.join(KINDS)}")
+    if dora and not KINDS[kind].takes_dora:
+        having = ", ".join(k for k in KINDS if KINDS[k].takes_dora)
+        raise LoRAError(f"dora does not go with kind {kind!r}; allowed: {having}")
+    unknown = [option for option in options if option not in KINDS[kind].options]
+    if unknown:
+        raise LoRAError(f"kind {kind!r} has no option {unknown[0]!r}; it has {', '.join(KINDS[kind].options) or 'none'}")
     if not math.isfinite(alpha):
         raise LoRAError(f"alpha is {alpha}; a finite number is needed")
     if name in adapter_names(models):
@@ -143,16 +155,17 @@ def apply_lora_to_model(models, rank: int = 4, alpha: float = 1.0, dropout: floa
     _refuse_bypassed(models, targets)
     new = {}
     for path, layer in targets.items():
-        low_rank = kind == "lora" and not isinstance(layer, NORMS)
-        shape = _shape_of(layer, path)
-        if low_rank:
+        norm, shape = isinstance(layer, NORMS), shape_of(layer, path)
+        if KINDS[kind].low_rank and not norm:
             check_rank(rank, shape, path)
         try:
-            adapter = (KINDS[kind] if low_rank else Full)(shape, rank, alpha, dropout=dropout, rank_dropout=rank_dropout,
-                                                          module_dropout=module_dropout)
+            if norm:  # it has no ranks to drop
+                new[path] = Full(shape, dropout=dropout, module_dropout=module_dropout)
+            else:
+                new[path] = KINDS[kind](shape, rank, alpha, dropout=dropout, rank_dropout=rank_dropout,
+                                        module_dropout=module_dropout, **options)
         except ValueError as error:
             raise LoRAError(f"{path}: {error}") from None
-        new[path] = adapter
     for path, adapter in new.items():
         if dora and not isinstance(targets[path], NORMS):
             adapter.start_magnitude(as_lora_layer(targets[path], path).base_weight())
@@ -168,15 +181,6 @@ def _attach(models, layers: Mapping[str, nn.Module], adapters: Mapping[str, Adap
         for path, adapter in adapters.items():
             as_lora_layer(layers[path], path).add_adapter(name, adapter, multiplier)
         set_lora_enabled(models, enabled)  # also on layers that had no adapter when it was switched
-
-
-def _shape_of(layer: nn.Module, path: str):
-    """The LayerShape of a layer that may still be a plain one; refuses what has no LoRA form before anything changes."""
-    if isinstance(layer, LoRALayer):
-        return layer.lora_shape()
-    shape = as_lora_layer(layer, path).lora_shape()
-    layer.to_plain()
-    return shape
 
 
 def _refuse_bypassed(models, targets: Mapping[str, nn.Module]) -> None:
@@ -199,6 +203,9 @@ def remove_lora(models, name: str | None = None) -> None:
             for known in layer.adapter_names if name is None else [name]:
                 if known in layer.adapter_names:
                     layer.remove_adapter(known)
+        reports = getattr(models, "lora_reports", {})
+        for gone in list(reports) if name is None else [name]:
+            reports.pop(gone, None)
 
 
 def get_lora_parameters(models, name: str | None = None) -> list[nn.Parameter]:
@@ -368,7 +375,7 @@ def merge(models) -> None:
     """Compute each layer's merged weight for the present active set into a buffer beside `weight`. Reversible, exact."""
     with exclusive(models):
         for layer in lora_layers(models).values():
-            if layer.multipliers and layer.lora_enabled:
+            if layer.effective.multipliers and layer.lora_enabled:
                 layer.merge()
 
 
@@ -384,9 +391,10 @@ def merge_loss(models) -> float:
     lost = change = 0.0
     with exact():
         for layer in lora_layers(models).values():
-            if layer.multipliers and layer.lora_enabled:
+            if layer.effective.multipliers and layer.lora_enabled:
                 W, (total, _) = layer.base_weight(), layer.merged_sum()
-                delta = sum(m * layer.adapter(name).effective_delta(W).double() for name, m in layer.multipliers.items())
+                delta = sum(m * layer.adapter(name).effective_delta(W).double()
+                            for name, m in layer.effective.multipliers.items())
                 lost += (total.to(layer.weight.dtype).double() - W.double() - delta).square().sum().item()
                 change += delta.square().sum().item()
     return math.sqrt(lost / change) if change else 0.0
@@ -423,16 +431,21 @@ def merge_lora_weights(models):
 
 @dataclass
 class LoadReport:
-    """What became of a LoRA file: every tensor of it is counted."""
+    """What became of a LoRA file: every tensor of it is counted, in `tensors` (applied) or in `skipped` (asked for)."""
 
     name: str
     file: str
     format: str
+    base: str  # the family that the file's metadata names, or ""
     modules: dict[str, int]  # component -> modules matched
+    kinds: list[str]
     ranks: list[int]
     alphas: list[float]
     tensors: int
+    skipped: list[str] = field(default_factory=list)
+    trigger_words: list[str] = field(default_factory=list)
     metadata: dict[str, str] = field(default_factory=dict)
+    blocks: dict[str, float] = field(default_factory=dict)  # block -> its multiplier, where it is not 1
     stamp: tuple[int, int] | None = None  # size and time of the file when it was read
 
     @property
@@ -443,7 +456,14 @@ class LoadReport:
     def __str__(self) -> str:
         where = ", ".join(f"{n} in {component or 'the model'}" for component, n in self.modules.items())
         ranks, alphas = ("/".join(f"{v:g}" for v in values) or "-" for values in (self.ranks, self.alphas))
-        return f"LoRA {self.name!r}: {self.format}, {where}, rank {ranks}, alpha {alphas}, {self.tensors} tensors applied"
+        kinds = "" if self.kinds == ["lora"] else f" ({', '.join(self.kinds)})"
+        text = f"LoRA {self.name!r}: {self.format}{kinds}{f' for {self.base}' if self.base else ''}, {where}, rank {ranks}, " \
+               f"alpha {alphas}, {self.tensors} tensors applied"
+        if self.skipped:
+            text += f", {len(self.skipped)} skipped as asked"
+        if self.blocks:
+            text += ", blocks " + ", ".join(f"{block} {m:g}" for block, m in self.blocks.items())
+        return text + (f", trigger words: {', '.join(self.trigger_words)}" if self.trigger_words else "")
 
 
 def lora_state(models, name: str | None = None) -> dict[str, AdapterWeights]:
@@ -478,7 +498,7 @@ def attach_state(models, state: Mapping[str, AdapterWeights], name: str, multipl
 
 
 def _loaded_adapter(weights: AdapterWeights, layer: nn.Module, path: str) -> Adapter:
-    shape = _shape_of(layer, path)
+    shape = shape_of(layer, path)
     adapter = KINDS[weights.kind].from_weights(weights, shape)
     bias = getattr(layer, "bias", None)
     if bias is None and adapter.bias_delta(bias) is not None:
@@ -488,64 +508,60 @@ def _loaded_adapter(weights: AdapterWeights, layer: nn.Module, path: str) -> Ada
 
 
 def save_lora_weights(models, path: str | os.PathLike, name: str | None = None, *, metadata: Mapping[str, str] | None = None,
-                      dtype: torch.dtype | None = None) -> None:
-    """Write one adapter (None: the only one) as safetensors in kohya's spelling, alpha and metadata included; atomic.
+                      dtype: torch.dtype | None = None, format: str = "kohya") -> None:
+    """Write one adapter (None: the only one), alpha and metadata included; atomic. `format`: see `sd.lora_writers`.
 
-    A path that ends in `.pt` is written as a flat dict of tensors by torch.save, readable with weights_only.
+    The file is safetensors; in kohya's spelling a path that ends in `.pt` is written as a flat dict of tensors by
+    torch.save, readable with weights_only.
     """
-    state = lora_state(models, name)
-    tensors = write_kohya(state, _names(models), dtype)
-    header = lora_metadata(state) | dict(metadata or {})
-    files.write_tensors(path, tensors, header)
-
-
-def lora_metadata(state: Mapping[str, AdapterWeights]) -> dict[str, str]:
-    """The header that other programs read (ss_*), with each module's rank, alpha and kind under our own key."""
-    ranks = [w.rank for w in state.values() if w.rank]
-    alphas = [w.alpha for w in state.values() if w.alpha is not None]
-    return {
-        "format": "pt",
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(max(ranks, key=ranks.count)) if ranks else "0",
-        "ss_network_alpha": str(max(alphas, key=alphas.count)) if alphas else "0",
-        "sdlora.modules": json.dumps({path: [w.kind, w.rank, w.alpha] for path, w in state.items()}),
-    }
+    write_lora(path, lora_state(models, name), modules_of(models), format=format, dtype=dtype, metadata=metadata)
 
 
 def load_lora_weights(models, path: str | os.PathLike | Mapping[str, Tensor], name: str = "default",
-                      multiplier: float = 1.0) -> LoadReport:
-    """Read a LoRA file (or its tensors) and attach it as `name`, active; one of that name is replaced, whatever its rank.
+                      multiplier: float = 1.0, *, skip: str | None = None,
+                      block_weights: Mapping[str, float] | Sequence[float] | str | None = None) -> LoadReport:
+    """Read a LoRA of any program and attach it as `name`, active; one of that name is replaced, whatever its rank.
 
-    Every tensor is applied, or LoRAFormatError names the first that cannot be and what the file seems to be.
+    `path`: a file, a folder of PEFT or diffusers, or tensors in memory. `skip`: a regular expression over keys and module
+    paths to leave out. `block_weights`: see `sd.lora_blocks`. Every tensor is applied or left out by `skip`; else
+    LoRAFormatError names the first that cannot be and what the file seems to be.
     """
-    if isinstance(path, Mapping):
-        tensors, path = files.TensorFile("tensors in memory", dict(path)), "tensors in memory"
-    else:
-        tensors = files.read_tensors(path)
-    made_for = tensors.metadata.get("ss_base_model_version")
-    where = os.path.basename(os.fspath(path)) + (f" (made for {made_for})" if made_for else "")
-    # pickles may hold alpha as a plain number
-    tensors.update({key: torch.tensor(float(v)) for key, v in tensors.scalars.items() if key.endswith(".alpha")})
-    known = [p for p, m in named_layers(models) if isinstance(m, (*LORA_CLASSES, LoRALayer))]
-    modules = module_lookup(_names(models)) | {p: p for p in known}
-    if not tensors:
-        raise LoRAFormatError(f"{where} holds no tensors")
-    state = read_kohya(tensors, modules, where)
-    absent = sorted(set(state) - set(known))
-    if absent:
-        raise LoRAFormatError(f"{where}: {len(absent)} of {len(state)} LoRA modules are in no loaded network, "
-                              f"first: {absent[0]!r}")
+    modules = modules_of(models)
+    found = read_lora(path, modules, skip=skip)
+    blocks = block_multipliers(block_weights, modules)
     try:
-        attach_state(models, state, name, multiplier, where)
+        attach_state(models, found.state, name, multiplier, found.path.name)
     except LoRAFormatError as error:
-        raise LoRAFormatError(f"{error}; {guess_file(tensors)}") from None
-    counts: dict[str, int] = {}
+        raise LoRAFormatError(f"{error}; {guess_file(found.file)}") from None
+    for layer_path, layer in lora_layers(models).items() if blocks else ():
+        if layer_path in found.state:
+            layer.set_block_multiplier(name, blocks.of(layer_path))
+    return report_of(found, name, components(models), blocks)
+
+
+def report_of(found: LoRAFile, name: str, networks: Iterable[str] = (), blocks: BlockWeights | None = None) -> LoadReport:
+    """The report on a file that was read."""
+    state, counts = found.state, {}
     for module in state:
-        component = module.split(".")[0] if module.split(".")[0] in components(models) else ""
+        component = module.split(".")[0] if module.split(".")[0] in networks else ""
         counts[component] = counts.get(component, 0) + 1
-    return LoadReport(name, os.fspath(path), "kohya", counts, sorted({w.rank for w in state.values() if w.rank}),
-                      sorted({w.alpha for w in state.values() if w.alpha is not None}), len(tensors), tensors.metadata,
-                      _stamp(path))
+    return LoadReport(name, os.fspath(found.path), found.format, found.base, counts, sorted({w.kind for w in state.values()}),
+                      sorted({w.rank for w in state.values() if w.rank}),
+                      sorted({w.alpha for w in state.values() if w.alpha is not None}), found.tensors, found.skipped,
+                      found.trigger_words, found.metadata, dict(blocks.given) if blocks else {}, _stamp(found.path))
+
+
+def modules_of(models) -> Modules:
+    """What a reader of LoRA files must know of these models (on the meta device they suffice)."""
+    layers = {path: m for path, m in named_layers(models) if isinstance(m, (*LORA_CLASSES, LoRALayer)) and m.weight is not None}
+    return Modules(_names(models), {path: tuple(m.weight.shape) for path, m in layers.items()},
+                   frozenset(path for path, m in layers.items() if isinstance(m, nn.Embedding)))
+
+
+def layer_shapes(models) -> dict[str, LayerShape]:
+    """Path -> LayerShape of every layer that can carry an adapter."""
+    return {path: shape_of(m, path) for path, m in named_layers(models)
+            if isinstance(m, LoRALayer) or type(m) in LORA_CLASSES and m.weight is not None}
 
 
 def _stamp(path) -> tuple[int, int] | None:

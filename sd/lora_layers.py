@@ -8,9 +8,11 @@ Legend: B images, rows of a network call (2B with guidance), R rank, ΣR the ran
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from hashlib import blake2b
 from urllib.parse import quote, unquote
 
@@ -37,6 +39,11 @@ class ActiveSet:
         """The part of it that concerns a layer with these adapters, in an order that does not depend on loading."""
         return ActiveSet({n: self.multipliers[n] for n in sorted(self.multipliers) if n in names}, self.rows)
 
+    def times(self, factors: Mapping[str, float]) -> ActiveSet:
+        """Every multiplier times its adapter's factor; what has the factor 0 is not on at all."""
+        return ActiveSet({n: tuple(v * factors[n] for v in m) if isinstance(m, tuple) else m * factors[n]
+                          for n, m in self.multipliers.items() if factors[n]}, self.rows)
+
     def fingerprint(self) -> int:
         """63 bits that differ where the sets do; Python's own hash is the same for -1.0 and -2.0."""
         digest = blake2b(repr((self.multipliers, self.rows)).encode(), digest_size=8).digest()
@@ -59,7 +66,11 @@ NOTHING = ActiveSet({})
 
 
 class LoRALayer:
-    """Mixin of the layers below. `adapters`: escaped name -> Adapter; `active` is written through `set_active` only."""
+    """Mixin of the layers below. `adapters`: escaped name -> Adapter; `active` is written through `set_active` only.
+
+    `active` holds the user's multipliers, `effective` those times the adapters' block multipliers: the layer computes with
+    these alone.
+    """
 
     adapters: nn.ModuleDict
 
@@ -109,6 +120,14 @@ class LoRALayer:
         self.adapters[_key(name)] = adapter.to(self.weight.device).train(self.training)
         self.set_active(ActiveSet(self.multipliers | {name: float(multiplier)}, self.active.rows))
 
+    def set_block_multiplier(self, name: str, value: float) -> None:
+        """Factor of the user's multiplier of one adapter in this layer alone (block weights); at 0 the layer is its base."""
+        if not math.isfinite(value):
+            raise LoRAError(f"the block multiplier of {name!r} is {value}; a finite number is needed")
+        self.drop_derived()
+        self.adapter(name).block_multiplier = float(value)
+        self.set_active(self.active)
+
     def remove_adapter(self, name: str) -> None:
         """Take the adapter off; a converted foreign layer that has no other becomes what it was."""
         self.drop_derived()
@@ -120,15 +139,16 @@ class LoRALayer:
     def to_plain(self) -> None:
         """Undo the conversion of a foreign layer."""
         self.__class__ = self.plain_class
-        for attribute in ("active", "lora_enabled", "plain_class", "_on", "_is_on", "_key", "_fused", "_merged_state",
-                          "_merged_on"):
+        for attribute in ("active", "effective", "lora_enabled", "plain_class", "_on", "_is_on", "_key", "_fused",
+                          "_merged_state", "_merged_on"):
             del self.__dict__[attribute]
         del self.adapters, self.merged_weight, self.merged_bias
 
     def set_active(self, active: ActiveSet) -> None:
         self.active = active.only(self.adapter_names)
-        self._on = [self.adapter(name) for name in self.multipliers]  # what forward needs of it, found once
-        self._key = self.active.fingerprint()
+        self.effective = self.active.times({name: self.adapter(name).block_multiplier for name in self.multipliers})
+        self._on = [self.adapter(name) for name in self.effective.multipliers]  # what forward needs of it, found once
+        self._key = self.effective.fingerprint()
         # Compiled code is guarded by these bools alone, so that values change without recompiling.
         self._is_on = bool(self._on)
         self._merged_on = self._merged_state is not None and self._merged_state[0] == self._key
@@ -169,6 +189,12 @@ class LoRALayer:
                 out = torch.addmm(out.reshape(-1, out.shape[-1]), h.reshape(-1, h.shape[-1]), fused.up.T).view(out.shape)
             else:
                 out = out + project_up(h, fused.up, self.lora_shape().groups)
+            if fused.bias is not None:
+                spatial = fused.up.dim() - 2
+                bias = fused.bias.view(*fused.bias.shape, *(1,) * spatial)
+                if fused.rows is not None and not spatial:  # [rows, 1..., out]
+                    bias = bias.unflatten(0, (-1, *(1,) * (out.dim() - 2)))
+                out = out + bias
         for weight, bias, column in fused.deltas:
             change = self.op(x, weight, bias)
             out = out + (change if column is None else change * column.view(-1, *(1,) * (out.dim() - 1)))
@@ -181,9 +207,9 @@ class LoRALayer:
 
     def _columns(self, out: Tensor) -> list[float | Tensor]:
         """One multiplier for each active adapter: a number, or a column that broadcasts over the rows of `out`."""
-        if not self.active.per_image:
-            return list(self.multipliers.values())
-        table = self.active.table().to(out)
+        if not self.effective.per_image:
+            return list(self.effective.multipliers.values())
+        table = self.effective.table().to(out)
         self._check_rows(len(table), out)
         return [column.view(-1, *(1,) * (out.dim() - 1)) for column in table.T]
 
@@ -197,7 +223,7 @@ class LoRALayer:
         """Differs whenever fused or merged weights would: another active set, a write to an adapter or to the base."""
         versions = [(p.data_ptr(), object() if p.grad is not None or p.is_inference() else p._version)
                     for p in self._sources()]  # a new object equals nothing: between backward and step nothing is kept
-        return self._key, versions, [adapter.scale for adapter in self._on]
+        return self._key, versions, [(adapter.alpha, adapter.rank) for adapter in self._on]
 
     def _sources(self) -> list[Tensor]:
         """All that the output is made of: the base and the active adapters."""
@@ -214,7 +240,7 @@ class LoRALayer:
 
     def merge(self) -> None:
         """Write round(W + Σ mᵢ ΔWᵢ) into the merged buffer, in place once it exists: a stable address for graphs."""
-        if self.active.per_image:
+        if self.effective.per_image:
             raise LoRAError("multipliers that differ from image to image cannot be merged into one weight")
         if self.is_merged():
             return
@@ -236,7 +262,7 @@ class LoRALayer:
         """
         base, bias = self.base_weight(), None
         total = base
-        for adapter, multiplier in zip(self._on, self.multipliers.values()):
+        for adapter, multiplier in zip(self._on, self.effective.multipliers.values()):
             delta_b = adapter.bias_delta(self.base_bias())
             total = adapter.add_to(total, base, multiplier, out)
             if delta_b is not None:
@@ -339,8 +365,22 @@ def exact():
 
 def as_lora_layer(layer: nn.Module, path: str = "layer") -> LoRALayer:
     """Convert a plain layer in place: its class changes; identity, ties, hooks and keys stay. Raises LoRAError."""
+    if not isinstance(layer, LoRALayer):
+        plain = type(layer)
+        layer.__class__ = lora_class(layer, path)
+        layer.init_lora(plain)
+    return layer
+
+
+def shape_of(layer: nn.Module, path: str = "layer") -> LayerShape:
+    """The LayerShape of a layer that may still be a plain one. Raises LoRAError for what has no LoRA form."""
+    return lora_class(layer, path).lora_shape(layer)
+
+
+def lora_class(layer: nn.Module, path: str) -> type[LoRALayer]:
+    """The class with which a layer carries adapters. Raises LoRAError, and changes nothing, where there is none."""
     if isinstance(layer, LoRALayer):
-        return layer
+        return type(layer)
     if type(layer) not in LORA_CLASSES:  # exact types: a subclass may compute something else
         raise LoRAError(f"{path} is a {type(layer).__name__}, which has no LoRA form; "
                         f"those that have: {', '.join(c.__name__ for c in LORA_CLASSES)}")
@@ -351,10 +391,7 @@ def as_lora_layer(layer: nn.Module, path: str = "layer") -> LoRALayer:
         raise LoRAError(f"{path} has no weight to adapt (affine parameters are off)")
     if getattr(layer, "max_norm", None) is not None:
         raise LoRAError(f"{path} is an Embedding with max_norm, which writes to its base weight on every look-up")
-    plain = type(layer)
-    layer.__class__ = LORA_CLASSES[plain]
-    layer.init_lora(plain)
-    return layer
+    return LORA_CLASSES[type(layer)]
 
 
 def check_rank(rank: int, shape: LayerShape, path: str) -> None:
@@ -371,35 +408,43 @@ class _Fused:
     state: tuple
     down: Tensor | None  # [ΣR, ...]; for embeddings [num, ΣR]
     up: Tensor | None  # [out, ΣR/g, ...], alpha / R folded in, and the multipliers too where all images share them
+    bias: Tensor | None  # Σ mᵢ Δbᵢ of the low-rank ones, [out] or, where images differ, [rows, out]
     multipliers: Tensor | None  # [rows, ΣR] where images differ
     deltas: list[tuple[Tensor, Tensor | None, Tensor | None]]  # kinds that are not low-rank: ΔW, Δb, multipliers [rows]
     rows: int | None  # of the call that it is for, where images differ
 
 
 def _fuse(layer: LoRALayer, dtype: torch.dtype) -> _Fused:
-    shape, per_image, table = layer.lora_shape(), layer.active.per_image, layer.active.table()
-    fused = _Fused((layer._state(), dtype), None, None, None, [], len(table) if per_image else None)
+    shape, per_image, table = layer.lora_shape(), layer.effective.per_image, layer.effective.table()
+    fused = _Fused((layer._state(), dtype), None, None, None, None, [], len(table) if per_image else None)
     # Shared multipliers are folded in while all is fp32; one for each row must stay outside.
-    shared = [1.0] * len(layer._on) if per_image else table.tolist()
+    shared = [1.0] * len(layer._on) if per_image else list(layer.effective.multipliers.values())
+    wide = torch.promote_types(dtype, torch.float32)
     if per_image:
         table = table.to(device=layer.weight.device, dtype=dtype)
     with exact():
-        downs, ups, columns = [], [], []
+        downs, ups, columns, biases = [], [], [], []
         for adapter, m, column in zip(layer._on, shared, table.T if per_image else [None] * len(shared)):
+            bias = adapter.bias_delta(layer.base_bias())
+            bias = None if bias is None else bias * m
             if isinstance(adapter, LowRank) and adapter.magnitude is None:
-                downs.append(adapter.down.unflatten(0, (shape.groups, -1)))  # [g, R/g, ...]: groups keep their ranks
-                ups.append(adapter.up * (adapter.scale * m))
+                down = adapter.whole_down(wide)
+                downs.append(down.unflatten(0, (shape.groups, -1)))  # [g, R/g, ...]: groups keep their ranks
+                ups.append(adapter.up.to(wide) * (adapter.scale * m))
                 if per_image:
                     columns.append(column[:, None, None].expand(-1, shape.groups, adapter.rank // shape.groups))
+                if bias is not None:
+                    biases.append(bias if column is None else column[:, None] * bias)
             else:
-                bias = adapter.bias_delta(layer.base_bias())
                 fused.deltas.append(((adapter.effective_delta(layer.base_weight()) * m).to(dtype),
-                                     None if bias is None else (bias * m).to(dtype), column))
+                                     None if bias is None else bias.to(dtype), column))
         if downs:
             down = torch.cat(downs, dim=1).flatten(0, 1).to(dtype)
             fused.down = down.T.contiguous() if shape.embedding else down
             fused.up = torch.cat(ups, dim=1).to(dtype)
             fused.multipliers = torch.cat(columns, dim=2).flatten(1) if per_image else None
+        if biases:
+            fused.bias = sum(biases).to(dtype)
     return fused
 
 
@@ -430,12 +475,12 @@ class _SameActiveSet(torch.autograd.Function):
         return grad, None
 
 
-@cache
+@lru_cache(maxsize=4096)
 def _key(name: str) -> str:
     """Adapter names are free text; module names may not hold dots, be empty, or equal an attribute such as `train`."""
     return "_" + quote(name, safe="").replace(".", "%2E")
 
 
-@cache
+@lru_cache(maxsize=4096)
 def _name(key: str) -> str:
     return unquote(key[1:])

@@ -1,4 +1,4 @@
-"""Kinds of adapter: each is one weight change ΔW for one layer, behind `Adapter.delta`.
+"""What every kind of adapter shares, and the two simplest kinds, LowRank and Full: one weight change ΔW for one layer.
 
 Legend: R rank, `in`, `out` widths, k kernel, g groups. W is the base weight in its own layout: Linear [out, in],
 ConvNd [out, in/g, *k], Embedding [num, dim], norms [C].
@@ -25,6 +25,10 @@ class LayerShape(NamedTuple):
     embedding: bool = False
 
     @property
+    def has_kernel(self) -> bool:
+        return any(n != 1 for n in self.weight[2:])
+
+    @property
     def fan_in(self) -> int:
         return self.weight[0] if self.embedding else math.prod(self.weight[1:])
 
@@ -34,19 +38,44 @@ class LayerShape(NamedTuple):
 
 
 class Adapter(nn.Module):
-    """One weight change for one layer; knows no names, multipliers or other adapters."""
+    """One weight change for one layer; knows no names, multipliers or other adapters.
+
+    A kind defines its parameters in the constructor (zero change at the start), `delta`, and `_like`. `magnitude` and
+    `diff_b` are modifiers that any kind may have beside its own tensors.
+    """
 
     kind: str
-    scale = 1.0  # alpha / rank, where a kind has them
+    alpha: float | None = None
+    rank: int | None = None
+    block_multiplier = 1.0  # the user's factor for this one layer; written by LoRALayer.set_block_multiplier
+    options: tuple[str, ...] = ()  # what the constructor takes beside rank, alpha and dropouts
+    flags: tuple[str, ...] = ()  # tensors of a file that are no parameters
+    fits_norms = fits_embeddings = drops_ranks = takes_dora = False
+    of_weight = False  # whether ΔW is made from W
+    low_rank = False  # whether a rank above min(in, out) is a mistake
 
-    def __init__(self, *, dropout: float = 0.0, rank_dropout: float = 0.0, module_dropout: float = 0.0):
+    def __init__(self, shape: LayerShape, *, dropout: float = 0.0, rank_dropout: float = 0.0, module_dropout: float = 0.0):
         super().__init__()
         for what, p in (("dropout", dropout), ("rank_dropout", rank_dropout), ("module_dropout", module_dropout)):
             if not 0.0 <= p < 1.0:
                 raise ValueError(f"{what} is {p}; allowed: 0 <= {what} < 1")
+        if rank_dropout and not self.drops_ranks:
+            raise ValueError(f"rank_dropout does not go with kind {self.kind!r}, which has no rank space to drop from")
+        if shape.embedding and not self.fits_embeddings:
+            raise ValueError(f"kind {self.kind!r} does not fit an embedding; allowed: lora, full")
+        if len(shape.weight) < 2 and not self.fits_norms:
+            raise ValueError(f"kind {self.kind!r} does not fit a norm, whose weight {list(shape.weight)} is no matrix; "
+                             f"allowed: full")
         self.dropout, self.rank_dropout, self.module_dropout = dropout, rank_dropout, module_dropout
+        self.embedding = shape.embedding
         self.magnitude: nn.Parameter | None = None
+        self.diff_b: nn.Parameter | None = None
         self.from_file = False  # loaded adapters are not what get_lora_parameters() trains by default
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank, where a kind has them."""
+        return 1.0 if self.alpha is None or self.rank is None else self.alpha / self.rank
 
     @property
     def drops(self) -> bool:
@@ -58,14 +87,14 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def bias_delta(self, b: Tensor | None) -> Tensor | None:
-        """Δb in fp32, or None where the kind leaves the bias alone."""
-        return None
+        """Δb in the dtype of b (fp32 without one), or None where the adapter leaves the bias alone."""
+        return None if self.diff_b is None else self.diff_b.to(torch.float32 if b is None else b.dtype)
 
     def start_magnitude(self, W: Tensor, *, output_axis: bool = True) -> None:
         """Make this a DoRA adapter (Liu et al. 2024): a trained norm for each output row of W, or each input column."""
         if self.rank_dropout:
             raise ValueError("rank_dropout does not go with DoRA: its norm belongs to the whole of ΔW")
-        keep = int(output_axis == getattr(self, "embedding", False))  # Embedding is [num, dim]: its output axis is the last
+        keep = int(output_axis == self.embedding)  # Embedding is [num, dim]: its output axis is the last
         shape = [n if i == keep else 1 for i, n in enumerate(W.shape)]
         self.magnitude = nn.Parameter(norm_like(W, shape).detach())
 
@@ -110,25 +139,34 @@ class Adapter(nn.Module):
 
     def weights(self) -> AdapterWeights:
         """Everything that a file must hold, detached."""
-        raise NotImplementedError
+        return AdapterWeights(self.kind, {name: p.detach() for name, p in self.named_parameters()}, alpha=self.alpha)
 
     @classmethod
     def from_weights(cls, weights: AdapterWeights, shape: LayerShape) -> Adapter:
-        """Inverse of `weights`. Raises LoRAFormatError when the tensors do not fit the layer."""
+        """Inverse of `weights`. Raises LoRAFormatError when a tensor is missing, not known, or does not fit the layer."""
+        try:
+            with torch.device("meta"):
+                adapter = cls._like(weights, shape)
+        except ValueError as error:
+            raise LoRAFormatError(str(error)) from None
+        given = {name: tensor for name, tensor in weights.tensors.items() if name not in cls.flags}
+        for name, empty in list(adapter.named_parameters()):
+            if name not in given:
+                raise LoRAFormatError(f"it has no {name}, which kind {cls.kind!r} needs beside {', '.join(given)}")
+            setattr(adapter, name, _fitting(name, given.pop(name), empty.shape, shape))
+        if "magnitude" in given:
+            adapter.magnitude = _fitting_magnitude(given.pop("magnitude"), shape)
+        if "diff_b" in given:
+            adapter.diff_b = _fitting("diff_b", given.pop("diff_b"), (shape.fan_out,), shape)
+        if given:
+            raise LoRAFormatError(f"{', '.join(given)} has no place in an adapter of kind {cls.kind!r} for the layer's "
+                                  f"weight {list(shape.weight)}")
+        return adapter
+
+    @classmethod
+    def _like(cls, weights: AdapterWeights, shape: LayerShape) -> Adapter:
+        """A new adapter of the form (rank, Tucker core, ...) that the tensors of a file have."""
         raise NotImplementedError
-
-    def _take_magnitude(self, weights: AdapterWeights, shape: LayerShape) -> Adapter:
-        m, dims = weights.tensors.get("magnitude"), len(shape.weight)
-        if m is not None:
-            m = m.reshape(*m.shape, *(1,) * (dims - m.dim()))  # that of a 1x1 convolution may be [out, 1]
-            axes = [i for i, n in enumerate(m.shape) if n != 1]
-            if m.dim() > dims or len(axes) > 1 or any(i > 1 or m.shape[i] != shape.weight[i] for i in axes):
-                raise LoRAFormatError(f"its magnitude has shape {list(m.shape)}, the layer's weight {list(shape.weight)}")
-            self.magnitude = nn.Parameter(_own(m))
-        return self
-
-    def _magnitude_tensors(self) -> dict[str, Tensor]:
-        return {} if self.magnitude is None else {"magnitude": self.magnitude.detach()}
 
 
 def at_least_fp32(tensor: Tensor) -> Tensor:
@@ -136,8 +174,39 @@ def at_least_fp32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _own(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float32, copy=True)  # a file may be mapped; an adapter outlives it
+def size_of(weights: AdapterWeights, name: str, axis: int = 0) -> int:
+    """Length of an axis of one tensor; a file may lack the tensor, or the axis."""
+    tensor = weights.tensors.get(name)
+    if tensor is None:
+        raise LoRAFormatError(f"it has no {name}, which kind {weights.kind!r} needs beside {', '.join(weights.tensors)}")
+    if tensor.dim() <= axis or not tensor.numel():
+        raise LoRAFormatError(f"{name} has shape {list(tensor.shape)}, which fits no layer")
+    return tensor.shape[axis]
+
+
+def _own(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.to(torch.float32, copy=True))  # a file may be mapped; an adapter outlives it
+
+
+def _fitting(name: str, given: Tensor, want, shape: LayerShape) -> nn.Parameter:
+    """A tensor of a file as a parameter. Writers disagree whether a 1x1 convolution and its factors are [a, b] or
+    [a, b, 1, 1], and whether a matrix that stands for a kernel is flat."""
+    same = [n for n in given.shape if n != 1] == [n for n in want if n != 1]
+    flat = len(want) == 2 < given.dim() and given.flatten(1).shape == tuple(want)
+    if given.numel() != math.prod(want) or not (same or flat):
+        raise LoRAFormatError(f"{name} has shape {list(given.shape)}, the layer's weight {list(shape.weight)} "
+                              f"wants {list(want)}")
+    return _own(given.reshape(tuple(want)))
+
+
+def _fitting_magnitude(m: Tensor, shape: LayerShape) -> nn.Parameter:
+    dims = len(shape.weight)
+    m = m.reshape(*m.shape, *(1,) * (dims - m.dim()))  # that of a 1x1 convolution may be [out, 1]
+    axes = [i for i, n in enumerate(m.shape) if n != 1]
+    no_axis = not axes and 1 not in shape.weight[:2]
+    if m.dim() > dims or len(axes) > 1 or no_axis or any(i > 1 or m.shape[i] != shape.weight[i] for i in axes):
+        raise LoRAFormatError(f"its magnitude has shape {list(m.shape)}, the layer's weight {list(shape.weight)}")
+    return _own(m)
 
 
 def norm_like(W: Tensor, shape) -> Tensor:
@@ -146,41 +215,54 @@ def norm_like(W: Tensor, shape) -> Tensor:
     return torch.linalg.vector_norm(W, dim=axes, keepdim=True) if axes else W.abs()
 
 
+def rebuild(a: Tensor, b: Tensor, core: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """a [out, r] · b [r, in·k] as a matrix; with a Tucker core [r, r, *k]: a [r, out], b [r, in] -> [out, in, *k]."""
+    a, b = a.to(dtype), b.to(dtype)
+    return a @ b if core is None else torch.einsum("ij...,ip,jq->pq...", core.to(dtype), a, b)
+
+
 class LowRank(Adapter):
     """LoRA (Hu et al. 2021): ΔW = alpha / R · up · down.
 
     Linear: down [R, in], up [out, R]. ConvNd: down [R, in/g, *k] with the layer's stride, padding and groups,
-    up [out, R/g, 1...]. Embedding: down [R, num], up [dim, R], ΔW = (up · down)ᵀ.
+    up [out, R/g, 1...]. Embedding: down [R, num], up [dim, R], ΔW = (up · down)ᵀ. `tucker` gives convolutions of k > 1
+    a core: down [R, in, 1...], mid [R, R, *k], ΔW = alpha / R · Σ_nm mid_nm up_n down_m (Tucker / CP, as LyCORIS).
     """
 
     kind = "lora"
+    options = ("tucker",)
+    fits_embeddings = drops_ranks = takes_dora = low_rank = True
 
-    def __init__(self, shape: LayerShape, rank: int, alpha: float | None = None, **dropouts):
-        super().__init__(**dropouts)
-        self.groups, self.embedding = shape.groups, shape.embedding
+    def __init__(self, shape: LayerShape, rank: int, alpha: float | None = None, *, tucker: bool = False, **dropouts):
+        super().__init__(shape, **dropouts)
+        self.groups = shape.groups
         self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
         if rank % shape.groups:
             raise ValueError(f"rank {rank} is not a multiple of the convolution's {shape.groups} groups")
+        tucker = tucker and shape.has_kernel
+        if tucker and shape.groups > 1:
+            raise ValueError(f"a Tucker core does not go with a convolution of {shape.groups} groups")
         ones = (1,) * (len(shape.weight) - 2)
         inner = (shape.weight[0],) if shape.embedding else shape.weight[1:]
-        self.down = nn.Parameter(torch.empty(rank, *inner))
+        self.down = nn.Parameter(torch.empty(rank, *((inner[0], *ones) if tucker else inner)))
         self.up = nn.Parameter(torch.zeros(shape.fan_out, rank // shape.groups, *ones))
-        if self.down.is_meta:  # from_weights brings the values
-            return
+        self.mid = nn.Parameter(uniform(torch.empty(rank, rank, *inner[1:]))) if tucker else None
         if shape.embedding:  # zero on the side of the tokens, so that tokens never seen never change
             nn.init.zeros_(self.down)
             nn.init.normal_(self.up, std=1 / math.sqrt(rank))
         else:
-            bound = 1 / math.sqrt(shape.fan_in)
-            nn.init.uniform_(self.down, -bound, bound)
+            uniform(self.down)
 
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
+    def whole_down(self, dtype: torch.dtype) -> Tensor:
+        """`down` with the core in it, [R, in/g, *k]: with it a Tucker LoRA is a LoRA as any other."""
+        if self.mid is None:
+            return self.down.to(dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        return torch.einsum("nm...,mj->nj...", self.mid.to(wide), self.down.to(wide).flatten(1)).to(dtype)
 
     def delta(self, W: Tensor) -> Tensor:
         g, r = self.groups, self.rank // self.groups
-        down = self.down.to(W.dtype).reshape(g, r, -1)
+        down = self.whole_down(W.dtype).reshape(g, r, -1)
         up = self.up.to(W.dtype).reshape(g, -1, r)
         product = torch.bmm(up, down).flatten(0, 1) * self.scale  # [out, in/g * k]
         return product.T if self.embedding else product.reshape(W.shape)
@@ -188,7 +270,7 @@ class LowRank(Adapter):
     def add_to(self, total: Tensor, W: Tensor, multiplier: float, out: Tensor | None = None) -> Tensor:
         if self.magnitude is not None or self.embedding or self.groups > 1:
             return super().add_to(total, W, multiplier, out)
-        up, down = self.up.to(W.dtype).flatten(1), self.down.to(W.dtype).flatten(1)  # one fused product, no ΔW in memory
+        up, down = self.up.to(W.dtype).flatten(1), self.whole_down(W.dtype).flatten(1)  # one fused product, no ΔW in memory
         flat = None if out is None else out.view(total.flatten(1).shape)
         product = torch.addmm(total.flatten(1), up, down, alpha=multiplier * self.scale, out=flat)
         return product.view(W.shape) if out is None else out
@@ -202,80 +284,55 @@ class LowRank(Adapter):
             if self.dropout and self.training:  # dropout of a one-hot input drops whole tokens
                 h = h * F.dropout(torch.ones_like(h[..., :1]), self.dropout)
         else:
-            h = layer.op(self.drop(x), self.down.to(dtype), None)
+            h = layer.op(self.drop(x), self.whole_down(dtype), None)
         if self.training and self.rank_dropout:
             h = h * self._rank_mask(h)
         up = (self.up * self.scale).to(dtype)
-        return self.drop_module(project_up(h, up, self.groups))
+        bias = self.bias_delta(layer.base_bias())
+        return self.drop_module(project_up(h, up, self.groups, None if bias is None else bias.to(dtype)))
 
     def _rank_mask(self, h: Tensor) -> Tensor:
         axis = 1 if self.up.dim() > 2 else h.dim() - 1
         shape = [n if i in (0, axis) else 1 for i, n in enumerate(h.shape)]
         return F.dropout(torch.ones(shape, dtype=h.dtype, device=h.device), self.rank_dropout)
 
-    def weights(self) -> AdapterWeights:
-        tensors = {"down": self.down.detach(), "up": self.up.detach(), **self._magnitude_tensors()}
-        return AdapterWeights(self.kind, tensors, alpha=self.alpha)
-
     @classmethod
-    def from_weights(cls, weights: AdapterWeights, shape: LayerShape) -> LowRank:
-        down, up = weights.tensors["down"], weights.tensors["up"]
-        rank = down.shape[0]
-        with torch.device("meta"):
-            adapter = cls(shape, rank, weights.alpha)
-        fits = {}
-        for name, given in (("down", down), ("up", up)):
-            want = getattr(adapter, name).shape
-            # Writers disagree whether a 1x1 convolution and its factors are [a, b] or [a, b, 1, 1].
-            if given.numel() != want.numel() or [n for n in given.shape if n > 1] != [n for n in want if n > 1]:
-                raise LoRAFormatError(f"{name} has shape {list(given.shape)}, the layer's weight {list(shape.weight)} "
-                                      f"wants {list(want)}")
-            fits[name] = given.reshape(want)
-        adapter.down, adapter.up = (nn.Parameter(_own(fits[n])) for n in ("down", "up"))
-        return adapter._take_magnitude(weights, shape)
+    def _like(cls, weights: AdapterWeights, shape: LayerShape) -> LowRank:
+        return cls(shape, size_of(weights, "down"), weights.alpha, tucker="mid" in weights.tensors)
 
 
-def project_up(h: Tensor, up: Tensor, groups: int) -> Tensor:
+def uniform(tensor: Tensor) -> Tensor:
+    """Filled as torch fills the weight of a Linear or ConvNd: uniform within 1 / sqrt(fan in)."""
+    if tensor.is_meta:  # a file brings the values, and torch takes a millisecond to fill nothing
+        return tensor
+    bound = 1 / math.sqrt(tensor[0].numel())
+    return nn.init.uniform_(tensor, -bound, bound)
+
+
+def project_up(h: Tensor, up: Tensor, groups: int, bias: Tensor | None = None) -> Tensor:
     """Rank space to output: h [..., R] for linear layers and embeddings, [B, R, *spatial] for convolutions."""
     if up.dim() == 2:
-        return F.linear(h, up)
+        return F.linear(h, up, bias)
     conv = (F.conv1d, F.conv2d, F.conv3d)[up.dim() - 3]
-    return conv(h, up, groups=groups)
+    return conv(h, up, bias, groups=groups)
 
 
 class Full(Adapter):
-    """A full-rank change: ΔW and Δb themselves. The only kind that fits norms."""
+    """A full-rank change: ΔW itself; a file may hold Δb alone. The only kind that fits norms."""
 
     kind = "full"
+    fits_norms = fits_embeddings = takes_dora = True
 
-    def __init__(self, shape: LayerShape, rank: int = 0, alpha: float | None = None, bias_shape=None, **dropouts):
-        super().__init__(**dropouts)
-        self.diff = nn.Parameter(torch.zeros(shape.weight))
-        self.diff_b = None if bias_shape is None else nn.Parameter(torch.zeros(bias_shape))
+    def __init__(self, shape: LayerShape, rank: int = 0, alpha: float | None = None, **dropouts):
+        super().__init__(shape, **dropouts)
+        self.diff: nn.Parameter | None = nn.Parameter(torch.zeros(shape.weight))
 
     def delta(self, W: Tensor) -> Tensor:
-        return at_least_fp32(self.diff)
-
-    def bias_delta(self, b: Tensor | None) -> Tensor | None:
-        return None if self.diff_b is None else at_least_fp32(self.diff_b)
-
-    def weights(self) -> AdapterWeights:
-        tensors = {"diff": self.diff.detach(), **self._magnitude_tensors()}
-        if self.diff_b is not None:
-            tensors["diff_b"] = self.diff_b.detach()
-        return AdapterWeights(self.kind, tensors, alpha=None)
+        return torch.zeros_like(W) if self.diff is None else self.diff.to(W.dtype)
 
     @classmethod
-    def from_weights(cls, weights: AdapterWeights, shape: LayerShape) -> Full:
-        diff, bias = weights.tensors["diff"], weights.tensors.get("diff_b")
-        if tuple(diff.shape) != tuple(shape.weight):
-            raise LoRAFormatError(f"diff has shape {list(diff.shape)}, the layer's weight is {list(shape.weight)}")
-        if bias is not None and tuple(bias.shape) != (shape.fan_out,):
-            raise LoRAFormatError(f"diff_b has shape {list(bias.shape)}, the layer's bias has {shape.fan_out} values")
-        adapter = cls(LayerShape((0,)))
-        adapter.diff = nn.Parameter(_own(diff))
-        adapter.diff_b = None if bias is None else nn.Parameter(_own(bias))
-        return adapter._take_magnitude(weights, shape)
-
-
-KINDS: dict[str, type[Adapter]] = {kind.kind: kind for kind in (LowRank, Full)}
+    def _like(cls, weights: AdapterWeights, shape: LayerShape) -> Full:
+        adapter = cls(shape)
+        if "diff" not in weights.tensors and "diff_b" in weights.tensors:
+            adapter.diff = None
+        return adapter

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
 import os
 import re
-import shutil
-import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,17 +15,10 @@ import torch.nn as nn
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from sd.checkpoint import (
-    CheckpointError,
-    TensorFile,
-    atomic_write,
-    model_hash,
-    read_folder,
-    read_tensors,
-    write_safetensors,
-)
+from sd.checkpoint import CheckpointError, TensorFile, former_folder, model_hash, old_model_hash, read_folder, read_tensors
 from sd.clip import CLIP
-from sd.config import SD15, CLIPConfig, ConfigError, ModelConfig, UNetConfig, VAEConfig
+from sd.config import CONFIG_KEY, SD15, CLIPConfig, ConfigError, ModelConfig, UNetConfig, VAEConfig
+from sd.embedded import embedded_loras, split_embedded
 from sd.lora import (
     LoadReport,
     LoRAError,
@@ -37,9 +26,11 @@ from sd.lora import (
     apply_lora_to_model,
     load_lora_weights,
     lora_layers,
-    merge_lora_weights,
+    lora_state,
     save_lora_weights,
 )
+from sd.lora_writers import lora_metadata
+from sd.model_saver import check_target, ldm_state, save_checkpoint, save_merged  # noqa: F401
 from sd.names import (
     COMPONENTS,
     FOLDERS,
@@ -49,6 +40,7 @@ from sd.names import (
     component_names,
     guess_checkpoint,
     ldm_facts,
+    model_names,
     modern_key,
 )
 from sd.tokenizer import data_dir, load_tokenizer
@@ -58,8 +50,7 @@ from sd.vae import VAEDecoder, VAEEncoder
 log = logging.getLogger("sd")
 
 SD15_BLOCKS = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-CONFIG_KEY = "sdlora.config"  # where our own files keep their ModelConfig
-BASE_HASH = "ss_new_sd_model_hash"  # SHA-256 of the base, whole or its first digits; ss_sd_model_hash is of an older kind
+BASE_HASH = "ss_new_sd_model_hash"  # SHA-256 of the base, whole or its first digits
 
 
 class DeviceError(ValueError):
@@ -162,28 +153,34 @@ def new_models(config: ModelConfig, seed: int = 0) -> Models:
 
 
 def preload_models_from_standard_weights(ckpt_path: str | os.PathLike | None = None, device=None, *,
-                                         dtype: torch.dtype | None = None, config: ModelConfig | None = None,
+                                         dtype: torch.dtype | str | None = None, config: ModelConfig | None = None,
                                          vae: str | os.PathLike | None = None,
                                          text_encoder: str | os.PathLike | None = None,
                                          ema: bool = False, variant: str | None = None) -> Models:
     """Load a Stable Diffusion model: an LDM .ckpt or .safetensors, or a diffusers folder; None is the embedded model.
 
-    `vae`, `text_encoder`: files or folders to take these from instead. `ema`: the averaged UNet of an LDM file.
-    `variant`: such as "fp16", of a diffusers folder. `config` is needed only for a checkpoint of no known family.
+    `dtype`: None is the device's default (in fp16 the VAE stays fp32); "stored" leaves each tensor as it lies in its file,
+    and on the CPU where it lies: mapped, without a copy. LoRAs inside a checkpoint (sd.embedded) are attached, active at
+    their multipliers. `vae`, `text_encoder`: files or folders to take these from instead. `ema`: the averaged UNet of an
+    LDM file. `variant`: such as "fp16", of a diffusers folder. `config` is needed only for a checkpoint of no known family.
     The networks come in eval mode and frozen. Raises CheckpointError: every tensor of the model must be in the file, in
     its shape, and nothing unknown beside it.
     """
     path = default_model() if ckpt_path is None else Path(ckpt_path)
     device = default_device() if device is None else usable_device(device)
     dtype = default_dtype(device) if dtype is None else dtype
-    if _former(path).exists() and not path.exists():
+    if dtype != "stored" and not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype is {dtype!r}; allowed: a torch.dtype, 'stored', or None for the device's default")
+    if former_folder(path).exists() and not path.exists():
         raise CheckpointError(f"{path}: a save of this folder was killed at its last step; what it was before "
-                              f"lies whole in {_former(path)}: rename that back")
+                              f"lies whole in {former_folder(path)}: rename that back")
+    inside = TensorFile(path, {})
     if path.is_dir():
         folder = read_folder(path, variant=variant)
         sources, configs = {c: folder.components.get(FOLDERS[c]) for c in COMPONENTS}, folder.configs
     else:
-        sources, configs = dict.fromkeys(COMPONENTS, read_tensors(path)), {}
+        file, inside = split_embedded(read_tensors(path))
+        sources, configs = dict.fromkeys(COMPONENTS, file), {}
     for given, replaced in ((vae, ("encoder", "decoder")), (text_encoder, ("clip",))):
         if given is not None:
             part, own = _part(Path(given), FOLDERS[replaced[0]])
@@ -193,7 +190,7 @@ def preload_models_from_standard_weights(ckpt_path: str | os.PathLike | None = N
             kind = configs.get("model_index.json", {}).get("_class_name", "without a model_index.json")
             raise CheckpointError(f"{path}: has no {FOLDERS[component]} in it{_hint(component)} (the folder is a {kind})")
     if config is None:
-        config = _config_of_folder(configs, path) if path.is_dir() else _config_of_file(sources["diffusion"], path)
+        config = _config_of_folder(configs, path) if path.is_dir() else config_of_file(file)
 
     with torch.device("meta"), _NoInitialValues():
         networks = build_networks(config)
@@ -204,14 +201,19 @@ def preload_models_from_standard_weights(ckpt_path: str | os.PathLike | None = N
         taken.setdefault(id(source), set()).update(used)
         # The VAE overflows in fp16; it is a small part of a generation's time, so it stays fp32 there.
         kind = torch.float32 if dtype == torch.float16 and component in ("encoder", "decoder") else dtype
-        state = {k: t.to(device=device, dtype=kind) for k, t in state.items()}
+        state = {k: t.to(device=device, dtype=t.dtype if kind == "stored" else kind) for k, t in state.items()}
         network.load_state_dict(state, strict=True, assign=True)
         network.eval().requires_grad_(False)
     for source in {id(s): s for s in sources.values()}.values():
         elsewhere = tuple(LDM_PREFIX[c] for c in COMPONENTS if sources[c] is not source)
         _refuse_unexpected(source, taken[id(source)], elsewhere)
     whole = vae is None and text_encoder is None
-    return Models(networks, config, source=path if whole else None)  # its name and hash must tell what the models are
+    models = Models(networks, config, source=path if whole else None)  # its name and hash must tell what the models are
+    for lora in embedded_loras(inside, model_names(config)):
+        tensors = TensorFile(path / lora.name, dict(lora.tensors), lora.metadata)  # as if the checkpoint were a folder of them
+        models.lora_reports[lora.name] = load_lora_weights(models, tensors, lora.name, lora.multiplier)
+        log.info("%s", models.lora_reports[lora.name])
+    return models
 
 
 def preload_models_with_lora(ckpt_path: str | os.PathLike | None = None, device=None, lora_rank: int = 4,
@@ -309,8 +311,9 @@ def _part(path: Path, folder: str) -> tuple[TensorFile, dict[str, dict]]:
     return found.components[where], {} if config is None else {f"{folder}/config.json": config}
 
 
-def _config_of_file(file: TensorFile, path: Path) -> ModelConfig:
-    """From our own metadata, else from the known family that the shapes tell. Raises CheckpointError."""
+def config_of_file(file: TensorFile) -> ModelConfig:
+    """Of a plain checkpoint: from our own metadata, else the known family that its shapes tell. Raises CheckpointError."""
+    path = file.path
     if CONFIG_KEY in file.metadata:
         try:
             return ModelConfig.from_dict(json.loads(file.metadata[CONFIG_KEY]))
@@ -377,169 +380,19 @@ def _image_size(unet: Mapping, vae: Mapping) -> int:
     return (size if isinstance(size, int) else 64) * 2 ** (len(vae.get("block_out_channels", "1234")) - 1)
 
 
-# ---- saving ----------------------------------------------------------------------------------------------------------
-
-def save_checkpoint(models: Models, path: str | os.PathLike, *, dtype: torch.dtype | None = None,
-                    metadata: Mapping[str, str] | None = None) -> None:
-    """Write the whole model: a path ending in .safetensors in LDM layout, any other path as a diffusers folder. Atomic.
-
-    Raises LoRAError while adapters are attached: merge_lora_weights makes them part of the model, remove_lora drops them.
-    """
-    path = Path(path)
-    _check_target(path)
-    if adapter_names(models):
-        raise LoRAError(f"the model carries the adapters {', '.join(map(repr, adapter_names(models)))}; "
-                        f"merge_lora_weights(models) or remove_lora(models) before saving the checkpoint")
-    if path.suffix.lower() == ".safetensors":
-        header = {"format": "pt", CONFIG_KEY: json.dumps(models.config.to_dict()), **(metadata or {})}
-        write_safetensors(path, ldm_state(models, dtype), header)
-    else:
-        _save_folder(models, path, dtype)
-
-
-def _check_target(path: Path) -> None:
-    """Raises CheckpointError where nothing could be saved: better before a long computation than after it."""
-    if path.suffix.lower() == ".safetensors":
-        return
-    if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
-        raise CheckpointError(f"{path}: checkpoints are written as .safetensors or as a diffusers folder, not as {path.suffix}")
-    if path.exists() and not path.is_dir():
-        raise CheckpointError(f"{path}: is a file; name a new folder, or a .safetensors file")
-    there = {file.name for file in path.iterdir()} if path.exists() else set()
-    if there and ("model_index.json" not in there or there - FOLDER_ENTRIES):
-        first = min(there - FOLDER_ENTRIES, default=min(there))
-        raise CheckpointError(f"{path}: is a folder with other things in it, such as {first}; "
-                              f"name a new folder, or a .safetensors file")
-
-
-def ldm_state(models: Models, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """{LDM key: tensor} of the whole model, without adapters."""
-    state = {}
-    for network in models.values():
-        for name, tail, tensor in _tensors(network, dtype):
-            if tail == "weight" and name.ldm_conv and tensor.dim() == 2:
-                tensor = tensor[:, :, None, None]
-            state[f"{name.ldm}.{tail}"] = tensor
-    return state
-
-
-def _tensors(network: nn.Module, dtype: torch.dtype | None):
-    """(name, "weight" or "bias", tensor in dtype) of all. Raises CheckpointError for values that are not finite."""
-    for name in component_names(network.component, network.config):
-        module = network.get_submodule(name.ours)
-        for tail in ("weight", "bias"):
-            tensor = getattr(module, tail, None)
-            if tensor is not None:
-                tensor = tensor.detach().to(dtype or tensor.dtype)
-                if not tensor.is_meta and not torch.isfinite(tensor).all():
-                    raise CheckpointError(f"{name.path}.{tail} holds values that are not finite in "
-                                          f"{str(tensor.dtype).removeprefix('torch.')}, so the model is not written")
-                yield name, tail, tensor
-
-
-# All that stands in a folder of ours; nothing else is ever deleted by a save.
-FOLDER_ENTRIES = {"model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae"}
-
-
-def _save_folder(models: Models, path: Path, dtype: torch.dtype | None) -> None:
-    path = Path(os.path.realpath(path))  # a symbolic link stays and its target is replaced
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(glob.escape(f".{path.name}.") + "*.new"):  # what killed saves left
-        if time.time() - stale.stat().st_mtime > 3600:
-            shutil.rmtree(stale, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".new"))
-    try:
-        for folder, file, networks in (("unet", "diffusion_pytorch_model", ("diffusion",)),
-                                       ("vae", "diffusion_pytorch_model", ("encoder", "decoder")),
-                                       ("text_encoder", "model", ("clip",))):
-            tensors = {f"{name.diffusers}.{tail}": tensor
-                       for key in networks for name, tail, tensor in _tensors(models[key], dtype)}
-            (temporary / folder).mkdir()
-            write_safetensors(temporary / folder / f"{file}.safetensors", tensors, {"format": "pt"})
-        texts = {name: json.dumps(content, indent=2) + "\n" for name, content in _folder_configs(models.config).items()}
-        texts |= {f"tokenizer/{n}": (data_dir() / n).read_text(encoding="utf-8") for n in ("vocab.json", "merges.txt")}
-        for name, text in texts.items():
-            (temporary / name).parent.mkdir(exist_ok=True)
-            with atomic_write(temporary / name) as file:
-                file.write(text.encode("utf-8"))
-        temporary.chmod(0o755)
-        _replace_folder(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _former(path: Path) -> Path:
-    path = Path(os.path.realpath(path))
-    return path.with_name(f".{path.name}.old")
-
-
-def _replace_folder(new: Path, path: Path) -> None:
-    """`new` becomes `path`. Killed between its two renames, it leaves the former folder whole beside it."""
-    old = _former(path)
-    if path.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        path.rename(old)
-    try:
-        new.rename(path)
-    except BaseException:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _folder_configs(c: ModelConfig) -> dict[str, dict]:
-    """The JSON files with which StableDiffusionPipeline.from_pretrained loads the folder."""
-    down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in c.unet.attention]
-    up = ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in c.unet.attention[::-1]]
-    n = len(c.vae.widths)
-    version = {"_diffusers_version": "0.30.0"}  # what these files say holds since then; the inpainting pipeline asks for it
-    return {
-        "model_index.json": {
-            "_class_name": "StableDiffusionPipeline", **version, "feature_extractor": [None, None],
-            "image_encoder": [None, None], "requires_safety_checker": False, "safety_checker": [None, None],
-            "scheduler": ["diffusers", "PNDMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"]},
-        "unet/config.json": {
-            "_class_name": "UNet2DConditionModel", **version, "sample_size": c.image_size // c.vae.factor,
-            "in_channels": c.unet.in_channels, "out_channels": c.unet.out_channels, "block_out_channels": list(c.unet.widths),
-            "down_block_types": down, "up_block_types": up, "layers_per_block": c.unet.layers_per_block,
-            "attention_head_dim": c.unet.heads, "cross_attention_dim": c.unet.context_width,
-            "norm_num_groups": c.unet.norm_groups},
-        "vae/config.json": {
-            "_class_name": "AutoencoderKL", **version, "sample_size": c.image_size, "in_channels": c.vae.image_channels,
-            "out_channels": c.vae.image_channels, "latent_channels": c.vae.latent_channels,
-            "block_out_channels": list(c.vae.widths), "down_block_types": ["DownEncoderBlock2D"] * n,
-            "up_block_types": ["UpDecoderBlock2D"] * n, "layers_per_block": c.vae.layers_per_block,
-            "norm_num_groups": c.vae.norm_groups, "scaling_factor": c.vae.scale},
-        "text_encoder/config.json": {
-            "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "vocab_size": c.clip.vocab_size,
-            "hidden_size": c.clip.width, "intermediate_size": c.clip.mlp_width, "num_hidden_layers": c.clip.layers,
-            "num_attention_heads": c.clip.heads, "max_position_embeddings": c.clip.max_tokens,
-            "hidden_act": c.clip.activation, "projection_dim": c.clip.width, "layer_norm_eps": 1e-5,
-            "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407},
-        "scheduler/scheduler_config.json": {
-            "_class_name": "PNDMScheduler", **version, "beta_start": c.beta_start, "beta_end": c.beta_end,
-            "beta_schedule": c.beta_schedule, "num_train_timesteps": c.train_timesteps, "set_alpha_to_one": False,
-            "skip_prk_steps": True, "steps_offset": 1, "clip_sample": False,
-            "prediction_type": {"eps": "epsilon", "v": "v_prediction"}[c.prediction]},
-        "tokenizer/tokenizer_config.json": {
-            "tokenizer_class": "CLIPTokenizer", "model_max_length": c.clip.max_tokens, "bos_token": "<|startoftext|>",
-            "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
-    }
-
-
 # ---- LoRA files ------------------------------------------------------------------------------------------------------
 
-def load_lora_into_models(models: Models, path: str | os.PathLike, name: str | None = None, multiplier: float = 1.0) -> Models:
-    """Load a LoRA file and make it active; None names it after the file. A name in use is replaced, whatever its rank.
+def load_lora_into_models(models: Models, path: str | os.PathLike, name: str | None = None, multiplier: float = 1.0, *,
+                          skip: str | None = None, block_weights=None) -> Models:
+    """Load a LoRA of any program, a file or a folder, and make it active; None names it after the file.
 
-    The report is `models.lora_reports[name]`. Raises CheckpointError or LoRAFormatError: every tensor is applied or named.
+    A name in use is replaced, whatever its rank. `skip`: a regular expression over keys and module paths to leave out.
+    `block_weights`: {"text_encoder": 0.5, "mid_block": 0, ...} or a list of 17, 25 or 26 numbers (sd.lora_blocks).
+    The report is `models.lora_reports[name]`. Raises CheckpointError, LoRAFormatError or BlockWeightError: every tensor is
+    applied, skipped as asked, or named.
     """
     name = Path(path).stem if name is None else name
-    models.lora_reports[name] = load_lora_weights(models, path, name, multiplier)
+    models.lora_reports[name] = load_lora_weights(models, path, name, multiplier, skip=skip, block_weights=block_weights)
     log.info("%s", models.lora_reports[name])
     base = models.lora_reports[name].metadata.get(BASE_HASH)
     if base and log.isEnabledFor(logging.INFO) and models.model_hash and not base.startswith(models.model_hash):
@@ -548,33 +401,53 @@ def load_lora_into_models(models: Models, path: str | os.PathLike, name: str | N
 
 
 def save_models_lora(models: Models, path: str | os.PathLike, name: str | None = None, *,
-                     metadata: Mapping[str, str] | None = None, dtype: torch.dtype | None = None) -> None:
-    """Write one adapter (None: the only one) of all networks into one file in kohya's spelling, with the base's hash."""
-    base = {"ss_base_model_version": "sd_v1" if models.config.unet.context_width == 768 else models.config.name}
+                     metadata: Mapping[str, str] | None = None, dtype: torch.dtype | None = None,
+                     format: str = "kohya") -> None:
+    """Write one adapter (None: the only one) of all networks, with what is known of the base in its metadata.
+
+    `format`: kohya, diffusers, comfyui (one file each) or peft (a folder). Raises LoRAFormatError for a kind of adapter that
+    the format cannot hold.
+    """
+    header = lora_metadata(lora_state(models, name), models.config)
+    header["ss_base_model_version"] = header.get("ss_base_model_version", models.config.name)
     if models.source is not None:
-        base["ss_sd_model_name"] = Path(models.source).name
+        header["ss_sd_model_name"] = Path(models.source).name
     if models.model_hash is not None:
-        base[BASE_HASH] = models.model_hash
-    save_lora_weights(models, path, name, metadata=base | dict(metadata or {}), dtype=dtype)
+        header |= {BASE_HASH: models.model_hash, "ss_sd_model_hash": old_model_hash(models.source)}
+    save_lora_weights(models, path, name, metadata=header | dict(metadata or {}), dtype=dtype, format=format)
 
 
 def merge_lora_into_checkpoint(ckpt_path: str | os.PathLike | None, loras: Mapping[str | os.PathLike, float],
-                               out: str | os.PathLike, *, dtype: torch.dtype | None = None, device="cpu", **load) -> Models:
+                               out: str | os.PathLike, *, dtype: torch.dtype | None = None, device="cpu",
+                               skip: str | None = None, block_weights: Mapping[str | os.PathLike, object] | None = None,
+                               **load) -> Models:
     """Base + Σ multiplier · LoRA, written as one plain checkpoint for deployment; summed in fp32 and rounded once.
 
-    Raises as `load_lora_into_models` and `save_checkpoint` do, and CheckpointError for an `out` that is one of the files
-    it reads. Returns the merged models.
+    `dtype=None`: each tensor keeps that of the base. LoRAs inside the base are merged too, with their own multipliers.
+    The base stays mapped and one tensor at a time is merged and written, so the peak of memory is little above the base
+    file. `skip` and `block_weights` (path of a LoRA -> its block weights) are those of `load_lora_into_models`.
+    Raises as that and `save_merged` do, and CheckpointError for an `out` that it would read from. Returns what was written,
+    loaded as stored.
     """
-    _check_target(Path(out))
+    check_target(out)
+    block_weights = dict(block_weights or {})
+    if stray := [path for path in block_weights if path not in loras]:
+        raise LoRAError(f"block weights are given for {os.fspath(stray[0])!r}, which is not one of the LoRAs to merge")
+    target = Path(os.path.realpath(out))
     for path in (ckpt_path or default_model(), *loras, *filter(None, (load.get("vae"), load.get("text_encoder")))):
-        if os.path.realpath(path) == os.path.realpath(out):
+        if Path(os.path.realpath(path)).is_relative_to(target):
             raise CheckpointError(f"{out}: is read by this merge and would be lost; name another file to write")
-    models = preload_models_from_standard_weights(ckpt_path, device, dtype=torch.float32, **load)
+    models = preload_models_from_standard_weights(ckpt_path, device, dtype="stored", **load)
     for path, multiplier in loras.items():
-        load_lora_into_models(models, path, name=os.fspath(path), multiplier=multiplier)
-    merge_lora_weights(models)
-    save_checkpoint(models, out, dtype=dtype)
-    return models
+        name = os.fspath(path)
+        while name in models.lora_reports:  # of a LoRA inside the base, or the same path as str and as Path
+            name += "'"
+        load_lora_into_models(models, path, name, multiplier, skip=skip, block_weights=block_weights.get(path))
+    if not adapter_names(models):
+        raise LoRAError("there is nothing to merge: no LoRA is named, and the base has none inside")
+    save_merged(models, out, dtype=dtype)
+    del models  # and with it the base, before the next one is mapped
+    return preload_models_from_standard_weights(out, device, dtype="stored")
 
 
 def count_parameters(models) -> dict[str, int]:

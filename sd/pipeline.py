@@ -373,4 +373,7 @@ def describe(models: Models, prompt: str, *, seed: int, **arguments) -> dict:
         found["lora"] = applied
         reports = {name: models.lora_reports[name] for name in applied if name in models.lora_reports}
         found["lora_hashes"] = {name: report.hash for name, report in reports.items() if report.hash}
+        parts = {"lora_blocks": {name: report.blocks for name, report in reports.items() if report.blocks},
+                 "lora_skipped": {name: report.skipped for name, report in reports.items() if report.skipped}}
+        found |= {key: value for key, value in parts.items() if value}
     return found

@@ -33,7 +33,7 @@ def rows(text: str, first: str) -> list[list[str]]:
 
 def test_each_block_says_where_and_how_it_was_measured(text):
     lines = [line for line in text.splitlines() if "commit " in line]
-    assert len(lines) == 3
+    assert len(lines) == 4
     for line in lines:
         assert re.search(r"commit \w+.*, torch [\d.]+.*, diffusers [\d.]+, ", line)
         assert "threads: 1, fp32, model tiny, n = 1" in line
@@ -55,6 +55,16 @@ def test_steps_are_timed_in_every_case_and_both_sides_compute_the_same(text):
     for row in found:
         assert float(row[4]) > 0 and float(row[5]) >= 0 and float(row[6]) >= 0
         assert float(row[7]) < 1e-5
+
+
+def test_tools_are_timed_and_a_loaded_file_gives_what_the_peer_gives(text):
+    loading = rows(text, "loading a LoRA")
+    assert [row[0] for row in loading] == ["load 132 modules", "load 132 modules + step", "a step without LoRA"]
+    assert all(float(row[3]) > 0 for row in loading) and float(loading[1][4]) < 1e-5
+    tools = {row[0]: row[1:] for row in rows(text, "tool")}
+    assert len(tools) == 9
+    assert all(re.match(r"[\d.]+ (m?s|µs)", row[0]) and float(row[1].split()[0]) >= 0 for row in tools.values())
+    assert "132 modules" in tools["extract, rank 32, randomized SVD"][2]
 
 
 def test_loading_and_loras_are_timed_and_both_sides_compute_the_same(text):

@@ -10,11 +10,13 @@ import torch
 from PIL import Image
 
 from sd.cli import main
+from sd.cli_tools import TOOLS
 from sd.config import TINY
 from sd.image_io import read_parameters
 from sd.lora import apply_lora_to_model, get_lora_parameters
 from sd.model_loader import new_models, preload_models_from_standard_weights, save_checkpoint, save_models_lora
 from sd.pipeline import generate
+from sd.tokenizer import data_dir
 
 
 @pytest.fixture(scope="module")
@@ -96,13 +98,85 @@ def test_compare_merge_and_inspect(run, files):
     assert run("generate", "a cat", *MODEL, "--lora", "@ink.safetensors:0.5", "--seed", "1", "--out", "b.png")[0] == 0
     assert np.array_equal(np.asarray(Image.open("a.png")), np.asarray(Image.open("b.png")))
     for path, kind in (("@ink.safetensors", "LoRA"), ("@tiny.safetensors", "checkpoint"), ("a.png", "picture")):
-        status, out, _ = run("inspect", path)
-        facts = json.loads(out.partition(": ")[2])
+        status, out, _ = run("inspect", path, "--json")
+        (facts,) = json.loads(out).values()
         assert status == 0 and facts["kind"] == kind
         if kind == "LoRA":
-            assert facts["ranks"] == [2] and facts["alphas"] == [3.0] and facts["modules"] == {"UNet": 80}
+            assert facts["ranks"] == {"2": 80} and facts["alphas"] == {"3": 80} and facts["modules"] == {"unet": 80}
     assert run("merge", "folder", "--model", "@tiny.safetensors", "--lora", "@ink.safetensors")[0] == 0
-    assert json.loads(run("inspect", "folder")[1].partition(": ")[2])["kind"] == "diffusers folder"
+    assert run("inspect", "folder")[1].startswith("folder: diffusers folder\n")
+
+
+def pictures(run, *words):
+    """The picture of a command line, as an array."""
+    status, _, err = run("generate", "a cat", *MODEL, "--seed", "4", "--out", "p.png", *words)
+    assert status == 0, err
+    return np.asarray(Image.open("p.png")).astype(int)
+
+
+def test_block_weights_and_skip_on_the_command_line(run):
+    plain, whole = pictures(run), pictures(run, "--lora", "@ink.safetensors:1.5")
+    part = pictures(run, "--lora", "@ink.safetensors:1.5:mid_block=0,up_blocks.1=0.5")
+    assert np.abs(whole - plain).max() > 8 and np.abs(part - whole).max() > 2 and np.abs(part - plain).max() > 2
+    about = read_parameters("p.png")
+    assert about["lora"] == {"ink": 1.5} and about["lora_blocks"] == {"ink": {"mid_block": 0.0, "up_blocks.1": 0.5}}
+    again = ("generate", "--again", "p.png", "--model", "@tiny.safetensors", "--out", "q.png", "--lora")
+    status, _, err = run(*again, "@ink.safetensors:1.5")
+    assert status == 2 and "made with blocks" in err
+    assert run(*again, "@ink.safetensors:1.5:mid_block=0,up_blocks.1=0.5")[0] == 0
+    assert Path("p.png").read_bytes() == Path("q.png").read_bytes()
+    assert np.array_equal(pictures(run, "--lora", "@ink.safetensors:1.5:unet=0"), plain)
+    skipped = pictures(run, "--lora", "@ink.safetensors:1.5", "--skip", "up_blocks")
+    assert np.array_equal(skipped, pictures(run, "--lora", "@ink.safetensors:1.5:up_blocks.0=0,up_blocks.1=0,up_blocks.2=0"
+                                                                         ",up_blocks.3=0"))
+    status, _, err = run("generate", "x", *MODEL, "--lora", "@ink.safetensors:1:1,2,3")
+    assert status == 2 and "a list of 3 block weights" in err
+
+
+def near(a, b, plain) -> bool:
+    """Equal but for what random networks make of the last bits: a small part of what the LoRA does."""
+    assert np.abs(b - plain).mean() > 2
+    return np.abs(a - b).mean() < 0.1 * np.abs(b - plain).mean()
+
+
+def test_several_loras_become_one_that_does_what_they_do_together(run):
+    both = ("--lora", "@ink.safetensors:0.2", "@wash.safetensors:-0.1")
+    expected, plain = pictures(run, *both), pictures(run)
+    assert run("merge", "one.safetensors", "--into", "lora", *both)[0] == 0
+    assert near(pictures(run, "--lora", "one.safetensors"), expected, plain)
+    status, out, _ = run("merge", "two.safetensors", "--into", "lora", *both, "--method", "svd", "--rank", "5")
+    assert status == 0 and "rank 5, relative error 0" in out
+    assert near(pictures(run, "--lora", "two.safetensors"), expected, plain)
+    assert run("merge", "three.safetensors", "--into", "lora", *both, "--method", "ties", "--rank", "3")[0] == 0
+    (facts,) = json.loads(run("inspect", "three.safetensors", "--json")[1]).values()
+    assert facts["ranks"] == {"3": 80} and json.loads(facts["metadata"]["sdlora.merged"])["method"] == "ties"
+
+
+@pytest.mark.parametrize("kind", ["kohya", "diffusers", "comfyui", "peft"])
+def test_a_converted_lora_makes_the_same_picture(run, kind):
+    out = "made" if kind == "peft" else "made.safetensors"
+    assert run("convert", "@ink.safetensors", out, "--format", kind)[0] == 0
+    assert np.array_equal(pictures(run, "--lora", f"{out}:1.5"), pictures(run, "--lora", "@ink.safetensors:1.5"))
+    status, text, _ = run("inspect", out, "--verify", "--model", "@tiny.safetensors")
+    assert status == 0 and "every tensor fits" in text and "of the weights" in text
+
+
+def test_a_lora_is_extracted_resized_embedded_and_taken_out(run):
+    assert run("merge", "tuned.safetensors", "--model", "@tiny.safetensors", "--lora", "@ink.safetensors:0.2")[0] == 0
+    status, out, _ = run("extract", "got.safetensors", "--model", "@tiny.safetensors", "--tuned", "tuned.safetensors",
+                         "--rank", "2")
+    assert status == 0 and "80 modules, rank 2, relative error" in out
+    assert near(pictures(run, "--lora", "got.safetensors"), pictures(run, "--lora", "@ink.safetensors:0.2"), pictures(run))
+    status, out, _ = run("resize", "@wash.safetensors", "small.safetensors", "--rank", "1")
+    assert status == 0 and "rank 1, relative error" in out
+    assert run("embed", "all.safetensors", "--model", "@tiny.safetensors", "--lora", "@ink.safetensors:0.5",
+               "@wash.safetensors")[0] == 0
+    status, out, _ = run("inspect", "all.safetensors")
+    assert status == 0 and "all.safetensors: checkpoint" in out and "ink" in out and "wash" in out
+    assert run("extract", "taken", "--model", "all.safetensors")[0] == 0
+    for name in ("ink", "wash"):
+        taken = pictures(run, "--lora", f"taken/{name}.safetensors")
+        assert np.array_equal(taken, pictures(run, "--lora", f"@{name}.safetensors"))
 
 
 def broken(kind: str, files: Path) -> Path:
@@ -151,6 +225,17 @@ def test_a_damaged_file_is_one_sentence(run, files, kind, sentence, flag):
     (("merge", "m.safetensors", "--model", "@tiny.safetensors", "--lora", "@ink.safetensors:1e9", "--dtype", "float16"),
      "values that are not finite in float16, so the model is not written"),
     (("inspect",), "nothing to inspect"),
+    (("inspect", "@ink.safetensors", "--verify", "--model", str(data_dir() / "digits.safetensors")), "are unknown to this"),
+    (("inspect", "@tiny.safetensors", "--verify"), "is no LoRA"),
+    (("merge", "m.safetensors", "--model", "@tiny.safetensors", "--lora", "@ink.safetensors", "--rank", "3"),
+     "--rank and --randomized are for --into lora"),
+    (("merge", "m.safetensors", "--into", "lora", "--lora", "@ink.safetensors", "--method", "svd"), "svd needs a rank"),
+    (("extract", "x.safetensors"), "nothing to extract from"),
+    (("extract", "x", "--model", "@tiny.safetensors"), "has no LoRA inside"),
+    (("extract", "x.safetensors", "--model", "@tiny.safetensors", "--tuned", "@tiny.safetensors"), "nothing to extract"),
+    (("resize", "@ink.safetensors", "x.safetensors"), "exactly one"),
+    (("convert", "@ink.safetensors", "x.safetensors", "--format", "webui"), "webui"),
+    (("embed", "x.safetensors", "--model", "@tiny.safetensors"), "nothing to embed"),
     (("train", "--steps", "0"), "steps is 0; allowed: 1 or more"),
     (("train", "--name", "state"), "name is 'state'"),
     (("train", "--name", "../evil"), "name is '../evil'"),
@@ -170,7 +255,7 @@ def test_a_mistake_is_one_sentence_and_exit_status_2(run, words, sentence):
 def test_unknown_flags_and_commands_are_refused_and_help_helps(run):
     assert run("generat", "x")[0] == 2
     status, out, _ = run("--help")
-    assert status == 0 and all(command in out for command in ("generate", "compare", "train", "merge", "inspect"))
-    for command in ("generate", "compare", "train", "merge", "inspect"):
+    assert status == 0 and all(command in out for command in ("generate", "compare", "train", *TOOLS))
+    for command in ("generate", "compare", "train", *TOOLS):
         status, out, _ = run(command, "--help")
         assert status == 0 and "usage: python -m sd " + command in out

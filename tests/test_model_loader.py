@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import types
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sd.model_loader as loader
+import sd.model_saver as saver
 from sd.checkpoint import CheckpointError
 from sd.config import DIGITS, SD15, TINY, CLIPConfig, ModelConfig, UNetConfig
 from sd.lora import LoRAError, LoRAFormatError, apply_lora_to_model, remove_lora
@@ -170,6 +172,42 @@ def test_safetensors_of_any_dtype_load_into_any_dtype(ldm, tmp_path, dtype):
     assert half["diffusion"].conv_in.weight.dtype == half["clip"].final_norm.weight.dtype == torch.float16
     assert {p.dtype for c in ("encoder", "decoder") for p in half[c].parameters()} == {torch.float32}, "the VAE overflows"
     assert {p.dtype for m in load(path, config=TINY, dtype=torch.bfloat16).values() for p in m.parameters()} == {torch.bfloat16}
+
+
+def mapped_from(tensor):
+    """The file that the tensor's memory is a map of."""
+    for line in open("/proc/self/maps"):
+        begin, end = (int(address, 16) for address in line.split()[0].split("-"))
+        if begin <= tensor.data_ptr() < end:
+            return os.path.basename(line.split(maxsplit=5)[-1].strip())
+
+
+@pytest.mark.parametrize("name", ["m.safetensors", "m.ckpt", "m"])
+def test_as_stored_every_tensor_keeps_its_dtype_and_lies_in_the_map_of_its_file(pair, ldm, tmp_path, name):
+    """An fp16 UNet with bf16 norms, an fp32 VAE and a bf16 text encoder."""
+    models = Models({k: deepcopy(m) for k, m in pair[0].items()}, TINY)
+    models["diffusion"].half()
+    models["clip"].bfloat16()
+    for module in models["diffusion"].modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.bfloat16()
+    if name.endswith("ckpt"):
+        torch.save({"state_dict": ldm_state(models)}, tmp_path / name)
+    else:
+        save_checkpoint(models, tmp_path / name)
+    stored = load(tmp_path / name, dtype="stored", config=TINY)
+    assert_same(models, stored)
+    files = {"m.safetensors": {"m.safetensors"}, "m.ckpt": {"m.ckpt"},
+             "m": {"diffusion_pytorch_model.safetensors", "model.safetensors"}}
+    for component, network in stored.items():
+        for key, p in network.named_parameters():
+            assert p.dtype == models[component].get_parameter(key).dtype, key
+            assert mapped_from(p) in files[name], key
+
+
+def test_a_dtype_that_is_none_is_refused(files):
+    with pytest.raises(ValueError, match="dtype is 'half'; allowed: a torch.dtype, 'stored', or None"):
+        load(files / "tiny.safetensors", dtype="half")
 
 
 def test_ema_weights_are_used_on_request_only(ldm, tmp_path):
@@ -573,7 +611,7 @@ def test_an_old_model_folder_is_replaced_also_through_a_link(pair, files, copy, 
     assert {file.name for file in tmp_path.iterdir()} == {"copy", "link"}
 
 
-@pytest.mark.parametrize("step", ["write_safetensors", "atomic_write", "_replace_folder"])
+@pytest.mark.parametrize("step", ["write_safetensors", "atomic_write", "atomic_folder"])
 def test_a_save_that_fails_leaves_the_old_model_and_nothing_else(pair, files, tmp_path, monkeypatch, step):
     other = new_models(TINY, seed=3)
     save_checkpoint(other, tmp_path / "m")
@@ -583,7 +621,7 @@ def test_a_save_that_fails_leaves_the_old_model_and_nothing_else(pair, files, tm
     def fails(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(loader, step, fails)
+    monkeypatch.setattr(saver, step, fails)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(pair[0], tmp_path / "m")
     monkeypatch.undo()
@@ -594,8 +632,8 @@ def test_a_save_that_fails_leaves_the_old_model_and_nothing_else(pair, files, tm
 def test_a_rename_that_fails_puts_the_old_folder_back(pair, tmp_path, monkeypatch):
     other = new_models(TINY, seed=3)
     save_checkpoint(other, tmp_path / "m")
-    rename = loader.Path.rename
-    monkeypatch.setattr(loader.Path, "rename", lambda self, to: rename(self, to) if ".new" not in self.name else 1 / 0)
+    rename = saver.Path.rename
+    monkeypatch.setattr(saver.Path, "rename", lambda self, to: rename(self, to) if ".new" not in self.name else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_checkpoint(pair[0], tmp_path / "m")
     monkeypatch.undo()
@@ -607,6 +645,7 @@ SAVE = """
 import os, shutil, signal, sys
 import sd.model_loader as loader
 from sd.config import DIGITS
+from sd.checkpoint import former_folder
 path, done, swap, deadly = sys.argv[1], 0, 0, 0
 def counted(name, real):
     def change(*args, **kwargs):
@@ -627,7 +666,7 @@ loader.save_checkpoint(loader.new_models(DIGITS, seed=1), path)
 last = done
 for step in (1, swap // 2, swap - 1, swap, swap + 1, swap + 2, swap + 3, last, last + 1):
     deadly = 0
-    shutil.rmtree(loader._former(loader.Path(path)), ignore_errors=True)
+    shutil.rmtree(former_folder(path), ignore_errors=True)
     deadly = step
     if not (child := os.fork()):
         done = 0

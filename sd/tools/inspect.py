@@ -5,44 +5,132 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from sd.checkpoint import TensorFile, lora_hash, model_hash, read_folder, read_tensors, sniff
+from sd.checkpoint import CheckpointError, TensorFile, lora_hash, model_hash, read_folder, read_tensors, sniff
+from sd.config import CONFIG_KEY
+from sd.embedded import EMBEDDED, embedded_loras, split_embedded
 from sd.image_io import FORMATS, read_parameters
-from sd.lora_formats import KOHYA_TENSORS, component_of, guess_file
-from sd.model_loader import CONFIG_KEY
-from sd.names import guess_checkpoint, ldm_facts
+from sd.lora_files import LoRAFile, open_lora, tag_counts
+from sd.lora_formats import LoRAFormatError, guess_file, looks_like_lora
+from sd.lora_kinds import needs_base
+from sd.model_loader import config_of_file
+from sd.names import FOLDERS, guess_checkpoint, ldm_facts, model_names
+from sd.tools.common import Base, fit, load_base, load_lora_file
 
 
-def inspect_file(path: str | os.PathLike) -> dict:
-    """Facts of a file or a diffusers folder, read from its header where there is one. Raises CheckpointError, ImageError."""
+def inspect_file(path: str | os.PathLike, base: str | os.PathLike | None = None, *, verify: bool = False) -> dict:
+    """Facts of a file, a diffusers or a PEFT folder. With `base`, a checkpoint, a LoRA is looked at on its weights.
+
+    `verify` raises LoRAFormatError for a LoRA that does not fit its base to the last tensor; without it the facts say why.
+    Raises CheckpointError, ImageError.
+    """
     path = Path(path)
-    if path.is_dir():
+    if not path.is_dir() and path.suffix.lower() in FORMATS and sniff(path).startswith("a "):
+        return {"kind": "picture", "parameters": read_parameters(path)}
+    if path.is_dir() and ((path / "model_index.json").exists() or not _is_lora_folder(path)):
         folder = read_folder(path)
         parts = {name or "weights": _tensors(file) for name, file in folder.components.items()}
         return {"kind": "diffusers folder", "components": parts, "configs": sorted(folder.configs)}
-    if path.suffix.lower() in FORMATS and sniff(path).startswith("a "):
-        return {"kind": "picture", "parameters": read_parameters(path)}
-    file = read_tensors(path)
-    if any(key.endswith(tuple(KOHYA_TENSORS)) or "lora" in key.lower() for key in file):
-        return _lora(file, path)
+    file = open_lora(path)[0] if path.is_dir() else read_tensors(path)
+    file, inside = split_embedded(file)
+    if not inside and looks_like_lora(file):
+        return _lora(path, file, None if base is None else load_base(base), verify)
+    if verify:
+        raise LoRAFormatError(f"{path}: is no LoRA ({guess_checkpoint(file)}); only a LoRA can be verified")
     facts = {"kind": "checkpoint", **_tensors(file), "hash": model_hash(path)}
     if CONFIG_KEY in file.metadata:
         facts["config"] = json.loads(file.metadata[CONFIG_KEY])
     else:
         facts |= {"UNet": ldm_facts(file.shapes)} if ldm_facts(file.shapes) else {"seems": guess_checkpoint(file)}
+    if inside:
+        loras = embedded_loras(inside, model_names(config_of_file(file)))
+        facts["LoRAs inside"] = {lora.name: f"multiplier {lora.multiplier:g}, {len(lora.tensors)} tensors" for lora in loras}
     return facts | _metadata(file)
 
 
-def _lora(file: TensorFile, path: Path) -> dict:
-    modules = Counter(component_of(key) for key in {key.split(".lora_")[0].removesuffix(".alpha") for key in file})
-    ranks = sorted({t.shape[0] for key, t in file.items() if key.endswith("lora_down.weight")})
-    alphas = sorted({float(t) for key, t in file.items() if key.endswith(".alpha") and t.numel() == 1})
-    return {"kind": "LoRA", **_tensors(file), "hash": lora_hash(path), "modules": dict(modules), "ranks": ranks,
-            "alphas": alphas, "format": "kohya" if ranks or alphas else guess_file(file)} | _metadata(file)
+def _is_lora_folder(path: Path) -> bool:
+    try:
+        return bool(open_lora(path)[0])
+    except CheckpointError:
+        return False
+
+
+def _lora(path: Path, file: TensorFile, base: Base | None, verify: bool) -> dict:
+    facts = {"kind": "LoRA", **_tensors(file), **({} if path.is_dir() else {"hash": lora_hash(path)})}
+    try:
+        lora, base = load_lora_file(path, base)
+    except LoRAFormatError as error:
+        if verify:
+            raise
+        return facts | {"seems": guess_file(file), "problem": str(error)} | _metadata(file)
+    state = lora.state
+    facts |= {"format": lora.format, "base": lora.base or "not named", "fits": base.config.name}
+    facts["modules"] = dict(Counter(FOLDERS[p.split(".")[0]] for p in state))
+    facts["targets"] = dict(Counter(_target(p) for p in state))
+    facts["kinds"] = dict(Counter(w.kind + (" with DoRA" if "magnitude" in w.tensors else "") for w in state.values()))
+    facts["ranks"] = _counts(w.rank for w in state.values())
+    facts["alphas"] = _counts(w.alpha for w in state.values())
+    facts["norms"] = block_norms(lora, base)
+    facts["trigger words"] = lora.trigger_words
+    tags = tag_counts(lora.metadata)
+    facts |= {"trained tags": dict(list(tags.items())[:20])} if tags else {}
+    return facts | _metadata(file)
+
+
+def block_norms(lora: LoRAFile, base: Base) -> dict[str, dict[str, float]]:
+    """Block -> the Frobenius norm of ΔW over it and, where the base's weights are known, its share of theirs.
+
+    A kind whose ΔW depends on the weights is left out without them, and counted under "modules without weights".
+    """
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    left_out: Counter[str] = Counter()
+    for path, weights in lora.state.items():
+        adapter = fit(weights, base.layers[path])
+        block = block_of(path)
+        if base.models is None and needs_base(weights):
+            left_out[block] += 1
+            continue
+        W = torch.zeros(base.layers[path].weight) if base.models is None else base.weight(path)
+        with torch.no_grad():
+            sums[block][0] += adapter.effective_delta(W).double().square().sum().item()
+        sums[block][1] += W.double().square().sum().item()
+    norms = {}
+    for block in sorted({*sums, *left_out}, key=_block_order):
+        norms[block] = {"norm": round(math.sqrt(sums[block][0]), 4)}
+        if base.models is not None:
+            norms[block]["of the weights"] = round(math.sqrt(sums[block][0] / sums[block][1]), 5) if sums[block][1] else 0.0
+        if left_out[block]:
+            norms[block]["modules without weights"] = left_out[block]
+    return norms
+
+
+def block_of(path: str) -> str:
+    """The block of a module in diffusers coordinates: "unet.down_blocks.1", "unet.mid_block", "text_encoder.layers.3"."""
+    component, *parts = path.split(".")
+    n = 2 if parts[0] in ("down_blocks", "up_blocks", "layers") else 1
+    return ".".join([FOLDERS[component], *parts[:n]])
+
+
+def _block_order(block: str) -> tuple:
+    order = ("text_encoder", "conv_in", "time_embedding", "down_blocks", "mid_block", "up_blocks")
+    rank = next((i for i, name in enumerate(order) if name in block), len(order))
+    return rank, [(len(part), part) for part in block.split(".")]
+
+
+def _target(path: str) -> str:
+    """The part of a module's path that says which layer of its block it is: "attn1.q_proj", "ff.fc1", "resnets.conv1"."""
+    parts = [part for part in path.split(".")[1:] if not part.isdigit()]
+    return ".".join(parts[-2:])
+
+
+def _counts(values) -> dict[str, int]:
+    found = Counter(f"{value:g}" for value in values if value is not None)
+    return dict(sorted(found.items(), key=lambda item: float(item[0])))
 
 
 def _tensors(file: TensorFile) -> dict:
@@ -54,5 +142,32 @@ def _tensors(file: TensorFile) -> dict:
 
 def _metadata(file: TensorFile) -> dict:
     shown = {k: v if len(v) <= 300 else f"{v[:300]}... ({len(v)} characters)" for k, v in file.metadata.items()}
-    shown.pop(CONFIG_KEY, None)
-    return {"metadata": shown} if shown else {}
+    for ours in (CONFIG_KEY, EMBEDDED):
+        shown.pop(ours, None)
+    return {"metadata": dict(sorted(shown.items()))} if shown else {}
+
+
+def as_text(path: str | os.PathLike, facts: Mapping) -> str:
+    """The facts for people: one line for each, counts in a row, norms as bars."""
+    lines = [f"{path}: {facts['kind']}"]
+    for key, value in facts.items():
+        if key == "norms":
+            lines.append("  norms of the change, by block:")
+            longest = max((row["norm"] for row in value.values()), default=0) or 1
+            for block, row in value.items():
+                share = f"  {100 * row['of the weights']:.2f} % of the weights" if "of the weights" in row else ""
+                more = f"  ({row['modules without weights']} modules need the base: --model)" \
+                    if "modules without weights" in row else ""
+                bar = "#" * round(24 * row["norm"] / longest)
+                lines.append(f"    {block:24}{row['norm']:10.4g}  {bar:24}{share}{more}".rstrip())
+        elif isinstance(value, Mapping) and value and (key in ("metadata", "parameters", "config") or
+                                                       any(isinstance(v, (Mapping, list)) for v in value.values())):
+            lines.append(f"  {key}:")
+            lines += [f"    {k}: {v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)}" for k, v in value.items()]
+        elif isinstance(value, Mapping):
+            lines.append(f"  {key}: " + (", ".join(f"{k} ({v})" for k, v in value.items()) or "none"))
+        elif isinstance(value, list):
+            lines.append(f"  {key}: " + (", ".join(map(str, value)) or "none"))
+        elif key != "kind":
+            lines.append(f"  {key}: {f'{value:,}' if isinstance(value, int) else value}")
+    return "\n".join(lines)

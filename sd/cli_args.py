@@ -1,0 +1,57 @@
+"""What several commands share: which model, its LoRAs, device and dtype."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """Which model, where it runs, and what is loaded on it."""
+
+    model: str | None = None
+    """Checkpoint (.safetensors, .ckpt) or diffusers folder; none: the small model that ships with the program."""
+    lora: tuple[str, ...] = ()
+    """LoRA files or folders as PATH, PATH:MULTIPLIER or PATH:MULTIPLIER:BLOCKS (text_encoder=0.5,mid_block=0 or 17, 25 or 26
+    numbers); names of data/loras need no path."""
+    skip: str | None = None
+    """Leave out the parts of the LoRAs whose key or module path this regular expression matches."""
+    vae: str | None = None
+    """VAE to use instead of the model's own."""
+    device: str | None = None
+    """cuda, mps, cpu; none: the best present."""
+    dtype: DType | None = None
+    """Of the networks; none: float32 on the CPU, half precision elsewhere."""
+
+
+def load(on: ModelArgs):
+    """The models with their LoRAs active."""
+    from sd.model_loader import load_lora_into_models, preload_models_from_standard_weights
+    models = preload_models_from_standard_weights(on.model, on.device, dtype=dtype(on.dtype), vae=on.vae)
+    if on.skip is not None and not on.lora:
+        raise ValueError("--skip needs --lora: it says what of the LoRAs to leave out")
+    for path, multiplier, blocks in map(lora, on.lora):
+        if path.stem in models.lora_reports:
+            raise ValueError(f"two LoRAs are named {path.stem!r}; rename one of the files")
+        load_lora_into_models(models, path, multiplier=multiplier, skip=on.skip, block_weights=blocks)
+    return models
+
+
+def lora(text: str) -> tuple[Path, float, str | None]:
+    """(file, multiplier, block weights) of PATH[:MULTIPLIER[:BLOCKS]]; a bare name is looked up in data/loras."""
+    from sd.tokenizer import data_dir
+    number = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|nan|[-+]?inf"  # what is no number belongs to the path
+    match = re.fullmatch(rf"(.+?)(?::({number})(?::([^:/\\]*[,=][^:/\\]*))?)?", text, re.S)
+    path, multiplier, blocks = (Path(match[1]), float(match[2] or 1), match[3]) if match else (Path(text), 1.0, None)
+    shipped = data_dir() / "loras" / f"{path.name}.safetensors"
+    return (shipped if not path.exists() and path.parent == Path(".") and shipped.exists() else path), multiplier, blocks
+
+
+def dtype(name: str | None):
+    import torch
+    return None if name is None else getattr(torch, name)

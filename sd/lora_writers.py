@@ -1,0 +1,291 @@
+"""Writers of LoRA files: {module path: AdapterWeights} in the spelling of kohya, diffusers, PEFT or ComfyUI, and the header.
+
+What a format cannot hold is an error that names it, never left out. Facts: docs/lora-formats.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sd.checkpoint import atomic_folder, atomic_write, write_safetensors, write_tensors
+from sd.config import CONFIG_KEY, SD15, ModelConfig
+from sd.lora_formats import AdapterWeights, LoRAFormatError, Modules, as_written, write_kohya
+from sd.names import FOLDERS, Name
+
+FORMATS = ("kohya", "diffusers", "peft", "comfyui")
+PEFT_FILES = {"adapter_model.safetensors", "adapter_config.json"}  # nothing else is ever replaced
+
+# Kind -> the tensors of it that the programs of a format read; kohya's spelling, with LyCORIS's, holds everything.
+_LYCORIS = {"magnitude", "diff_b"}
+_PEFT = {"lora": {"down", "up", "mid", "magnitude", "diff_b"}}
+HOLDS = {
+    "diffusers": _PEFT, "peft": _PEFT,
+    "comfyui": {"lora": {"down", "up", "mid"} | _LYCORIS, "full": {"diff", "diff_b"},
+                "loha": {"w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2"} | _LYCORIS,
+                "lokr": {"w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2"} | _LYCORIS,
+                "glora": {"a1", "a2", "b1", "b2"} | _LYCORIS,
+                "oft": {"blocks", "rescale"} | _LYCORIS, "boft": {"blocks", "rescale"} | _LYCORIS},
+}
+
+
+def write_lora(path: str | os.PathLike, state: Mapping[str, AdapterWeights], modules: Modules, *, format: str = "kohya",
+               dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a LoRA in one of FORMATS; `path` is replaced at once or not at all. PEFT's is a folder, the others are one file.
+
+    `dtype` None leaves each tensor its own. `metadata` goes over what `lora_metadata` says of `state`. Raises LoRAFormatError
+    for what the format cannot hold, for values that overflow `dtype`, and for a folder that holds other things.
+    """
+    check_format(state, modules, format)
+    state = dict(sorted(state.items()))  # the same LoRA gives the same file, whatever it was read from
+    header = lora_metadata(state, extra=metadata)
+    if format == "peft":
+        _check_folder(Path(path))
+        with atomic_folder(path) as folder:
+            for network, (tensors, config) in peft_parts(state, modules, dtype).items():
+                (folder / network).mkdir()
+                write_safetensors(folder / network / "adapter_model.safetensors", tensors, _hashed(header, tensors))
+                with atomic_write(folder / network / "adapter_config.json") as file:
+                    file.write((json.dumps({"peft_type": "LORA", "task_type": None, "base_model_name_or_path": None,
+                                            "inference_mode": True, "bias": "none"} | config, indent=2) + "\n").encode())
+        return
+    if format == "diffusers":
+        if Path(path).suffix.lower() == ".pt":
+            raise LoRAFormatError(f"{path}: diffusers keeps alpha in the metadata, which a .pt file does not have; "
+                                  f"name a .safetensors file")
+        tensors, more = write_diffusers(state, modules, dtype)
+        header |= more
+    else:
+        tensors = (write_comfyui if format == "comfyui" else write_kohya)(state, modules.names, dtype)
+    write_tensors(path, tensors, _hashed(header, tensors))
+
+
+NAMELESS = "a module for which it has no name"
+
+
+# ---- what a format can hold --------------------------------------------------------------------------------------------
+
+def refusals(state: Mapping[str, AdapterWeights], modules: Modules, format: str) -> dict[str, str]:
+    """{module path: what `format` cannot hold of it, and why}; empty where it holds all."""
+    if format not in FORMATS:
+        raise LoRAFormatError(f"format {format!r} cannot be written; allowed: {', '.join(FORMATS)}")
+    if format == "kohya":
+        return {}
+    names, held, found = {name.path: name for name in modules.names}, HOLDS[format], {}
+    networks: dict[str, list[AdapterWeights]] = {}
+    for path, weights in state.items():
+        networks.setdefault(path.split(".")[0], []).append(weights)
+    for path, weights in state.items():
+        name, strange = names.get(path), weights.tensors.keys() - held.get(weights.kind, set())
+        if name is None or name.component not in ("clip", "diffusion"):
+            found[path] = NAMELESS
+        elif weights.kind not in held:
+            found[path] = f"kind {weights.kind!r}"
+        elif strange:
+            found[path] = f"kind {weights.kind!r} with {', '.join(sorted(strange))}"
+        elif format == "comfyui" and path in modules.embeddings:
+            found[path] = "a low rank of an embedding, which ComfyUI transposes"
+        elif held is _PEFT and (why := _why_not_peft(weights, networks[name.component], path in modules.embeddings)):
+            found[path] = f"kind {weights.kind!r} with {why}"
+    return found
+
+
+def _why_not_peft(weights: AdapterWeights, network: list[AdapterWeights], embedding: bool) -> str | None:
+    """PEFT has one switch for a whole network: all its modules have a magnitude or none, and so it is with bias changes."""
+    magnitude, bias = weights.tensors.get("magnitude"), weights.tensors.get("diff_b")
+    if magnitude is not None:
+        if magnitude.dim() > 1 and magnitude.shape[int(embedding)] != magnitude.numel():
+            return "a magnitude on the input axis"
+        if not all("magnitude" in other.tensors for other in network):
+            return "a magnitude, which other modules of the network lack"
+    if bias is not None:
+        if any("magnitude" in other.tensors or "diff_b" not in other.tensors for other in network):
+            return "a bias change (diff_b), which is not all that the network's modules have"
+        scale = weights.alpha / weights.rank
+        if not scale or not torch.equal(_up_bias(weights).double() * scale, bias.double()):
+            return "a bias change (diff_b) that alpha / rank does not divide exactly"
+    return None
+
+
+def check_format(state: Mapping[str, AdapterWeights], modules: Modules, format: str) -> None:
+    """Raises LoRAFormatError naming the first module that `format` cannot hold, and the formats that can."""
+    found = refusals(state, modules, format)
+    if found:
+        path, what = next(iter(found.items()))
+        able = [other for other in FORMATS if path not in refusals(state, modules, other)]
+        matrix = len(modules.shapes.get(path, ())) > 1 and what != NAMELESS and "diff_b" not in state[path].tensors
+        hint = ", or approximate it (--approximate RANK)" if matrix else ""
+        raise LoRAFormatError(f"{format} cannot hold {len(found)} of {len(state)} modules, first: {path}, {what}; "
+                              f"{' and '.join(able)} can{hint}")
+
+
+# ---- tensors -----------------------------------------------------------------------------------------------------------
+
+def write_comfyui(state: Mapping[str, AdapterWeights], names: Iterable[Name],
+                  dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """{key: tensor} as ComfyUI names them: LDM's modules, kohya's and LyCORIS's tensors."""
+    def spell(name: Name) -> str:
+        if name.component == "clip":
+            return f"text_encoders.clip_l.transformer.{name.diffusers}"
+        return name.ldm.removeprefix("model.")
+
+    return write_kohya(state, names, dtype, spell=spell)
+
+
+def write_diffusers(state: Mapping[str, AdapterWeights], modules: Modules,
+                    dtype: torch.dtype | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """({key: tensor}, metadata) of diffusers' `save_lora_weights`; the metadata holds what its loader needs for every alpha."""
+    tensors, config = {}, {}
+    for network, (found, fields) in peft_parts(state, modules, dtype, prefix="", text_model="text_model.").items():
+        # diffusers tells the spelling of a text encoder by its attention layers, and finds none in one that has only others.
+        blind = network == "text_encoder" and "_proj.lora_A" not in "".join(found)
+        for key, tensor in found.items():
+            if network == "text_encoder" and key.endswith("lora_magnitude_vector"):
+                key += ".weight"  # transformers 5 reads this spelling only, and diffusers gives it the text encoder to load
+            if blind:
+                key = key.replace(".lora_A.", ".lora_linear_layer.down.").replace(".lora_B.", ".lora_linear_layer.up.")
+            tensors[f"{network}.{key}"] = tensor
+        config |= {f"{network}.{field}": value for field, value in fields.items()}
+    return tensors, {"lora_adapter_metadata": json.dumps(config, sort_keys=True)}
+
+
+def peft_parts(state: Mapping[str, AdapterWeights], modules: Modules, dtype: torch.dtype | None = None, *,
+               prefix: str = "base_model.model.", text_model: str = "") -> dict[str, tuple[dict[str, Tensor], dict]]:
+    """{"unet" or "text_encoder": ({key: tensor}, fields of its LoraConfig)}.
+
+    A Tucker core is multiplied into `down`, in fp32 at least unless `dtype` says otherwise. `text_model`: PEFT does not
+    translate names, so it wants those of transformers >= 5.6, which has no text_model; diffusers translates.
+    """
+    names, networks = {name.path: name for name in modules.names}, {}
+    for path, weights in state.items():
+        networks.setdefault(FOLDERS[names[path].component], {})[path] = weights
+    parts = {}
+    for network, members in sorted(networks.items(), reverse=True):  # the UNet first, as diffusers has it
+        bare = {path: names[path].diffusers.removeprefix("text_model.") for path in members}
+        start = text_model if network == "text_encoder" else ""
+        tensors = {f"{prefix}{start}{bare[path]}.{tail}": as_written(tensor, dtype, f"{path}: {tail}")
+                   for path, weights in members.items()
+                   for tail, tensor in _peft_tensors(weights, modules.shapes[path], path in modules.embeddings).items()}
+        parts[network] = tensors, _peft_config({bare[path]: weights for path, weights in members.items()}, network)
+    return parts
+
+
+def _peft_tensors(weights: AdapterWeights, shape: tuple[int, ...], embedding: bool) -> dict[str, Tensor]:
+    down, up = weights.tensors["down"], weights.tensors["up"]
+    if embedding:
+        tensors = {"lora_embedding_A": down, "lora_embedding_B": up}
+    else:
+        if "mid" in weights.tensors:
+            mid = weights.tensors["mid"]
+            product = torch.einsum("nm...,mi->ni...", mid.double(), down.double().flatten(1))
+            down = product.to(mid.dtype if mid.dtype.itemsize >= 4 else torch.float32)
+        tensors = {"lora_A.weight": down.reshape(weights.rank, *shape[1:]),  # 1x1 convolutions may come as matrices
+                   "lora_B.weight": up.reshape(shape[0], -1, *(1,) * (len(shape) - 2))}
+    if "magnitude" in weights.tensors:
+        flat = weights.tensors["magnitude"].flatten()
+        tensors["lora_magnitude_vector"] = flat.reshape(1, -1, *(1,) * (len(shape) - 2)) if len(shape) > 2 else flat
+    if "diff_b" in weights.tensors:
+        tensors["lora_B.bias"] = _up_bias(weights)
+    return tensors
+
+
+def _up_bias(weights: AdapterWeights) -> Tensor:
+    """The bias of PEFT's lora_B, which is multiplied by alpha / rank."""
+    return (weights.tensors["diff_b"].double() * (weights.rank / weights.alpha)).to(weights.tensors["up"].dtype)
+
+
+def _peft_config(members: Mapping[str, AdapterWeights], network: str) -> dict:
+    """The fields of peft.LoraConfig that say which modules, and every rank and alpha; what is left out has PEFT's default."""
+    ranks = {module: weights.rank for module, weights in members.items()}
+    alphas = {module: weights.alpha for module, weights in members.items()}
+    any_of = next(iter(members.values())).tensors
+    # Patterns are regular expressions that PEFT lets match the end of a name: escaped and anchored they match one module.
+    start = r"^(text_model\.)?" if network == "text_encoder" else "^"
+
+    def patterns(values: Mapping[str, float], usual: float) -> dict[str, float]:
+        return {start + re.escape(module): _plain(value) for module, value in values.items() if value != usual}
+
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    config = {"r": rank, "lora_alpha": _plain(alpha), "rank_pattern": patterns(ranks, rank),
+              "alpha_pattern": patterns(alphas, alpha), "target_modules": sorted(members), "use_rslora": False,
+              "use_dora": "magnitude" in any_of}
+    return config | ({"lora_bias": True} if "diff_b" in any_of else {})  # PEFT knows that field since 0.14
+
+
+def _plain(number: float) -> float | int:
+    return int(number) if number == int(number) else number
+
+
+def _check_folder(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise LoRAFormatError(f"{path}: is a file; PEFT's format is a folder, so name a new one")
+    entries = sorted(path.rglob("*")) if path.exists() else []
+    others = [e for e in entries if not (e.name in PEFT_FILES if e.is_file() else e.name in ("unet", "text_encoder"))]
+    if others:
+        raise LoRAFormatError(f"{path}: is a folder with other things in it, such as {others[0].name}; name a new folder")
+
+
+# ---- the header --------------------------------------------------------------------------------------------------------
+
+# What other programs or we derive from the tensors: never taken over from another file.
+DERIVED = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "lora_adapter_metadata", "sdlora.modules", "format")
+ALGORITHMS = {"lora": "locon", "full": "full", "loha": "loha", "lokr": "lokr", "ia3": "ia3", "glora": "glora",
+              "oft": "diag-oft", "boft": "boft"}
+
+
+def lora_metadata(state: Mapping[str, AdapterWeights], config: ModelConfig | None = None,
+                  extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The header that other programs read (ss_*, modelspec.*), with each module's kind, rank and alpha under our own key.
+
+    `extra` goes over it, except for what is derived from the tensors. The same input gives the same header: a date and a
+    title stand in it only where `extra` has them. Ranks or alphas that differ are "Dynamic", as kohya's tools write it.
+    """
+    header = {"format": "pt", **_network(state)}
+    if config is not None:
+        header[CONFIG_KEY] = json.dumps(config.to_dict())
+        if (config.unet.widths, config.clip.width) == (SD15.unet.widths, SD15.clip.width):
+            header |= {"ss_base_model_version": "sd_v1", "ss_v2": "False", "modelspec.sai_model_spec": "1.0.1",
+                       "modelspec.architecture": "stable-diffusion-v1/lora", "modelspec.implementation": "diffusers",
+                       "modelspec.prediction_type": {"eps": "epsilon"}.get(config.prediction, config.prediction),
+                       "modelspec.resolution": f"{config.image_size}x{config.image_size}"}
+    return header | {key: value for key, value in (extra or {}).items() if key not in DERIVED}
+
+
+def _network(state: Mapping[str, AdapterWeights]) -> dict[str, str]:
+    ranks = {w.rank for w in state.values() if w.rank}
+    alphas = {w.alpha for w in state.values() if w.rank and w.alpha is not None}
+    found = {"ss_network_dim": ranks, "ss_network_alpha": alphas}
+    header = {key: str(_plain(min(values))) if len(values) == 1 else "Dynamic" for key, values in found.items() if values}
+    modifiers = {name for w in state.values() for name in w.tensors}
+    norms = {path for path, w in state.items() if w.kind == "full" and all(t.dim() == 1 for t in w.tensors.values())}
+    if {w.kind for w in state.values()} <= {"lora"} and modifiers <= {"down", "up"}:
+        header["ss_network_module"] = "networks.lora"
+    else:
+        kinds = Counter(w.kind for path, w in state.items() if path not in norms) or Counter(["full"])
+        arguments = {"algo": ALGORITHMS[kinds.most_common(1)[0][0]]}
+        arguments |= {key: "True" for key, on in (("dora_wd", "magnitude" in modifiers), ("train_norm", norms),
+                                                  ("use_tucker", modifiers & {"mid", "t1", "t2", "bm"})) if on}
+        header |= {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps(arguments)}
+    listed = {path: [w.kind, w.rank, w.alpha] for path, w in sorted(state.items())}
+    return header | {"sdlora.modules": json.dumps(listed)}
+
+
+def _hashed(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return dict(header) | {"sshs_model_hash": tensor_bytes_hash(tensors)}
+
+
+def tensor_bytes_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256, in hex, of the bytes that `write_safetensors` writes after the header."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)):
+        if tensors[name].numel():
+            digest.update(memoryview(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()

@@ -1,0 +1,76 @@
+"""LoRAs inside a checkpoint: put them in, take them out. Melting them into the weights is merge_lora_into_checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from sd.checkpoint import CheckpointError, read_tensors, write_safetensors
+from sd.config import ModelConfig
+from sd.embedded import EmbeddedLoRA, embed_keys, embedded_loras, split_embedded
+from sd.lora import attach_state, modules_of, remove_lora
+from sd.lora_files import read_lora
+from sd.lora_formats import write_kohya
+from sd.model_loader import config_of_file, default_model, preload_models_from_standard_weights
+from sd.model_saver import ldm_metadata, ldm_tensors
+from sd.names import model_names
+
+
+def embed(ckpt_path: str | os.PathLike | None, loras: Mapping[str | os.PathLike, float], out: str | os.PathLike,
+          **load) -> None:
+    """Write one .safetensors: the base in LDM layout, its tensors bit for bit, and every LoRA inside it with its multiplier.
+
+    preload_models_from_standard_weights attaches the LoRAs again. Other programs ignore the keys that they do not know and
+    load the base alone. LoRAs that the base has inside stay; new ones have the names of their files. `load`: further
+    arguments of preload_models_from_standard_weights. Raises as load_lora_weights does, and CheckpointError for a name
+    that occurs twice and for an `out` that it would read from.
+    """
+    ckpt_path = default_model() if ckpt_path is None else Path(ckpt_path)
+    if Path(out).suffix.lower() != ".safetensors":
+        raise CheckpointError(f"{out}: a checkpoint with LoRAs inside is written as .safetensors")
+    for path in (ckpt_path, *loras):
+        if os.path.realpath(path) == os.path.realpath(out):
+            raise CheckpointError(f"{out}: is read by this and would be lost; name another file to write")
+    models = preload_models_from_standard_weights(ckpt_path, "cpu", dtype="stored", **load)
+    remove_lora(models)
+    found = [] if ckpt_path.is_dir() else embedded_loras(split_embedded(read_tensors(ckpt_path))[1], model_names(models.config))
+    modules = modules_of(models)
+    for path, multiplier in loras.items():
+        name = Path(path).stem
+        if name in {lora.name for lora in found}:
+            raise CheckpointError(f"two LoRAs are named {name!r}; rename one of the files")
+        lora = read_lora(path, modules)
+        attach_state(models, lora.state, name, multiplier, os.fspath(path))  # every tensor must fit the base
+        found.append(EmbeddedLoRA(name, float(multiplier), write_kohya(lora.state, modules.names), lora.metadata))
+    if not found:
+        raise CheckpointError(f"{out}: there is nothing to embed: no LoRA is named, and the base has none inside")
+    tensors, metadata = embed_keys(found)
+    write_safetensors(out, ldm_tensors(models) | tensors, ldm_metadata(models) | metadata)
+
+
+def take_out(path: str | os.PathLike, folder: str | os.PathLike, *, config: ModelConfig | None = None) -> list[Path]:
+    """Write every LoRA inside a checkpoint, ours or lora_wrapper's, as `folder`/<name>.safetensors; returns the files.
+
+    The tensors are those that were embedded, bit for bit, in kohya's spelling, with the metadata of the LoRA's own file.
+    `config` is needed only for a checkpoint of lora_wrapper of no known family. Raises CheckpointError, before it writes
+    anything, for a checkpoint without LoRAs, damaged ones, names that are no file names, and files that exist.
+    """
+    base, inside = split_embedded(read_tensors(path))
+    if not inside:
+        raise CheckpointError(f"{path}: has no LoRA inside it")
+    loras = embedded_loras(inside, model_names(config or config_of_file(base)))
+    files = [_file_for(lora.name, Path(folder), path) for lora in loras]
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for file, lora in zip(files, loras):
+        write_safetensors(file, lora.tensors, lora.metadata)
+    return files
+
+
+def _file_for(name: str, folder: Path, path: str | os.PathLike) -> Path:
+    if not name or set(name) & set('/\\:\0') or not name.strip("."):  # what a file says must not lead out of the folder
+        raise CheckpointError(f"{path}: the LoRA {name!r} inside it has a name that cannot be that of a file")
+    file = folder / f"{name}.safetensors"
+    if file.exists():
+        raise CheckpointError(f"{file}: exists; name another folder")
+    return file

@@ -1,0 +1,175 @@
+"""A LoRA from two checkpoints: what fine-tuning changed, as low ranks, or exactly where a layer has no rank.
+
+Nothing that differs is left out: no threshold on the size of a change, no component skipped in silence, nothing clamped.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from tqdm import tqdm
+
+from sd.checkpoint import CheckpointError
+from sd.lora import LoRAError, adapter_names, modules_of, named_layers
+from sd.lora_formats import AdapterWeights
+from sd.lora_variants import at_least_fp32
+from sd.lora_writers import lora_metadata, write_lora
+from sd.model_loader import BASE_HASH, Models, default_model, preload_models_from_standard_weights
+from sd.tools.decompose import RankRule, Report, Row, lora_weights, seed_of, truncated_svd
+
+VAE = ("encoder.", "decoder.")
+
+
+class Layer(NamedTuple):
+    """One module of both models."""
+
+    path: str
+    base: Tensor
+    tuned: Tensor
+    base_bias: Tensor | None = None
+    tuned_bias: Tensor | None = None
+    embedding: bool = False
+
+
+@dataclass
+class ExtractReport(Report):
+    """`rounding` tells how much of the difference, and so of the residual, is the rounding of the tuned file's dtype."""
+
+    equal: int = 0  # modules without any difference
+    left_out: list[str] = field(default_factory=list)  # modules of the VAE that differ and were not asked for
+
+    def __str__(self) -> str:
+        vae = f"; {len(self.left_out)} modules of the VAE differ and are left out" if self.left_out else ""
+        return (f"{super().__str__()}, the tuned weights' own rounding {self.rounding:.2e} of the difference; "
+                f"{self.equal} modules are equal{vae}")
+
+
+def extract(layers: Iterable[Layer], rule: RankRule, *, conv_rule: RankRule | None = None, randomized: bool = False,
+            seed: int = 0) -> tuple[dict[str, AdapterWeights], ExtractReport]:
+    """The differences tuned - base, taken in fp32 or fp64: low ranks by the rule for all weights that are matrices or
+    kernels (`conv_rule` for kernels above 1x1), exact differences of norms and biases.
+
+    Raises LoRAError for shapes that differ and values that are not finite.
+    """
+    state, report = {}, ExtractReport()
+    for layer in layers:
+        D, bias = _difference(layer.path, layer.base, layer.tuned), None
+        if layer.base_bias is not None or layer.tuned_bias is not None:
+            bias = _difference(f"{layer.path} (bias)", layer.base_bias, layer.tuned_bias)
+        extra = {} if bias is None else {"diff_b": bias}
+        if D is None and bias is None:
+            report.equal += 1
+        elif D is None:
+            state[layer.path] = AdapterWeights("full", extra)
+            report.modules[layer.path] = Row(None, 0.0, 0.0)
+        else:
+            kernel = D.dim() > 2 and max(D.shape[2:]) > 1
+            by = conv_rule if kernel and conv_rule is not None else rule
+            adapter, row = _held(D, layer, by, extra, randomized, seed_of(seed, layer.path))
+            state[layer.path] = adapter
+            report.modules[layer.path] = row._replace(rounding=rounding_norm(layer.tuned) / row.norm)
+    return state, report
+
+
+def _difference(what: str, base: Tensor | None, tuned: Tensor | None) -> Tensor | None:
+    """None where the two are equal in every bit that counts."""
+    if base is None or tuned is None or base.shape != tuned.shape:
+        shapes = ["absent" if t is None else str(list(t.shape)) for t in (base, tuned)]
+        raise LoRAError(f"{what} is {shapes[0]} in the base and {shapes[1]} in the tuned model")
+    D = at_least_fp32(tuned) - at_least_fp32(base)
+    if not torch.isfinite(D).all():
+        raise LoRAError(f"{what}: the difference holds values that are not finite (NaN or infinity)")
+    return D if D.any() else None
+
+
+def _held(D: Tensor, layer: Layer, rule: RankRule, extra: Mapping[str, Tensor], randomized: bool,
+          seed: int) -> tuple[AdapterWeights, Row]:
+    if D.dim() == 1:  # a norm
+        return AdapterWeights("full", {"diff": D, **extra}), Row(None, float(D.double().norm()), 0.0)
+    flat, inner = (D.T, D.shape[:1]) if layer.embedding else (D.flatten(1), D.shape[1:])
+    found = truncated_svd(flat, rule, randomized=randomized, seed=seed)
+    return lora_weights(found.up, found.down, tuple(inner), **extra), Row(found.down.shape[0], found.norm, found.error)
+
+
+def rounding_norm(W: Tensor) -> float:
+    """The expected norm of the error with which W was rounded to its dtype: ulp / √12 for each value."""
+    info = torch.finfo(W.dtype)
+    exponent = torch.frexp(at_least_fp32(W).abs().clamp(min=info.smallest_normal)).exponent - 1
+    ulp = info.eps * torch.exp2(exponent.double())  # |w| lies from 2^exponent to below twice that
+    return float(ulp.norm()) / 12 ** 0.5
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+def extract_lora(base: str | os.PathLike | None, tuned: str | os.PathLike, out: str | os.PathLike, *, rank: int | None = None,
+                 conv_rank: int | None = None, threshold: float | None = None, ratio: float | None = None,
+                 cumulative: float | None = None, frobenius: float | None = None, vae: bool = False, randomized: bool = False,
+                 seed: int = 0, format: str = "kohya", dtype: torch.dtype | None = None,
+                 metadata: Mapping[str, str] | None = None, progress: bool = True) -> ExtractReport:
+    """Write the LoRA that makes the checkpoint `tuned` of `base` (None: the embedded model): UNet, text encoder, on
+    request the VAE.
+
+    `rank` is that of every layer, or, beside one of the other rules of `RankRule`, the upper limit; `conv_rank` is the same
+    for kernels above 1x1. Both files stay mapped. `dtype` None writes fp32. Raises LoRAError for models of different
+    configs, LoRAs inside either, and models without a difference.
+    """
+    rules = {"ratio": ratio, "threshold": threshold, "cumulative": cumulative, "frobenius": frobenius}
+    rule, conv_rule = _rule(rank, rules), None if conv_rank is None else _rule(conv_rank, rules)
+    paths = [default_model() if base is None else Path(base), Path(tuned)]
+    for path in paths:
+        if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(out)):
+            raise CheckpointError(f"{out}: is read by this and would be lost; name another file to write")
+    models = [preload_models_from_standard_weights(path, "cpu", dtype="stored") for path in paths]
+    _check(*models)
+    layers = list(layers_of(*models))
+    of_vae = [layer for layer in layers if layer.path.startswith(VAE)]
+    wanted = layers if vae else [layer for layer in layers if not layer.path.startswith(VAE)]
+    state, report = extract(tqdm(wanted, desc="extract", unit="layer", disable=None if progress else True), rule,
+                            conv_rule=conv_rule, randomized=randomized, seed=seed)
+    report.left_out = [] if vae else [layer.path for layer in of_vae if _differs(layer)]
+    if not state:
+        vae_only = f"; {len(report.left_out)} modules of the VAE do (vae=True takes them)" if report.left_out else ""
+        raise LoRAError(f"{tuned}: there is nothing to extract: no weight differs from {paths[0]}{vae_only}")
+    header = lora_metadata(state, models[0].config) | {"ss_sd_model_name": paths[0].name}
+    if models[0].model_hash is not None:
+        header[BASE_HASH] = models[0].model_hash
+    write_lora(out, state, modules_of(models[0]), format=format, dtype=dtype, metadata=header | dict(metadata or {}))
+    return report
+
+
+def _rule(rank: int | None, rules: Mapping[str, float | None]) -> RankRule:
+    bounded = any(value is not None for value in rules.values())
+    return RankRule(None if bounded else rank, max_rank=rank if bounded else None, **rules)
+
+
+def _check(base: Models, tuned: Models) -> None:
+    for models in (base, tuned):
+        if adapter_names(models):
+            raise LoRAError(f"{models.source}: has the LoRAs {', '.join(map(repr, adapter_names(models)))} inside, which are "
+                            f"no part of its weights; take them out, or merge them into a checkpoint first")
+    for field_ in fields(base.config):
+        ours, theirs = (getattr(models.config, field_.name) for models in (base, tuned))
+        if ours != theirs and field_.name not in ("name", "image_size"):
+            raise LoRAError(f"{base.source} and {tuned.source} are different models, no difference can be taken: their "
+                            f"{field_.name} is {ours} and {theirs}")
+
+
+def layers_of(base: Models, tuned: Models) -> Iterator[Layer]:
+    """Every layer of two models of the same config, in order."""
+    other = dict(named_layers(tuned))
+    for path, layer in named_layers(base):
+        if getattr(layer, "weight", None) is not None:
+            biases = (getattr(layer, "bias", None), getattr(other[path], "bias", None))
+            yield Layer(path, layer.weight, other[path].weight, *biases, isinstance(layer, nn.Embedding))
+
+
+def _differs(layer: Layer) -> bool:
+    pairs = (layer.base, layer.tuned), (layer.base_bias, layer.tuned_bias)
+    return any(a is not None and bool((at_least_fp32(a) != at_least_fp32(b)).any()) for a, b in pairs)

@@ -1,0 +1,272 @@
+"""Several LoRAs to one: Σ wᵢ ΔWᵢ exactly, its best approximation by a rank, or TIES, DARE and magnitude pruning.
+
+Everything is done on the weight changes ΔW = alpha / R · up · down, or exactly equal to that; factors are never summed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sd.lora import LoRAError
+from sd.lora_blocks import block_multipliers
+from sd.lora_formats import AdapterWeights, LoRAFormatError
+from sd.lora_kinds import KINDS, needs_base
+from sd.lora_variants import LayerShape, at_least_fp32
+from sd.lora_writers import lora_metadata, write_lora
+from sd.tools.common import load_base, load_lora_file
+from sd.tools.decompose import (
+    RankRule,
+    Report,
+    Row,
+    flat_factors,
+    lora_weights,
+    product_norm,
+    seed_of,
+    svd_of_product,
+    truncated_svd,
+)
+
+METHODS = ("concat", "svd", "full", "ties", "dare", "magnitude")
+
+
+class Part(NamedTuple):
+    """What one file says of one module."""
+
+    file: int  # its place among the states given
+    weight: float
+    adapter: AdapterWeights
+
+    @property
+    def changes_weight(self) -> bool:
+        return bool(self.adapter.tensors.keys() - {"diff_b"})
+
+    @property
+    def plain(self) -> str | None:
+        """The kind, where ΔW needs neither the base weight nor the layer's shape."""
+        return self.adapter.kind if self.adapter.kind in ("lora", "full") and "magnitude" not in self.adapter.tensors else None
+
+    def __str__(self) -> str:
+        return self.adapter.kind + (" with a magnitude (DoRA)" if "magnitude" in self.adapter.tensors else "")
+
+
+def merge_loras(states: Sequence[Mapping[str, AdapterWeights]], weights: Sequence[float | Mapping[str, float]],
+                method: str = "concat", *, rank: int | None = None, density: float = 0.5, seed: int = 0,
+                shapes: Mapping[str, LayerShape] | None = None, base_weight: Callable[[str], Tensor] | None = None,
+                randomized: bool = False) -> tuple[dict[str, AdapterWeights], Report]:
+    """One LoRA for Σ wᵢ ΔWᵢ of several, in fp32 (fp64 from fp64), and what of it each module misses.
+
+    concat: exact, a LoRA of rank ΣR; differences and biases are summed. svd: the best approximation by `rank`. full: exact,
+    as differences. On ΔW, then by `rank` or, with None, as differences: ties (Yadav et al. 2023), dare (Yu et al. 2024;
+    drawn from `seed`), magnitude; each keeps the share `density` of every file's values, and biases are treated as
+    weights are. A weight is a number or {path: number}; it may be negative, and 0 leaves the file, or module, out.
+    `shapes`: path -> LayerShape; concat, and svd of plain LoRAs, do without. `base_weight`: path -> W, called only for a
+    kind or a DoRA magnitude that depends on it. The report's error is against the same method without the rank.
+    Raises LoRAError where a module cannot be held, with its name, its kinds and the methods that can.
+    """
+    _check(method, rank, density)
+    if len(states) != len(weights):
+        raise LoRAError(f"{len(states)} LoRAs are given, but {len(weights)} weights")
+    parts: dict[str, list[Part]] = {}
+    for i, (state, weight) in enumerate(zip(states, weights)):
+        for path, adapter in state.items():
+            w = float(weight[path] if isinstance(weight, Mapping) else weight)
+            if not math.isfinite(w):
+                raise LoRAError(f"a weight of the merge is {w}; a finite number is needed")
+            if w:
+                parts.setdefault(path, []).append(Part(i, w, adapter))
+    if not parts:
+        raise LoRAError("there is nothing to merge: " + ("every weight is 0" if any(states) else "no LoRA is given"))
+    shapes = shapes or {}
+    order = {path: i for i, path in enumerate(shapes)}
+    merged, report = {}, Report()
+    for path in sorted(parts, key=lambda path: order.get(path, len(order))):
+        module = _Module(path, method, rank, density, seed, shapes.get(path), base_weight, randomized)
+        merged[path], row = module.merge(parts[path])
+        if row is not None:
+            report.modules[path] = row
+    return merged, report
+
+
+def _check(method: str, rank: int | None, density: float) -> None:
+    if method not in METHODS:
+        raise LoRAError(f"the method of merging is {method!r}; allowed: {', '.join(METHODS)}")
+    if method == "svd" and rank is None:
+        raise LoRAError("the method svd needs a rank; without one, concat is exact")
+    if method in ("concat", "full") and rank is not None:
+        raise LoRAError(f"the method {method} is exact and takes no rank, given: {rank}; the method svd does")
+    if rank is not None:
+        RankRule(rank)  # refuses what is no rank
+    if not 0 < density <= 1:
+        raise LoRAError(f"density is {density}; allowed: 0 < density <= 1")
+
+
+@dataclass(frozen=True)
+class _Module:
+    """How one module is merged."""
+
+    path: str
+    method: str
+    rank: int | None
+    density: float
+    seed: int
+    layer: LayerShape | None
+    base_weight: Callable[[str], Tensor] | None
+    randomized: bool
+
+    def merge(self, parts: list[Part]) -> tuple[AdapterWeights, Row | None]:
+        """The merged adapter; no row where only a bias changes."""
+        biases = [(p, at_least_fp32(p.adapter.tensors["diff_b"])) for p in parts if "diff_b" in p.adapter.tensors]
+        extra = {"diff_b": self.combine(biases, "bias")} if biases else {}
+        parts = [p for p in parts if p.changes_weight]
+        if not parts:
+            return AdapterWeights("full", extra), None
+        kinds = {p.plain for p in parts}
+        if self.method in ("concat", "svd") and kinds == {"lora"}:
+            return self.factors(parts, extra)
+        if self.method == "concat" and kinds != {"full"}:
+            if len(parts) == 1 and parts[0].weight == 1:  # nothing is added to it: any kind stays what it is
+                adapter = parts[0].adapter
+                return replace(adapter, tensors={**adapter.tensors, **extra}), Row(adapter.rank, 0.0, 0.0, adapter.rank)
+            raise LoRAError(f"{self.path}: concat cannot add {' and '.join(sorted({str(p) for p in parts}))}; "
+                            f"the method full can, exactly, and the method svd with a rank")
+        D = self.combine([(p, self.delta(p)) for p in parts], "weight")
+        if self.rank is None or D.dim() == 1:
+            norm = float(torch.linalg.vector_norm(D, dtype=torch.float64))
+            return AdapterWeights("full", {"diff": D, **extra}), Row(None, norm, 0.0)
+        embedding = self.shape.embedding
+        flat, inner = (D.T, D.shape[:1]) if embedding else (D.flatten(1), D.shape[1:])
+        found = truncated_svd(flat, RankRule(rank=self.rank), randomized=self.randomized, seed=seed_of(self.seed, self.path))
+        row = Row(found.down.shape[0], found.norm, found.error)
+        return lora_weights(found.up, found.down, tuple(inner), **extra), row
+
+    def factors(self, parts: list[Part], extra: dict[str, Tensor]) -> tuple[AdapterWeights, Row]:
+        """Plain LoRAs stacked: [w₁ s₁ up₁, w₂ s₂ up₂, ...] · [down₁; down₂; ...] is Σ wᵢ ΔWᵢ, whatever the ranks."""
+        ups, downs, inners = [], [], []
+        for p in parts:
+            up, down, inner = flat_factors(p.adapter, self.path)
+            ups.append(up * (p.weight * p.adapter.alpha / p.adapter.rank))
+            downs.append(down)
+            inners.append(inner)
+        layer = self.layer and (self.layer.weight[::-1] if self.layer.embedding else self.layer.weight)
+        inner = self.common([(up.shape[0], *inner) for up, inner in zip(ups, inners)], layer)[1:]
+        up, down = torch.cat(ups, 1), torch.cat(downs)
+        rank = down.shape[0]
+        if self.method == "concat":
+            return lora_weights(up, down, inner, **extra), Row(rank, product_norm(up, down), 0.0, rank)
+        found = svd_of_product(up, down, RankRule(rank=self.rank))
+        row = Row(found.down.shape[0], found.norm, found.error, rank)
+        return lora_weights(found.up, found.down, inner, **extra), row
+
+    @property
+    def shape(self) -> LayerShape:
+        if self.layer is None:
+            raise LoRAError(f"{self.path}: the method {self.method} needs the shape of the layer: pass shapes=")
+        return self.layer
+
+    def common(self, shapes: list[tuple[int, ...]], layer: tuple[int, ...] | None) -> tuple[int, ...]:
+        """The one shape that all these are, the layer's: some write a 1x1 convolution as [a, b], others as [a, b, 1, 1]."""
+        all_shapes = shapes if layer is None else [*shapes, layer]
+        found = {shape[:2] if set(shape[2:]) == {1} else shape for shape in all_shapes}
+        if len(found) > 1:
+            raise LoRAError(f"{self.path}: changes of the shapes {' and '.join(str(list(s)) for s in sorted(found))} meet; "
+                            f"the files, or a file and the base, are for different models")
+        return max(shapes, key=len) if layer is None else layer
+
+    def delta(self, part: Part) -> Tensor:
+        """ΔW in the layer's orientation, fp32 or fp64."""
+        adapter, tensors = part.adapter, part.adapter.tensors
+        if part.plain == "full":
+            return at_least_fp32(tensors["diff"])
+        if part.plain == "lora" and self.shape.groups == 1:
+            up, down, inner = flat_factors(adapter, self.path)
+            D = (up @ down) * (adapter.alpha / adapter.rank)
+            return D.T if self.shape.embedding else D.view(-1, *inner)
+        W = torch.zeros(()).expand(self.shape.weight)
+        if needs_base(adapter):
+            if self.base_weight is None:
+                raise LoRAError(f"{self.path}: the ΔW of {part} depends on the base weight: pass base_weight=")
+            W = at_least_fp32(self.base_weight(self.path))
+        try:
+            built = KINDS[adapter.kind].from_weights(adapter, self.shape)
+        except LoRAFormatError as error:
+            raise LoRAError(f"{self.path}: {error}") from None
+        with torch.no_grad():
+            return built.effective_delta(W)
+
+    def combine(self, changes: list[tuple[Part, Tensor]], what: str) -> Tensor:
+        """Σ wᵢ ΔWᵢ, each pruned first in the method's way."""
+        layer = self.layer.weight if self.layer and what == "weight" else None
+        shape = self.common([tuple(D.shape) for _, D in changes], layer)
+        changes = [(p, D.reshape(shape)) for p, D in changes]
+        if self.method == "ties":
+            return ties([D for _, D in changes], [p.weight for p, _ in changes], self.density)
+        total = torch.zeros_like(changes[0][1])
+        for p, D in changes:
+            if self.method == "magnitude":
+                D = keep_largest(D, self.density)
+            elif self.method == "dare":
+                D = D * dare_mask(D.shape, self.density, self.seed, p.file, self.path, what) / self.density
+            total = total + p.weight * D
+        return total
+
+
+def keep_largest(D: Tensor, density: float) -> Tensor:
+    """D with all but the share `density` of its values, those of largest |D|, set to 0 (at least one stays)."""
+    kept = D.abs().flatten().topk(max(1, int(density * D.numel()))).indices
+    mask = torch.zeros(D.numel(), dtype=torch.bool, device=D.device).index_fill_(0, kept, True)
+    return D.where(mask.view(D.shape), 0.0)
+
+
+def dare_mask(shape: Sequence[int], density: float, seed: int, *names) -> Tensor:
+    """Which values DARE keeps: each with probability `density`, the same for the same seed, file and module."""
+    generator = torch.Generator().manual_seed(seed_of(seed, *names))
+    return torch.rand(tuple(shape), generator=generator) < density
+
+
+def ties(deltas: Sequence[Tensor], weights: Sequence[float], density: float) -> Tensor:
+    """TIES (Yadav et al. 2023): trim by `density`, elect each value's sign by the sum, average what agrees with it.
+
+    The sum that elects is not weighted, as in PEFT; a negative weight turns its ΔW round first.
+    """
+    turned = torch.stack([keep_largest(D, density) * math.copysign(1, w) for D, w in zip(deltas, weights)])
+    sign = torch.where(turned.sum(0) >= 0, 1.0, -1.0)
+    agree = turned.sign() == sign
+    scaled = turned * torch.tensor([abs(w) for w in weights], dtype=turned.dtype).view(-1, *(1,) * (turned.dim() - 1))
+    return (scaled * agree).sum(0) / agree.sum(0).clamp(min=1)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+def merge_lora_files(loras: Mapping[str | os.PathLike, float], out: str | os.PathLike, *, method: str = "concat",
+                     rank: int | None = None, density: float = 0.5, seed: int = 0, randomized: bool = False,
+                     base: str | os.PathLike | None = None, block_weights: Mapping | None = None, skip: str | None = None,
+                     format: str = "kohya", dtype: torch.dtype | None = None) -> Report:
+    """`merge_loras` on files of any program: {file: its weight} written as one LoRA; `dtype` None is fp32.
+
+    `base`: the checkpoint, needed for kinds whose ΔW depends on its weights. `block_weights`: file -> what
+    `sd.lora_blocks` reads, over the file's weight. Raises as `merge_loras` and `read_lora` do.
+    """
+    _check(method, rank, density)  # before anything is read
+    model = None if base is None else load_base(base)
+    states, weights = [], []
+    for path, weight in loras.items():
+        file, model = load_lora_file(path, model, skip=skip)  # without a base, the first file tells it
+        blocks = block_multipliers((block_weights or {}).get(path), model.modules)
+        states.append(file.state)
+        weights.append({module: weight * (1.0 if blocks is None else blocks.of(module)) for module in file.state})
+    state, report = merge_loras(states, weights, method, rank=rank, density=density, seed=seed, randomized=randomized,
+                                shapes=model and model.layers, base_weight=None if base is None else model.weight)
+    names = {Path(path).name: float(weight) for path, weight in loras.items()}
+    metadata = lora_metadata(state, model.config) | {"modelspec.merged_from": ", ".join(names), "sdlora.merged": json.dumps(
+        {"method": method, "weights": names, "rank": rank, "density": density, "seed": seed})}
+    write_lora(out, state, model.modules, format=format, dtype=dtype, metadata=metadata)
+    return report

@@ -1,0 +1,65 @@
+"""A LoRA of another rank: each module's ΔW approximated by the rank that one rule chooses."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+
+from sd.lora import LoRAError
+from sd.lora_formats import AdapterWeights
+from sd.lora_writers import lora_metadata, write_lora
+from sd.tools.common import load_lora_file
+from sd.tools.decompose import RankRule, Report, Row, flat_factors, lora_weights, svd_of_product
+
+MODIFIERS = ("magnitude", "diff_b")  # tensors that any kind may have; they have no rank and stay as they are
+
+
+def resize(state: Mapping[str, AdapterWeights], *, rank: int | None = None, ratio: float | None = None,
+           threshold: float | None = None, cumulative: float | None = None, frobenius: float | None = None,
+           max_rank: int | None = None, skip: bool = False) -> tuple[dict[str, AdapterWeights], Report]:
+    """The best approximation of every module's ΔW by the rank that exactly one rule of `RankRule` chooses.
+
+    Each module keeps its scale alpha / rank. A rank is never raised: a module that is to keep its rank, or more, stays
+    as it is, and so do full differences, DoRA magnitudes and biases; the error of a DoRA module is that of its ΔW.
+    Raises LoRAError for a module of another kind, unless `skip`: then it stays as it is.
+    """
+    rule = RankRule(rank, ratio, threshold, cumulative, frobenius, max_rank)
+    resized, report = {}, Report()
+    for path, weights in state.items():
+        if weights.kind != "lora":
+            if weights.kind != "full" and not skip:
+                raise LoRAError(f"{path} is of the kind {weights.kind}, which cannot be resized; only lora can. "
+                                f"Leave such modules as they are with skip")
+            resized[path] = weights
+            continue
+        up, down, inner = flat_factors(weights, path)
+        scale = weights.alpha / weights.rank
+        found = svd_of_product(up, down, rule)
+        new = found.down.shape[0]
+        if new >= weights.rank:
+            resized[path], new, error = weights, weights.rank, 0.0
+        else:
+            kept = {name: weights.tensors[name] for name in MODIFIERS if name in weights.tensors}
+            resized[path], error = lora_weights(found.up, found.down, inner, scale, **kept), found.error
+        report.modules[path] = Row(new, abs(scale) * found.norm, error, weights.rank)
+    return resized, report
+
+
+def resize_file(source: str | os.PathLike, out: str | os.PathLike, *, rank: int | None = None, ratio: float | None = None,
+                threshold: float | None = None, cumulative: float | None = None, frobenius: float | None = None,
+                max_rank: int | None = None, skip: bool = False, format: str = "kohya",
+                dtype: torch.dtype | None = None) -> Report:
+    """`resize` on a file of any program; its metadata goes along. `dtype` None: each module keeps that of the source."""
+    file, base = load_lora_file(source)
+    state, report = resize(file.state, rank=rank, ratio=ratio, threshold=threshold, cumulative=cumulative,
+                           frobenius=frobenius, max_rank=max_rank, skip=skip)
+    if dtype is None:
+        for path, weights in state.items():
+            if weights is not file.state[path]:
+                stored = file.state[path].tensors["down"].dtype
+                weights.tensors |= {name: weights.tensors[name].to(stored) for name in ("down", "up")}
+    told = {key: value for key, value in file.metadata.items() if not key.startswith("ss_network_")}
+    write_lora(out, state, base.modules, format=format, dtype=dtype, metadata=lora_metadata(state, base.config) | told)
+    return report

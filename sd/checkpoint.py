@@ -10,6 +10,7 @@ import glob
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import pickletools
@@ -281,6 +282,14 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[s
         return write_safetensors(path, tensors, metadata)
     warnings.warn(f"{path}: a .pt file holds no metadata; .safetensors would keep it", stacklevel=2)
     write_pt(path, tensors)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite: by the extremes, without a temporary of the tensor's size."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    low, high = torch.aminmax(tensor.float() if tensor.itemsize == 1 else tensor)  # NaN is passed on
+    return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
 def _check_tensors(path: str | Path, tensors: Mapping[str, Tensor | Lazy], lazy: type | tuple = ()) -> None:

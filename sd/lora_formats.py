@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sd.checkpoint import all_finite
 from sd.names import LDM_PREFIX, Name
 
 
@@ -274,7 +275,7 @@ def assemble(entries: Iterable[Entry], strange: Iterable[str], modules: Modules,
 
 def _weights(module: str, found: dict[str, Tensor], shape: tuple[int, ...] | None, where: str) -> AdapterWeights:
     for tail, tensor in found.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all():
+        if not all_finite(tensor):
             raise LoRAFormatError(f"{where}: {module}.{tail} holds values that are not finite (NaN or infinity)")
         if not tensor.numel() or tensor.dim() == 0 and tail not in (*SCALES, "on_input"):
             raise LoRAFormatError(f"{where}: {module}.{tail} has shape {list(tensor.shape)}, which fits no layer")
@@ -386,7 +387,7 @@ def as_written(tensor: Tensor, dtype: torch.dtype | None, what: str) -> Tensor:
     if not tensor.is_floating_point():
         return tensor
     tensor = tensor.to(dtype or tensor.dtype)
-    if not torch.isfinite(tensor.float()).all():
+    if not all_finite(tensor):
         raise LoRAFormatError(f"{what} holds values that are not finite in {str(tensor.dtype).removeprefix('torch.')}, "
                               f"so the LoRA is not written")
     return tensor

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from sd.checkpoint import CheckpointError, Lazy, atomic_folder, atomic_write, write_safetensors
+from sd.checkpoint import CheckpointError, Lazy, all_finite, atomic_folder, atomic_write, write_safetensors
 from sd.config import CONFIG_KEY, ModelConfig
 from sd.lora import LoRAError, LoRALayer, adapter_names, exact, exclusive, lora_layers
 from sd.names import Name, component_names
@@ -101,9 +101,7 @@ def _tensors(network: nn.Module, dtype: torch.dtype | None, read: Reader,
 
 def _made(layer: nn.Module, tail: str, read: Reader, shape: tuple[int, ...], dtype: torch.dtype, what: str) -> Tensor:
     tensor = read(layer, tail).to(dtype)
-    # The extremes tell as much as isfinite() of all, without a temporary of the tensor's size.
-    ends = torch.stack(torch.aminmax(tensor.float() if dtype.itemsize == 1 else tensor))
-    if not tensor.is_meta and not torch.isfinite(ends).all():
+    if not tensor.is_meta and not all_finite(tensor):
         raise CheckpointError(f"{what} holds values that are not finite in {str(dtype).removeprefix('torch.')}, "
                               f"so the model is not written")
     return tensor.reshape(shape)

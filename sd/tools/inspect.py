@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from sd.checkpoint import CheckpointError, TensorFile, lora_hash, model_hash, read_folder, read_tensors, sniff
+from sd.checkpoint import CheckpointError, TensorFile, all_finite, lora_hash, model_hash, read_folder, read_tensors, sniff
 from sd.config import CONFIG_KEY
 from sd.embedded import EMBEDDED, embedded_loras, split_embedded
 from sd.image_io import FORMATS, read_parameters
@@ -135,7 +135,7 @@ def _counts(values) -> dict[str, int]:
 
 def _tensors(file: TensorFile) -> dict:
     dtypes = Counter(str(t.dtype).removeprefix("torch.") for t in file.values())
-    bad = sum(not bool(torch.isfinite(t).all()) for t in file.values() if t.is_floating_point() and t.itemsize > 1)
+    bad = sum(not all_finite(t) for t in file.values())
     return {"tensors": len(file), "parameters": sum(math.prod(s) for s in file.shapes.values()), "dtypes": dict(dtypes),
             **({"tensors with NaN or infinity": bad} if bad else {})}
 

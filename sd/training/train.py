@@ -206,7 +206,7 @@ def train(config: TrainConfig, models: Models | None = None, dataset=None, *, au
             for name, value in ema.items():
                 parameters[name].copy_(value)
         metrics.plot(folder / "loss.png")
-        _save_result(config, models, folder, facts)
+        _save_result(config, models, folder, facts, len(dataset))
     return models
 
 
@@ -320,13 +320,18 @@ def _write_json(path: Path, values: dict) -> None:
         file.write((json.dumps(values, indent=2) + "\n").encode())
 
 
-def _save_result(config: TrainConfig, models: Models, folder: Path, facts: dict) -> None:
+def _save_result(config: TrainConfig, models: Models, folder: Path, facts: dict, pictures: int) -> None:
     metadata = {"sdlora.training": json.dumps(facts)}
     if config.train != "lora":
         models.source = None  # they are no longer what that file holds
         save_checkpoint(models, folder / "model.safetensors", metadata=metadata)
         return
-    kohya = {"ss_learning_rate": config.learning_rate, "ss_max_train_steps": config.steps, "ss_seed": config.seed,
-             "ss_batch_size_per_device": config.batch_size, "ss_lr_scheduler": config.schedule}
+    kohya = {"ss_output_name": config.name, "ss_learning_rate": config.learning_rate, "ss_unet_lr": config.learning_rate,
+             "ss_text_encoder_lr": config.text_learning_rate or config.learning_rate, "ss_max_train_steps": config.steps,
+             "ss_steps": config.steps, "ss_seed": config.seed, "ss_batch_size_per_device": config.batch_size,
+             "ss_gradient_accumulation_steps": config.accumulate, "ss_gradient_checkpointing": config.checkpointing,
+             "ss_optimizer": "torch.optim.AdamW", "ss_lr_scheduler": config.schedule, "ss_lr_warmup_steps": config.warmup,
+             "ss_max_grad_norm": config.clip_norm, "ss_caption_dropout_rate": config.caption_dropout,
+             "ss_network_dropout": config.dropout, "ss_num_train_images": pictures, "ss_mixed_precision": "no"}
     metadata |= {key: str(value) for key, value in kohya.items()}
     save_models_lora(models, folder / f"{config.name}.safetensors", config.name, metadata=metadata)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -40,6 +40,11 @@ class Merge:
             raise ValueError("nothing to merge: name at least one LoRA with --lora PATH:MULTIPLIER")
         if self.into == "model" and (self.method != "concat" or self.rank is not None or self.randomized):
             raise ValueError("--method, --rank and --randomized are for --into lora; into a model the sum is exact")
+        if self.into == "lora" and (self.on.vae or self.on.device):
+            raise ValueError("--vae and --device are for --into model; merging LoRAs needs neither")
+        if (self.density != Merge.density and self.method not in ("ties", "dare", "magnitude")
+                or self.seed != Merge.seed and self.method != "dare"):
+            raise ValueError("--density is for ties, dare and magnitude, --seed for dare")
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,11 @@ class Extract:
     """Whose names the file has."""
     dtype: DType = "float32"
     """Of the LoRA."""
+
+    def __post_init__(self):
+        if self.tuned is None and any(getattr(self, f.name) != f.default for f in fields(self)[2:]):
+            raise ValueError("without --tuned the LoRAs inside a checkpoint are taken out as they are; leave out all flags but "
+                             "--model")
 
 
 @dataclass(frozen=True)
@@ -200,8 +210,9 @@ def embed(args: Embed) -> None:
     if not args.on.lora:
         raise ValueError("nothing to embed: name at least one LoRA with --lora PATH:MULTIPLIER")
     chosen = [lora(text) for text in args.on.lora]
-    if any(blocks is not None for *_, blocks in chosen) or args.on.skip is not None:
-        raise ValueError("a LoRA is embedded whole, with one multiplier; leave out block weights and --skip")
+    if any(blocks is not None for *_, blocks in chosen) or args.on != ModelArgs(args.on.model, args.on.lora):
+        raise ValueError("the base's tensors stay as they are, and a LoRA is embedded whole, with one multiplier; leave out block "
+                         "weights and all flags but --model and --lora")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     run(args.on.model, {path: m for path, m, _ in chosen}, args.out)
     print(f"{args.out}: the model with {', '.join(path.stem for path, *_ in chosen)} inside")

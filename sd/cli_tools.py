@@ -211,8 +211,8 @@ def embed(args: Embed) -> None:
         raise ValueError("nothing to embed: name at least one LoRA with --lora PATH:MULTIPLIER")
     chosen = [lora(text) for text in args.on.lora]
     if any(blocks is not None for *_, blocks in chosen) or args.on != ModelArgs(args.on.model, args.on.lora):
-        raise ValueError("the base's tensors stay as they are, and a LoRA is embedded whole, with one multiplier; leave out block "
-                         "weights and all flags but --model and --lora")
+        raise ValueError("the base's tensors stay as they are, and a LoRA is embedded whole, with one multiplier; leave out "
+                         "block weights and all flags but --model and --lora")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     run(args.on.model, {path: m for path, m, _ in chosen}, args.out)
     print(f"{args.out}: the model with {', '.join(path.stem for path, *_ in chosen)} inside")

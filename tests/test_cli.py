@@ -232,7 +232,7 @@ def test_a_damaged_file_is_one_sentence(run, files, kind, sentence, flag):
     (("merge", "m.safetensors", "--into", "lora", "--lora", "@ink.safetensors", "--method", "svd"), "svd needs a rank"),
     (("merge", "m.safetensors", "--into", "lora", "--lora", "@ink.safetensors", "--device", "cpu"), "are for --into model"),
     (("merge", "m.safetensors", "--into", "lora", "--lora", "@ink.safetensors", "--density", "0.2"), "--density is for ties"),
-    (("embed", "m.safetensors", "--lora", "@ink.safetensors", "--dtype", "float16"), "leave out block weights and all flags"),
+    (("embed", "m.safetensors", "--lora", "@ink.safetensors", "--dtype", "float16"), "leave out block weights"),
     (("extract", "x.safetensors", "--model", "@tiny.safetensors", "--rank", "3"), "without --tuned"),
     (("extract", "x.safetensors"), "nothing to extract from"),
     (("extract", "x", "--model", "@tiny.safetensors"), "has no LoRA inside"),

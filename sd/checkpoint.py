@@ -534,6 +534,14 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             os.close(descriptor)
 
 
+def keep_sources(out: str | Path, *sources: str | Path) -> None:
+    """Raises CheckpointError for an `out` that is one of the files to read, or a folder with one of them in it."""
+    target = Path(os.path.realpath(out))
+    for path in sources:
+        if Path(os.path.realpath(path)).is_relative_to(target):
+            raise CheckpointError(f"{out}: is read by this and would be lost; name another file to write")
+
+
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """A new folder that becomes `path` when the block ends, and leaves no trace when the block raises.

@@ -15,7 +15,16 @@ import torch.nn as nn
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from sd.checkpoint import CheckpointError, TensorFile, former_folder, model_hash, old_model_hash, read_folder, read_tensors
+from sd.checkpoint import (
+    CheckpointError,
+    TensorFile,
+    former_folder,
+    keep_sources,
+    model_hash,
+    old_model_hash,
+    read_folder,
+    read_tensors,
+)
 from sd.clip import CLIP
 from sd.config import CONFIG_KEY, SD15, CLIPConfig, ConfigError, ModelConfig, UNetConfig, VAEConfig
 from sd.embedded import embedded_loras, split_embedded
@@ -433,10 +442,7 @@ def merge_lora_into_checkpoint(ckpt_path: str | os.PathLike | None, loras: Mappi
     block_weights = dict(block_weights or {})
     if stray := [path for path in block_weights if path not in loras]:
         raise LoRAError(f"block weights are given for {os.fspath(stray[0])!r}, which is not one of the LoRAs to merge")
-    target = Path(os.path.realpath(out))
-    for path in (ckpt_path or default_model(), *loras, *filter(None, (load.get("vae"), load.get("text_encoder")))):
-        if Path(os.path.realpath(path)).is_relative_to(target):
-            raise CheckpointError(f"{out}: is read by this merge and would be lost; name another file to write")
+    keep_sources(out, ckpt_path or default_model(), *loras, *filter(None, (load.get("vae"), load.get("text_encoder"))))
     models = preload_models_from_standard_weights(ckpt_path, device, dtype="stored", **load)
     for path, multiplier in loras.items():
         name = os.fspath(path)

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from sd.checkpoint import lora_hash
+from sd.checkpoint import CheckpointError, lora_hash
 from sd.config import SD15, TINY
 from sd.lora import modules_of
 from sd.lora_files import read_lora
@@ -461,7 +461,9 @@ def test_what_no_low_rank_can_stand_for_is_an_error_unless_it_is_skipped(modules
     assert len(report.skipped) >= 2 and f"{len(report.skipped)} tensors skipped as asked" in str(report)
 
 
-def test_a_file_converts_onto_itself(modules, tmp_path, source):
+def test_a_file_is_not_converted_onto_itself(modules, source):
     path = source(LORA)
-    convert(path, path, format="diffusers")
-    assert read_lora(path, modules).format == "diffusers" and read_lora(path, modules).state[TEXT].alpha == 7.0
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match="is read by this and would be lost"):
+        convert(path, path, format="diffusers", dtype=torch.float16)
+    assert path.read_bytes() == before

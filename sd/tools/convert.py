@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from sd.checkpoint import keep_sources
 from sd.lora_formats import AdapterWeights, LoRAFormatError
 from sd.lora_kinds import needs_base
 from sd.lora_writers import NAMELESS, check_format, refusals, write_lora
@@ -40,6 +41,7 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, format: str
     hold. `base`: the checkpoint that the LoRA is for; needed where the source does not say of what family it is, and to
     approximate kinds whose ΔW depends on the base's weight. `skip`: as in `read_lora`. Raises LoRAFormatError.
     """
+    keep_sources(target, source)
     found, model = load_lora_file(source, None if base is None else load_base(base), skip=skip)
     state, report = found.state, Report()
     if approximate is None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from sd.checkpoint import CheckpointError, read_tensors, write_safetensors
+from sd.checkpoint import CheckpointError, keep_sources, read_tensors, write_safetensors
 from sd.config import ModelConfig
 from sd.embedded import EmbeddedLoRA, embed_keys, embedded_loras, split_embedded
 from sd.lora import attach_state, modules_of, remove_lora
@@ -29,9 +29,7 @@ def embed(ckpt_path: str | os.PathLike | None, loras: Mapping[str | os.PathLike,
     ckpt_path = default_model() if ckpt_path is None else Path(ckpt_path)
     if Path(out).suffix.lower() != ".safetensors":
         raise CheckpointError(f"{out}: a checkpoint with LoRAs inside is written as .safetensors")
-    for path in (ckpt_path, *loras):
-        if os.path.realpath(path) == os.path.realpath(out):
-            raise CheckpointError(f"{out}: is read by this and would be lost; name another file to write")
+    keep_sources(out, ckpt_path, *loras)
     models = preload_models_from_standard_weights(ckpt_path, "cpu", dtype="stored", **load)
     remove_lora(models)
     found = [] if ckpt_path.is_dir() else embedded_loras(split_embedded(read_tensors(ckpt_path))[1], model_names(models.config))

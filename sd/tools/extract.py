@@ -16,7 +16,7 @@ import torch.nn as nn
 from torch import Tensor
 from tqdm import tqdm
 
-from sd.checkpoint import CheckpointError
+from sd.checkpoint import keep_sources
 from sd.lora import LoRAError, adapter_names, modules_of, named_layers
 from sd.lora_formats import AdapterWeights
 from sd.lora_variants import at_least_fp32
@@ -123,9 +123,7 @@ def extract_lora(base: str | os.PathLike | None, tuned: str | os.PathLike, out: 
     rules = {"ratio": ratio, "threshold": threshold, "cumulative": cumulative, "frobenius": frobenius}
     rule, conv_rule = _rule(rank, rules), None if conv_rank is None else _rule(conv_rank, rules)
     paths = [default_model() if base is None else Path(base), Path(tuned)]
-    for path in paths:
-        if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(out)):
-            raise CheckpointError(f"{out}: is read by this and would be lost; name another file to write")
+    keep_sources(out, *paths)
     models = [preload_models_from_standard_weights(path, "cpu", dtype="stored") for path in paths]
     _check(*models)
     layers = list(layers_of(*models))

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sd.checkpoint import keep_sources
 from sd.lora import LoRAError
 from sd.lora_blocks import block_multipliers
 from sd.lora_formats import AdapterWeights, LoRAFormatError
@@ -256,6 +257,7 @@ def merge_lora_files(loras: Mapping[str | os.PathLike, float], out: str | os.Pat
     `sd.lora_blocks` reads, over the file's weight. Raises as `merge_loras` and `read_lora` do.
     """
     _check(method, rank, density)  # before anything is read
+    keep_sources(out, *loras)
     model = None if base is None else load_base(base)
     states, weights = [], []
     for path, weight in loras.items():

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from sd.checkpoint import keep_sources
 from sd.lora import LoRAError
 from sd.lora_formats import AdapterWeights
 from sd.lora_writers import lora_metadata, write_lora
@@ -52,6 +53,7 @@ def resize_file(source: str | os.PathLike, out: str | os.PathLike, *, rank: int 
                 max_rank: int | None = None, skip: bool = False, format: str = "kohya",
                 dtype: torch.dtype | None = None) -> Report:
     """`resize` on a file of any program; its metadata goes along. `dtype` None: each module keeps that of the source."""
+    keep_sources(out, source)
     file, base = load_lora_file(source)
     state, report = resize(file.state, rank=rank, ratio=ratio, threshold=threshold, cumulative=cumulative,
                            frobenius=frobenius, max_rank=max_rank, skip=skip)

@@ -24,9 +24,10 @@ class ModelArgs:
     vae: str | None = None
     """VAE to use instead of the model's own."""
     device: str | None = None
-    """cuda, mps, cpu; none: the best present."""
+    """cuda, mps, cpu; none: the best present (merge: cpu)."""
     dtype: DType | None = None
-    """Of the networks; none: float32 on the CPU, half precision elsewhere."""
+    """Of the networks, or of what is written; none: float32 on the CPU, half precision elsewhere (merge: as it is in the base;
+    of LoRAs float32)."""
 
 
 def load(on: ModelArgs):
@@ -47,8 +48,15 @@ def lora(text: str) -> tuple[Path, float, str | None]:
     from sd.tokenizer import data_dir
     number = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|nan|[-+]?inf"  # what is no number belongs to the path
     match = re.fullmatch(rf"(.+?)(?::({number})(?::([^:/\\]*[,=][^:/\\]*))?)?", text, re.S)
+    if not text:
+        raise ValueError("--lora is empty; name a file as PATH, PATH:MULTIPLIER or PATH:MULTIPLIER:BLOCKS")
+    if Path(text).exists():  # a colon may belong to the name
+        return Path(text), 1.0, None
     path, multiplier, blocks = (Path(match[1]), float(match[2] or 1), match[3]) if match else (Path(text), 1.0, None)
     shipped = data_dir() / "loras" / f"{path.name}.safetensors"
+    if not path.exists() and not shipped.exists() and ":" in path.name:
+        raise ValueError(f"{path}: no such file; a LoRA is named as PATH, PATH:MULTIPLIER or PATH:MULTIPLIER:BLOCKS, with "
+                         f"BLOCKS as 17, 25 or 26 numbers or as in text_encoder=0.5,mid_block=0")
     return (shipped if not path.exists() and path.parent == Path(".") and shipped.exists() else path), multiplier, blocks
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal
@@ -100,6 +102,10 @@ class Resize:
     """Keep the singular values above this share of a layer's largest."""
     max_rank: int | None = None
     """Upper limit of the rules that choose a rank for each layer."""
+    model: str | None = None
+    """The base, for models other than SD 1.x whose LoRA does not say so."""
+    format: Format = "kohya"
+    """Whose names the file has."""
     skip: bool = False
     """Leave modules of kinds other than LoRA as they are."""
     dtype: DType | None = None
@@ -156,7 +162,6 @@ def merge(args: Merge) -> None:
     on, chosen = args.on, [lora(text) for text in args.on.lora]
     if len({path for path, *_ in chosen}) < len(chosen):
         raise ValueError("the same LoRA is named twice; give it once, with the sum of the multipliers")
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     names = " + ".join(f"{m:g} x {path.name}" for path, m, _ in chosen)
     multipliers, blocks = {path: m for path, m, _ in chosen}, {path: b for path, _, b in chosen if b is not None}
     if args.into == "lora":
@@ -181,7 +186,6 @@ def extract(args: Extract) -> None:
         for path in take_out(args.model, args.out):
             print(path)
         return
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     report = extract_lora(args.model, args.tuned, args.out, rank=args.rank, conv_rank=args.conv_rank, threshold=args.threshold,
                           frobenius=args.frobenius, randomized=args.randomized, vae=args.vae, format=args.format,
                           dtype=dtype(args.dtype))
@@ -190,16 +194,14 @@ def extract(args: Extract) -> None:
 
 def resize(args: Resize) -> None:
     from sd.tools.resize import resize_file
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     report = resize_file(args.source, args.out, rank=args.rank, ratio=args.ratio, cumulative=args.cumulative,
                          frobenius=args.frobenius, threshold=args.threshold, max_rank=args.max_rank, skip=args.skip,
-                         dtype=dtype(args.dtype))
+                         format=args.format, base=args.model, dtype=dtype(args.dtype))
     print(f"{args.out}: {report}")
 
 
 def convert(args: Convert) -> None:
     from sd.tools.convert import convert as run
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     report = run(args.source, args.out, format=args.format, dtype=dtype(args.dtype), approximate=args.approximate,
                  base=args.model, skip=args.skip)
     print(f"{args.out}: {report}")
@@ -213,7 +215,6 @@ def embed(args: Embed) -> None:
     if any(blocks is not None for *_, blocks in chosen) or args.on != ModelArgs(args.on.model, args.on.lora):
         raise ValueError("the base's tensors stay as they are, and a LoRA is embedded whole, with one multiplier; leave out "
                          "block weights and all flags but --model and --lora")
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     run(args.on.model, {path: m for path, m, _ in chosen}, args.out)
     print(f"{args.out}: the model with {', '.join(path.stem for path, *_ in chosen)} inside")
 
@@ -231,6 +232,21 @@ def inspect(args: Inspect) -> None:
             print("every tensor fits")
 
 
+def _writes(tool: Callable) -> Callable:
+    """With the folder of `--out` made first, and taken away again when the tool fails."""
+    def run(args) -> None:
+        missing = [folder for folder in Path(args.out).absolute().parents if not folder.exists()]
+        try:
+            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+            tool(args)
+        except BaseException:
+            for folder in missing:  # the innermost first
+                with suppress(OSError):
+                    folder.rmdir()
+            raise
+    return run
+
+
 # command -> (its arguments, what it does)
-TOOLS = {"merge": (Merge, merge), "extract": (Extract, extract), "resize": (Resize, resize), "convert": (Convert, convert),
-         "embed": (Embed, embed), "inspect": (Inspect, inspect)}
+TOOLS = {"merge": (Merge, _writes(merge)), "extract": (Extract, _writes(extract)), "resize": (Resize, _writes(resize)),
+         "convert": (Convert, _writes(convert)), "embed": (Embed, _writes(embed)), "inspect": (Inspect, inspect)}

@@ -72,7 +72,11 @@ def _parse(text: str) -> dict[str, str] | list[str]:
     bad = [part for part in parts if part.count("=") != 1]
     if bad:
         raise BlockWeightError(f"block weights {bad[0]!r} is not of the form block=number")
-    return dict(part.split("=") for part in parts)
+    named = [part.split("=") for part in parts]
+    twice = [block for i, (block, _) in enumerate(named) if block in [name for name, _ in named[:i]]]
+    if twice:
+        raise BlockWeightError(f"block weights name {twice[0]!r} twice")
+    return dict(named)
 
 
 def _number(value, what: str) -> float:

@@ -191,20 +191,33 @@ def _alphas_of(config: Mapping, prefix: str, entries: list[Entry]) -> Iterator[E
         raise LoRAFormatError(f"its peft_type is {kind!r}; read are LORA, LOHA and LOKR")
     overall, patterns = config.get("lora_alpha" if kind == "LORA" else "alpha"), config.get("alpha_pattern") or {}
     inner = ("lora_down.weight", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")  # their first axis is the rank
-    if not isinstance(patterns, Mapping):
-        raise LoRAFormatError(f"its config has the alpha_pattern {patterns!r}; a table of patterns is needed")
     ranks = {e.module: e.tensor.shape[0] for e in entries if e.tail in inner and e.tensor.dim() and e.module.startswith(prefix)}
+    whole = {e.module for e in entries if e.tail == "lokr_w1" and e.module.startswith(prefix)}
+    whole &= {e.module for e in entries if e.tail == "lokr_w2"}
     given = {e.module for e in entries if e.tail == "alpha"}
-    for module, rank in ranks.items():
+    for module in [*ranks, *whole]:
         name = module.removeprefix(prefix)
-        alpha = next((value for pattern, value in patterns.items() if _ends_with(name, pattern)), overall)
+        for wrapper in WRAPPERS:  # PEFT's patterns are for the names inside
+            name = name.removeprefix(wrapper)
+        alpha = _of_pattern(name, patterns, overall)
+        rank = ranks.get(module) or _of_pattern(name, config.get("rank_pattern") or {}, config.get("r"))
         if alpha is None or module in given:
             continue
+        if module in whole and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+            raise LoRAFormatError(f"its config gives {name} the rank {rank!r}; a whole number from 1 is needed")
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
             raise LoRAFormatError(f"its config gives {name} the alpha {alpha!r}; a finite number is needed")
         if config.get("use_rslora"):  # Kalajdzievski 2023: alpha / sqrt(rank)
             alpha = alpha * math.sqrt(rank)
-        yield Entry("", module, "alpha", torch.tensor(float(alpha), dtype=torch.float64))
+        # LyCORIS scales a product of two whole factors by 1, PEFT by alpha / rank as any other
+        yield Entry("", module, "scale" if module in whole else "alpha",
+                    torch.tensor(alpha / rank if module in whole else float(alpha), dtype=torch.float64))
+
+
+def _of_pattern(name: str, patterns: Mapping, overall):
+    if not isinstance(patterns, Mapping):
+        raise LoRAFormatError(f"its config has the patterns {patterns!r}; a table of patterns is needed")
+    return next((value for pattern, value in patterns.items() if _ends_with(name, pattern)), overall)
 
 
 def _ends_with(name: str, pattern: str) -> bool:
@@ -257,7 +270,8 @@ def assemble(entries: Iterable[Entry], strange: Iterable[str], modules: Modules,
             raise LoRAFormatError(f"{where}: {module!r} is a second LoRA for {path}; the file spells it twice "
                                   f"(also as {spelled[path]!r})")
         elif tail in parts.setdefault(path, {}):
-            raise LoRAFormatError(f"{where}: {module} has two tensors {tail}")
+            raise LoRAFormatError(f"{where}: {module} has two tensors {tail}, such as {key!r}; if the file holds several "
+                                  f"adapters, skip all but one by name")
         else:
             parts[path][tail] = tensor
             used.add(key)
@@ -275,6 +289,8 @@ def assemble(entries: Iterable[Entry], strange: Iterable[str], modules: Modules,
 
 def _weights(module: str, found: dict[str, Tensor], shape: tuple[int, ...] | None, where: str) -> AdapterWeights:
     for tail, tensor in found.items():
+        if tensor.is_complex():
+            raise LoRAFormatError(f"{where}: {module}.{tail} holds complex numbers; real ones are expected")
         if not all_finite(tensor):
             raise LoRAFormatError(f"{where}: {module}.{tail} holds values that are not finite (NaN or infinity)")
         if not tensor.numel() or tensor.dim() == 0 and tail not in (*SCALES, "on_input"):
@@ -325,16 +341,21 @@ def _alpha(module: str, weights: AdapterWeights, found: Mapping[str, Tensor], wh
         if tail in found and found[tail].numel() != 1:
             raise LoRAFormatError(f"{where}: {module}.{tail} has shape {list(found[tail].shape)}; one number is expected")
     value = {tail: float(found[tail]) for tail in SCALES if tail in found}
+    rank, factor = weights.rank, value.get("scale", 1.0) * value.get("scalar", 1.0)
+    if rank is None and factor != 1.0 and weights.kind == "lokr":
+        weights.tensors["w1"] = weights.tensors["w1"].float() * factor
+    elif rank is None and factor != 1.0:
+        raise LoRAFormatError(f"{where}: {module} has a scale, but its kind ({weights.kind}) has none")
     if weights.kind in ("oft", "boft"):  # here alpha is not a scale: it bounds the rotation
         return value.get("alpha") or None  # LyCORIS writes 0 for none
-    rank = weights.rank
     if rank is None:  # LyCORIS writes an alpha for such kinds too, and no program reads it
-        if value.get("scale", 1.0) * value.get("scalar", 1.0) != 1.0:
-            raise LoRAFormatError(f"{where}: {module} has a scale, but its kind ({weights.kind}) has none")
         return None
     # kohya: a missing alpha means alpha = rank
     alpha = value["scale"] * rank if "scale" in value else value.get("alpha", float(rank))
-    return alpha * value.get("scalar", 1.0)
+    alpha *= value.get("scalar", 1.0)
+    if abs(alpha / rank) > torch.finfo(torch.float32).max:
+        raise LoRAFormatError(f"{where}: {module} has the alpha {alpha:g}, which no fp32 number holds")
+    return alpha
 
 
 def _with_sparse(module: str, weights: AdapterWeights, found: Mapping[str, Tensor], shape, where: str) -> AdapterWeights:
@@ -448,7 +469,7 @@ def guess_file(tensors: Mapping[str, Tensor]) -> str:
     if any(re.match("lora_unet_(input|middle|output)_block", key) for key in keys):
         return "it seems to be a LoRA for SDXL"
     if any(re.match(r"lora_(unet|te1?)_|unet\.|text_encoder\.|diffusion_model\.", key) for key in keys):
-        return "it seems to be a LoRA for another base model"
+        return "it is damaged, or a LoRA for another base model"
     return "it does not look like a LoRA" if keys else "it is empty"
 
 

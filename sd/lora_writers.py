@@ -45,6 +45,8 @@ def write_lora(path: str | os.PathLike, state: Mapping[str, AdapterWeights], mod
     for what the format cannot hold, for values that overflow `dtype`, and for a folder that holds other things.
     """
     check_format(state, modules, format)
+    if format != "peft" and Path(path).is_dir():
+        raise LoRAFormatError(f"{path}: is a folder; the format {format} is one file, so name one that ends in .safetensors")
     state = dict(sorted(state.items()))  # the same LoRA gives the same file, whatever it was read from
     header = lora_metadata(state, extra=metadata)
     if format == "peft":
@@ -228,7 +230,8 @@ def _check_folder(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise LoRAFormatError(f"{path}: is a file; PEFT's format is a folder, so name a new one")
     entries = sorted(path.rglob("*")) if path.exists() else []
-    others = [e for e in entries if not (e.name in PEFT_FILES if e.is_file() else e.name in ("unet", "text_encoder"))]
+    networks = [path / "unet", path / "text_encoder"]
+    others = [e for e in entries if e not in networks and not (e.parent in networks and e.name in PEFT_FILES and e.is_file())]
     if others:
         raise LoRAFormatError(f"{path}: is a folder with other things in it, such as {others[0].name}; name a new folder")
 
@@ -276,6 +279,11 @@ def _network(state: Mapping[str, AdapterWeights]) -> dict[str, str]:
         header |= {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps(arguments)}
     listed = {path: [w.kind, w.rank, w.alpha] for path, w in sorted(state.items())}
     return header | {"sdlora.modules": json.dumps(listed)}
+
+
+def renewed(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The header of a file that is written anew in kohya's spelling: what was derived from the old tensors made again."""
+    return _hashed({"format": "pt"} | {key: value for key, value in metadata.items() if key not in DERIVED}, tensors)
 
 
 def _hashed(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -65,7 +65,7 @@ def test_named_blocks_in_any_spelling_and_the_longest_name_counts(given):
 @pytest.mark.parametrize("given, words", [
     ([1, 2, 3], "list of 3 .* 17 .* 25 .* 26"), ({"down_block.1": 1}, "'down_block.1'.*does not have.*down_blocks.0"),
     ({"mid": 1}, "'mid'"), ({"mid_block": float("nan")}, "'mid_block' is nan"), ({"mid_block": "strong"}, "strong"),
-    ("mid_block=1=2", "block=number"), ([1] * 16 + ["x"], "number 17 is 'x'"),
+    ("mid_block=1=2", "block=number"), ("mid_block=1,mid_block=2", "'mid_block' twice"), ([1] * 16 + ["x"], "number 17 is 'x'"),
 ])
 def test_what_means_nothing_is_refused_by_name(given, words):
     with pytest.raises(BlockWeightError, match=words):

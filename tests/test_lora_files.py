@@ -511,7 +511,7 @@ BAD = {
     "a bias where none is": ({f"{u(ATTN)}.diff": random(32, 32), f"{u(ATTN)}.diff_b": random(32)}, "changes a bias that"),
     "one module in two spellings": (pair(t(TEXT), 32, 32) | pair(t(TEXT, "lora_te1_text_model_"), 32, 32), "a second LoRA for"),
     "diffusers": ({f"unet.{ATTN}x.lora_A.weight": random(3, 32), f"unet.{ATTN}x.lora_B.weight": random(32, 3)},
-                  "1 of 1 LoRA modules are unknown to this model, first: 'unet.*it seems to be a LoRA for another base"),
+                  "1 of 1 LoRA modules are unknown to this model, first: 'unet.*it is damaged, or a LoRA for another base"),
     "diffusers, training scripts": ({f"unet.{ATTN}.lora.down.weight": random(3, 32)}, "is half a pair: .* without its up"),
     "diffusers before 0.18": ({"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.up.weight":
                                random(3, 32)}, "half a pair: lora_up.weight without its down"),

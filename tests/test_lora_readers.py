@@ -161,7 +161,8 @@ def test_alpha_comes_from_the_metadata_of_diffusers_by_pefts_rules(modules, conf
 @pytest.mark.parametrize("metadata, words", [
     ("{", "lora_adapter_metadata cannot be read"), ("[1]", "cannot be read"), ('{"unet.lora_alpha": "x"}', "the alpha 'x'"),
     ('{"unet.lora_alpha": 1, "unet.alpha_pattern": {"(": 2}}', "no regular expression"),
-    ('{"unet.peft_type": "BONE"}', "peft_type is 'BONE'"), ('{"unet.lora_alpha": 1, "unet.alpha_pattern": 3}', "alpha_pattern"),
+    ('{"unet.peft_type": "BONE"}', "peft_type is 'BONE'"),
+    ('{"unet.lora_alpha": 1, "unet.alpha_pattern": 3}', "the patterns 3; a table"),
 ])
 def test_damaged_metadata_of_diffusers_is_one_sentence(modules, metadata, words):
     from sd.checkpoint import TensorFile
@@ -187,6 +188,55 @@ def test_a_sparse_residual_is_added_to_the_low_rank(modules):
     expected = UP.double().numpy() @ DOWN.double().numpy()
     np.add.at(expected, tuple(indices.numpy()), [1.0, -2.0, 3.0])
     assert weights.kind == "full" and np.allclose(weights.tensors["diff"].numpy(), expected, atol=1e-5)
+
+
+def peft_folder(folder, config, tensors):
+    folder.mkdir()
+    safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_an_anchored_pattern_of_a_peft_folder_is_for_the_names_inside(modules, tmp_path):
+    module = f"{DIFFUSERS}.to_q"
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 1, "alpha_pattern": {"^" + module.replace(".", r"\.") + "$": 6}}
+    tensors = {f"base_model.model.{module}.lora_A.weight": DOWN, f"base_model.model.{module}.lora_B.weight": UP}
+    assert read_lora(peft_folder(tmp_path / "flat", config, tensors), modules).state[LAYER].alpha == 6.0
+    (tmp_path / "both").mkdir()
+    peft_folder(tmp_path / "both" / "unet", config, tensors)
+    assert read_lora(tmp_path / "both", modules).state[LAYER].alpha == 6.0
+
+
+def test_pefts_kronecker_product_of_whole_factors_is_scaled_and_lycoris_is_not(modules, tmp_path):
+    from peft import LoKrConfig, get_peft_model
+    net = torch.nn.Sequential()
+    net.add_module("layer", torch.nn.Linear(32, 32))
+    wrapped = get_peft_model(net, LoKrConfig(r=16, alpha=4, target_modules=["layer"]))
+    layer = wrapped.base_model.model.layer
+    for p in layer.parameters():
+        p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.3
+    expected = layer.get_delta_weight("default")
+    wrapped.save_pretrained(tmp_path / "peft")
+    plain = torch.nn.Sequential()
+    plain.add_module("layer", torch.nn.Linear(32, 32))
+    weights = read_lora(tmp_path / "peft", modules_of(plain)).state["layer"]
+    w1, w2 = (weights.tensors[n].double() for n in ("w1", "w2"))
+    assert weights.alpha is None and torch.allclose(torch.kron(w1, w2), expected.double(), rtol=1e-5, atol=1e-7)
+    one, two = random(4, 4), random(8, 8)
+    lycoris = read_lora({f"{KOHYA}.lokr_w1": one, f"{KOHYA}.lokr_w2": two, f"{KOHYA}.alpha": torch.tensor(4.0)}, modules)
+    assert torch.equal(lycoris.state[LAYER].tensors["w1"], one)
+
+
+@pytest.mark.parametrize("file, words", [
+    ({f"{KOHYA}.oft_blocks": random(4, 8, 8), f"{KOHYA}.scalar": torch.tensor(0.5)}, "a scale, but its kind .oft. has none"),
+    (PAIR | {f"{KOHYA}.lora_down.weight": DOWN * 1j}, "complex numbers"),
+    (PAIR | {f"{KOHYA}.alpha": torch.tensor(1e300, dtype=torch.float64)}, "1e.300, which no fp32 number holds"),
+    ({f"{DIFFUSERS}.to_q.lora_{side}.{name}.weight": t for side, t in (("A", DOWN), ("B", UP)) for name in "ab"},
+     "several adapters"),
+])
+def test_what_would_be_lost_in_silence_is_refused(modules, file, words):
+    with pytest.raises(LoRAFormatError, match=words):
+        read_lora(file, modules)
 
 
 # ---- what a report tells ---------------------------------------------------------------------------------------------

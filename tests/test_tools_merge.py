@@ -1,12 +1,16 @@
 """Merged LoRAs against Σ wᵢ ΔWᵢ in fp64, numpy's SVD and PEFT's functions on ΔW."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from peft.utils import merge_utils
 
+from sd.checkpoint import read_tensors
 from sd.config import TINY
 from sd.lora import LoRAError, load_lora_weights, use_adapters
+from sd.lora_files import read_lora
 from sd.lora_formats import AdapterWeights
 from sd.lora_variants import LayerShape
 from sd.lora_writers import lora_metadata, write_lora
@@ -379,6 +383,48 @@ def test_a_merged_file_does_what_its_sources_do_together(tmp_path, blocks):
         together = output(models)
     assert (merged - together).abs().max() <= 1e-5 * together.abs().max()
     assert (plain - together).abs().max() > 1e-2 * together.abs().max()
+
+
+def flat(weights):
+    """ΔW of a LoRA as a matrix in fp64."""
+    up, down = (weights.tensors[name].double().flatten(1).numpy() for name in ("up", "down"))
+    return up @ down * weights.alpha / weights.rank
+
+
+def test_the_header_of_a_merge_is_true_of_all_its_sources(tmp_path):
+    modules, files = base_of(TINY).modules, []
+    for i, words in enumerate(("sks dog, oil", "oil, cat")):
+        (tmp_path / str(i)).mkdir()
+        files.append(tmp_path / str(i) / "x.safetensors")
+        header = {"ss_sd_model_name": "base", "ss_seed": str(i), "ss_steps": "5", "modelspec.trigger_phrase": words}
+        write_lora(files[-1], tiny_state(i, 2, 3.0), modules, metadata=lora_metadata({}, TINY) | header)
+    merge_lora_files({files[0]: 1.0, files[1]: -0.5}, tmp_path / "both.safetensors")
+    found = read_tensors(tmp_path / "both.safetensors").metadata
+    assert found["ss_sd_model_name"] == "base" and found["modelspec.trigger_phrase"] == "sks dog, oil, cat"
+    assert "ss_steps" not in found and "ss_seed" not in found and found["ss_network_dim"] == "4"
+    weights = [["x.safetensors", 1.0], ["x.safetensors", -0.5]]
+    assert json.loads(found["sdlora.merged"]) == {"method": "concat", "weights": weights}
+    merge_lora_files({files[0]: 1.0}, tmp_path / "one.safetensors")
+    found = read_tensors(tmp_path / "one.safetensors").metadata
+    assert (found["ss_seed"], found["ss_steps"]) == ("0", "5")
+
+
+@pytest.mark.parametrize("weight, dtype", [(1.0, torch.float16), (1e-6, torch.float16), (0.3, torch.bfloat16)])
+def test_what_the_dtype_of_the_file_loses_is_told_and_true(tmp_path, weight, dtype):
+    state, file, out = tiny_state(0, 2, 3.0), tmp_path / "x.safetensors", tmp_path / "out.safetensors"
+    write_lora(file, state, base_of(TINY).modules, metadata=lora_metadata(state, TINY))
+    report = merge_lora_files({file: weight}, out, dtype=dtype)
+    written, lost, whole = read_lora(out, base_of(TINY).modules).state, 0.0, 0.0
+    for path, weights in state.items():
+        expected = weight * flat(weights)
+        lost += np.square(flat(written[path]) - expected).sum()
+        whole += np.square(expected).sum()
+    assert report.error == 0 and report.stored == pytest.approx((lost / whole) ** 0.5, rel=1e-3) and report.stored > 1e-5
+    assert f"rounding to the file's dtype {report.stored:.2e}" in str(report)
+    with pytest.raises(LoRAError, match="is 0 in float16; write a wider dtype"):
+        merge_lora_files({file: 1e-12}, out, dtype=torch.float16)
+    with pytest.raises(LoRAError, match="block weights are given for 'nosuch'"):
+        merge_lora_files({file: 1.0}, out, block_weights={"nosuch": {"mid_block": 0}})
 
 
 def test_dora_files_are_merged_with_the_base_that_they_depend_on(tmp_path):

@@ -27,7 +27,7 @@ SIGMAS = [8.0, 4.0, 2.0, 1.0, 0.5, 0.25]  # Σσ = 15.75, Σσ² = 85.3125
 
 
 @pytest.mark.parametrize("rule, rank", [
-    ({"rank": 3}, 3), ({"rank": 9}, 6), ({"rank": 5, "max_rank": 2}, 2),
+    ({"rank": 3}, 3), ({"rank": 9}, 6), ({"ratio": 1e9, "max_rank": 2}, 2),
     ({"ratio": 1}, 1), ({"ratio": 2}, 2), ({"ratio": 3.9}, 2), ({"ratio": 16}, 5), ({"ratio": 1e9}, 6),
     ({"threshold": 0.5}, 1), ({"threshold": 0.49}, 2), ({"threshold": 0.03}, 6), ({"threshold": 0}, 6),
     ({"cumulative": 8 / 15.75}, 1), ({"cumulative": 0.51}, 2), ({"cumulative": 14 / 15.75}, 3), ({"cumulative": 1}, 6),
@@ -56,7 +56,7 @@ def test_a_rule_keeps_at_least_one_value_also_of_nothing(rule):
 @pytest.mark.parametrize("rule, message", [
     ({}, "give exactly one of rank, ratio, threshold, cumulative, frobenius; given: none"),
     ({"rank": 4, "ratio": 2}, "give exactly one of .*; given: rank = 4, ratio = 2"),
-    ({"max_rank": 4}, "given: none"),
+    ({"max_rank": 4}, "given: none"), ({"rank": 5, "max_rank": 2}, "max_rank is 2 beside rank 5"),
     ({"rank": 0}, "rank is 0; allowed: whole numbers from 1"), ({"rank": 2.5}, "rank is 2.5"),
     ({"ratio": 0.5}, "ratio is 0.5"), ({"ratio": float("inf")}, "ratio is inf"), ({"threshold": 1}, "threshold is 1"),
     ({"cumulative": 0}, "cumulative is 0"), ({"frobenius": 1.1}, "frobenius is 1.1"),

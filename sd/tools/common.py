@@ -87,7 +87,8 @@ def check_fit(lora: LoRAFile, base: Base) -> None:
             misfits.append(f"{path}: {error}")
     if misfits:
         raise LoRAFormatError(f"{lora.path.name}: {len(misfits)} of {len(lora.state)} LoRA modules do not fit "
-                              f"{base.config.name}, first: {misfits[0]}; {guess_file(lora.file)}")
+                              f"{base.config.name}, first: {misfits[0]}; {guess_file(lora.file)}; "
+                              f"name the model that it is for with --model (base=)")
 
 
 def fit(weights: AdapterWeights, shape: LayerShape):

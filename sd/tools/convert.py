@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from sd.checkpoint import keep_sources
+from sd.config import CONFIG_KEY, SD15
 from sd.lora_formats import AdapterWeights, LoRAFormatError
 from sd.lora_kinds import needs_base
 from sd.lora_writers import NAMELESS, check_format, refusals, write_lora
@@ -50,6 +52,8 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, format: str
         state, report = approximated(state, model, format, RankRule(approximate))
     changed = report.modules or found.skipped
     kept = {key: value for key, value in found.metadata.items() if not (changed and key.startswith("ss_network_"))}
+    if model.config != SD15 and base is not None:  # else the file would be taken for one of SD 1.x
+        kept = {CONFIG_KEY: json.dumps(model.config.to_dict())} | kept
     write_lora(target, state, model.modules, format=format, dtype=dtype, metadata=kept)
     return Converted(found.format, format, len(state), report, found.skipped)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,8 @@ class RankRule:
         given = [f"{name} = {getattr(self, name)}" for name in rules if getattr(self, name) is not None]
         if len(given) != 1:
             raise LoRAError(f"give exactly one of {', '.join(rules)}; given: {', '.join(given) or 'none'}")
+        if self.rank is not None and self.max_rank is not None:
+            raise LoRAError(f"max_rank is {self.max_rank} beside rank {self.rank}; it limits the rules that choose a rank")
         for name, allowed, ok in (
             ("rank", "whole numbers from 1", lambda v: isinstance(v, int) and v >= 1),
             ("max_rank", "whole numbers from 1", lambda v: isinstance(v, int) and v >= 1),
@@ -207,6 +210,8 @@ class Report:
     """Path -> Row, and the errors over all modules together."""
 
     modules: dict[str, Row] = field(default_factory=dict)
+    stored: float = 0.0  # what the dtype of the file loses, of the whole change
+    skipped: int | None = None  # tensors of the sources that were left out as asked
 
     def _overall(self, name: str) -> float:
         total = math.sqrt(sum(row.norm ** 2 for row in self.modules.values()))
@@ -232,4 +237,40 @@ class Report:
         text = f"{len(self.modules)} modules, rank {ranks}, relative error {self.error:.2e}"
         if worst is not None and self.modules[worst].error:
             text += f" (largest {self.modules[worst].error:.2e} in {worst})"
-        return text
+        if self.stored:
+            text += f", rounding to the file's dtype {self.stored:.2e}"
+        return text if self.skipped is None else f"{text}; {self.skipped} tensors skipped as asked"
+
+
+def store(state: Mapping[str, AdapterWeights], dtype: torch.dtype | Mapping[str, torch.dtype] | None,
+          report: Report) -> dict[str, AdapterWeights]:
+    """`state` as a file of this dtype (or of one for each module) holds it; what that loses goes into `report.stored`.
+
+    Raises LoRAError for a change that vanishes in the dtype.
+    """
+    rounded, lost, whole = {}, 0.0, 0.0
+    for path, weights in state.items():
+        kind = dtype.get(path) if isinstance(dtype, Mapping) else dtype
+        cast = {n: t.to(kind) if kind is not None and t.is_floating_point() else t for n, t in weights.tensors.items()}
+        rounded[path] = replace(weights, tensors=cast)
+        before, after, apart = _norms(weights, rounded[path], path)
+        if before and not after:
+            raise LoRAError(f"{path}: its change, of norm {before:.1e}, is 0 in {str(kind).removeprefix('torch.')}; "
+                            f"write a wider dtype")
+        lost, whole = lost + apart ** 2, whole + before ** 2
+    report.stored = math.sqrt(lost / whole) if whole else 0.0
+    return rounded
+
+
+def _norms(a: AdapterWeights, b: AdapterWeights, path: str) -> tuple[float, float, float]:
+    """‖ΔWa‖, ‖ΔWb‖, ‖ΔWa - ΔWb‖ of a LoRA or a difference; of kinds that no tool makes, zeros."""
+    if a.kind == "full" and "diff" in a.tensors:
+        D, E = (w.tensors["diff"].double() for w in (a, b))
+        return float(D.norm()), float(E.norm()), float((D - E).norm())
+    if a.kind != "lora" or a.tensors.keys() == b.tensors.keys() and all(a.tensors[n] is b.tensors[n] for n in a.tensors):
+        return 0.0, 0.0, 0.0
+    (up, down, _), (v, e, _) = (flat_factors(w, path) for w in (a, b))
+    up, down, v, e = (t.double() for t in (up, down, v, e))
+    scale = abs(a.alpha / a.rank)
+    both = product_norm(torch.cat([up, -v], 1), torch.cat([down, e]))
+    return scale * product_norm(up, down), scale * product_norm(v, e), scale * both

@@ -12,6 +12,7 @@ from sd.embedded import EmbeddedLoRA, embed_keys, embedded_loras, split_embedded
 from sd.lora import attach_state, modules_of, remove_lora
 from sd.lora_files import read_lora
 from sd.lora_formats import write_kohya
+from sd.lora_writers import renewed
 from sd.model_loader import config_of_file, default_model, preload_models_from_standard_weights
 from sd.model_saver import ldm_metadata, ldm_tensors
 from sd.names import model_names
@@ -61,7 +62,7 @@ def take_out(path: str | os.PathLike, folder: str | os.PathLike, *, config: Mode
     files = [_file_for(lora.name, Path(folder), path) for lora in loras]
     Path(folder).mkdir(parents=True, exist_ok=True)
     for file, lora in zip(files, loras):
-        write_safetensors(file, lora.tensors, lora.metadata)
+        write_safetensors(file, lora.tensors, renewed(lora.metadata, lora.tensors))
     return files
 
 

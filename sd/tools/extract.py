@@ -22,7 +22,7 @@ from sd.lora_formats import AdapterWeights
 from sd.lora_variants import at_least_fp32
 from sd.lora_writers import lora_metadata, write_lora
 from sd.model_loader import BASE_HASH, Models, default_model, preload_models_from_standard_weights
-from sd.tools.decompose import RankRule, Report, Row, lora_weights, seed_of, truncated_svd
+from sd.tools.decompose import RankRule, Report, Row, lora_weights, seed_of, store, truncated_svd
 
 VAE = ("encoder.", "decoder.")
 
@@ -135,10 +135,11 @@ def extract_lora(base: str | os.PathLike | None, tuned: str | os.PathLike, out: 
     if not state:
         vae_only = f"; {len(report.left_out)} modules of the VAE do (vae=True takes them)" if report.left_out else ""
         raise LoRAError(f"{tuned}: there is nothing to extract: no weight differs from {paths[0]}{vae_only}")
+    state = store(state, dtype, report)
     header = lora_metadata(state, models[0].config) | {"ss_sd_model_name": paths[0].name}
     if models[0].model_hash is not None:
         header[BASE_HASH] = models[0].model_hash
-    write_lora(out, state, modules_of(models[0]), format=format, dtype=dtype, metadata=header | dict(metadata or {}))
+    write_lora(out, state, modules_of(models[0]), format=format, metadata=header | dict(metadata or {}))
     return report
 
 

@@ -44,7 +44,7 @@ def inspect_file(path: str | os.PathLike, base: str | os.PathLike | None = None,
         raise LoRAFormatError(f"{path}: is no LoRA ({guess_checkpoint(file)}); only a LoRA can be verified")
     facts = {"kind": "checkpoint", **_tensors(file), "hash": model_hash(path)}
     if CONFIG_KEY in file.metadata:
-        facts["config"] = json.loads(file.metadata[CONFIG_KEY])
+        facts["config"] = config_of_file(file).to_dict()
     else:
         facts |= {"UNet": ldm_facts(file.shapes)} if ldm_facts(file.shapes) else {"seems": guess_checkpoint(file)}
     if inside:

@@ -32,6 +32,7 @@ from sd.tools.decompose import (
     lora_weights,
     product_norm,
     seed_of,
+    store,
     svd_of_product,
     truncated_svd,
 )
@@ -194,7 +195,8 @@ class _Module:
         W = torch.zeros(()).expand(self.shape.weight)
         if needs_base(adapter):
             if self.base_weight is None:
-                raise LoRAError(f"{self.path}: the ΔW of {part} depends on the base weight: pass base_weight=")
+                raise LoRAError(f"{self.path}: the ΔW of {part} depends on the base weight: name the checkpoint "
+                                f"(--model, base=; base_weight= of merge_loras)")
             W = at_least_fp32(self.base_weight(self.path))
         try:
             built = KINDS[adapter.kind].from_weights(adapter, self.shape)
@@ -258,17 +260,38 @@ def merge_lora_files(loras: Mapping[str | os.PathLike, float], out: str | os.Pat
     """
     _check(method, rank, density)  # before anything is read
     keep_sources(out, *loras)
+    if stray := [path for path in block_weights or {} if path not in loras]:
+        raise LoRAError(f"block weights are given for {os.fspath(stray[0])!r}, which is not one of the LoRAs to merge")
     model = None if base is None else load_base(base)
-    states, weights = [], []
+    states, weights, headers, skipped = [], [], [], 0
     for path, weight in loras.items():
         file, model = load_lora_file(path, model, skip=skip)  # without a base, the first file tells it
         blocks = block_multipliers((block_weights or {}).get(path), model.modules)
         states.append(file.state)
+        headers.append(file.metadata)
+        skipped += len(file.skipped)
         weights.append({module: weight * (1.0 if blocks is None else blocks.of(module)) for module in file.state})
     state, report = merge_loras(states, weights, method, rank=rank, density=density, seed=seed, randomized=randomized,
                                 shapes=model and model.layers, base_weight=None if base is None else model.weight)
-    names = {Path(path).name: float(weight) for path, weight in loras.items()}
-    metadata = lora_metadata(state, model.config) | {"modelspec.merged_from": ", ".join(names), "sdlora.merged": json.dumps(
-        {"method": method, "weights": names, "rank": rank, "density": density, "seed": seed})}
-    write_lora(out, state, model.modules, format=format, dtype=dtype, metadata=metadata)
+    report.skipped = None if skip is None else skipped
+    state = store(state, dtype, report)
+    names = [[Path(path).name, float(weight)] for path, weight in loras.items()]
+    made = {"method": method, "weights": names} | ({} if rank is None else {"rank": rank})
+    made |= {"density": density} if method in ("ties", "dare", "magnitude") else {}
+    made |= {"seed": seed} if method == "dare" else {}
+    metadata = shared_metadata(headers) | lora_metadata(state, model.config) | {
+        "modelspec.merged_from": ", ".join(name for name, _ in names), "sdlora.merged": json.dumps(made)}
+    write_lora(out, state, model.modules, format=format, metadata=metadata)
     return report
+
+
+def shared_metadata(headers: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """What is true of a sum of LoRAs: of one, all; of several, the base and the licence on which they agree, all words."""
+    first = headers[0]
+    if len(headers) == 1:
+        return {key: value for key, value in first.items() if not key.startswith("ss_network_")}
+    facts = ("ss_sd_", "ss_new_sd_", "ss_vae", "ss_v2", "ss_clip_skip", "ss_base_", "modelspec.license", "modelspec.author",
+             "license")
+    kept = {key: value for key, value in first.items() if key.startswith(facts) and all(h.get(key) == value for h in headers)}
+    words = [word.strip() for h in headers for word in h.get("modelspec.trigger_phrase", "").split(",") if word.strip()]
+    return kept | ({"modelspec.trigger_phrase": ", ".join(dict.fromkeys(words))} if words else {})

@@ -11,8 +11,8 @@ from sd.checkpoint import keep_sources
 from sd.lora import LoRAError
 from sd.lora_formats import AdapterWeights
 from sd.lora_writers import lora_metadata, write_lora
-from sd.tools.common import load_lora_file
-from sd.tools.decompose import RankRule, Report, Row, flat_factors, lora_weights, svd_of_product
+from sd.tools.common import load_base, load_lora_file
+from sd.tools.decompose import RankRule, Report, Row, flat_factors, lora_weights, store, svd_of_product
 
 MODIFIERS = ("magnitude", "diff_b")  # tensors that any kind may have; they have no rank and stay as they are
 
@@ -43,7 +43,7 @@ def resize(state: Mapping[str, AdapterWeights], *, rank: int | None = None, rati
             resized[path], new, error = weights, weights.rank, 0.0
         else:
             kept = {name: weights.tensors[name] for name in MODIFIERS if name in weights.tensors}
-            resized[path], error = lora_weights(found.up, found.down, inner, scale, **kept), found.error
+            resized[path], error = lora_weights(found.up, found.down, inner, scale, **kept), found.error if scale else 0.0
         report.modules[path] = Row(new, abs(scale) * found.norm, error, weights.rank)
     return resized, report
 
@@ -51,17 +51,18 @@ def resize(state: Mapping[str, AdapterWeights], *, rank: int | None = None, rati
 def resize_file(source: str | os.PathLike, out: str | os.PathLike, *, rank: int | None = None, ratio: float | None = None,
                 threshold: float | None = None, cumulative: float | None = None, frobenius: float | None = None,
                 max_rank: int | None = None, skip: bool = False, format: str = "kohya",
-                dtype: torch.dtype | None = None) -> Report:
-    """`resize` on a file of any program; its metadata goes along. `dtype` None: each module keeps that of the source."""
+                dtype: torch.dtype | None = None, base: str | os.PathLike | None = None) -> Report:
+    """`resize` on a file of any program; its metadata goes along. `dtype` None: each module keeps that of the source.
+
+    `base`: the checkpoint that it is for, where the file does not say of what family it is.
+    """
     keep_sources(out, source)
-    file, base = load_lora_file(source)
+    file, base = load_lora_file(source, None if base is None else load_base(base))
     state, report = resize(file.state, rank=rank, ratio=ratio, threshold=threshold, cumulative=cumulative,
                            frobenius=frobenius, max_rank=max_rank, skip=skip)
     if dtype is None:
-        for path, weights in state.items():
-            if weights is not file.state[path]:
-                stored = file.state[path].tensors["down"].dtype
-                weights.tensors |= {name: weights.tensors[name].to(stored) for name in ("down", "up")}
+        dtype = {path: file.state[path].tensors["down"].dtype for path, w in state.items() if w is not file.state[path]}
+    state = store(state, dtype, report)
     told = {key: value for key, value in file.metadata.items() if not key.startswith("ss_network_")}
-    write_lora(out, state, base.modules, format=format, dtype=dtype, metadata=lora_metadata(state, base.config) | told)
+    write_lora(out, state, base.modules, format=format, metadata=lora_metadata(state, base.config) | told)
     return report

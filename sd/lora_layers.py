@@ -19,6 +19,7 @@ from urllib.parse import quote, unquote
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor
 
 from sd.lora_variants import Adapter, LayerShape, LowRank, at_least_fp32, project_up
@@ -88,15 +89,23 @@ class LoRALayer:
         """The layer's operation with other parameters; also used with `down` factors, whose output width is the rank."""
         raise NotImplementedError
 
-    # The only ways in which adapters see the base: a quantised base overrides them.
+    # The only ways in which adapters see the base. Where it is quantised, a small module (sd/quant.py) stands for the
+    # tensor `weight`, with its shape, dtype and device; every other use of the weight's values is made of these.
+    @property
+    def is_quantized(self) -> bool:
+        return not isinstance(self.weight, Tensor)
+
+    def plain_weight(self) -> Tensor:
+        return self.weight.dequantize() if self.is_quantized else self.weight
+
     def base_weight(self) -> Tensor:
-        return at_least_fp32(self.weight)
+        return at_least_fp32(self.plain_weight())
 
     def base_bias(self) -> Tensor | None:
         return None if self.bias is None else at_least_fp32(self.bias)
 
     def base_forward(self, x: Tensor) -> Tensor:
-        return self.op(x, self.weight, self.bias)
+        return self.weight(x, self) if self.is_quantized else self.op(x, self.weight, self.bias)
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         return x.dtype if x.is_floating_point() else self.weight.dtype
@@ -133,7 +142,7 @@ class LoRALayer:
         self.drop_derived()
         del self.adapters[_key(name)]
         self.set_active(self.active)
-        if not self.adapters and self.plain_class is not None:
+        if not self.adapters and self.plain_class is not None and not self.is_quantized:
             self.to_plain()
 
     def to_plain(self) -> None:
@@ -172,7 +181,11 @@ class LoRALayer:
         self._merged_on = False
         out, fingerprint = self.base_forward(x), torch.tensor(self._key)
         for adapter, multiplier in zip(self._on, self._columns(out)):
-            out = out + _SameActiveSet.apply(adapter(x, self), fingerprint) * multiplier
+            if self.is_quantized and (adapter.of_weight or adapter.magnitude is not None):  # it would keep the whole weight
+                change = torch.utils.checkpoint.checkpoint(adapter, x, self, use_reentrant=False)
+            else:
+                change = adapter(x, self)
+            out = out + _SameActiveSet.apply(change, fingerprint) * multiplier
         return out
 
     def _fused_forward(self, x: Tensor) -> Tensor:
@@ -228,7 +241,8 @@ class LoRALayer:
     def _sources(self) -> list[Tensor]:
         """All that the output is made of: the base and the active adapters."""
         tensors = [p for adapter in self._on for p in adapter._parameters.values()]
-        return [p for p in (*tensors, self.weight, self.bias) if p is not None]
+        weight = self.weight.buffers() if self.is_quantized else [self.weight]
+        return [p for p in (*tensors, *weight, self.bias) if p is not None]
 
     # ---- merging: `weight` is never written; the merged weight is a buffer beside it -----------------------------------
 
@@ -246,7 +260,7 @@ class LoRALayer:
             return
         with exact():
             if self.merged_weight is None:
-                self.merged_weight = torch.empty_like(self.weight, requires_grad=False)
+                self.merged_weight = torch.empty_like(self.plain_weight(), requires_grad=False)
             self._merged_state, self._merged_on = None, False  # until it is written whole
             direct = self.weight.dtype.itemsize >= 4 and self.merged_weight.is_contiguous()  # no rounding, so no copy
             weight, bias = self.merged_sum(out=self.merged_weight if direct else None)

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -120,8 +121,8 @@ def fingerprint(models: Models, trained: Mapping[str, nn.Parameter]) -> str:
     digest, skip = hashlib.sha256(), {id(p) for p in trained.values()}
     digest.update(json.dumps(models.config.to_dict(), sort_keys=True).encode())
     for component in sorted(models):
-        for name, p in models[component].named_parameters():
-            if id(p) not in skip and ".adapters." not in name:
+        for name, p in chain(models[component].named_parameters(), models[component].named_buffers()):  # quantised: buffers
+            if id(p) not in skip and ".adapters." not in name and not name.endswith(("merged_weight", "merged_bias")):
                 digest.update(f"{component}.{name}{tuple(p.shape)}{p.dtype}".encode())
                 digest.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from sd.checkpoint import atomic_write
 from sd.lora import adapter_names, apply_lora_to_model, lora_layers, named_layers, remove_lora, use_adapters
 from sd.model_loader import Models, preload_models_from_standard_weights, save_checkpoint, save_models_lora
+from sd.quant import quantize_base, quantized_kinds
 from sd.training.data import (
     Contexts,
     PictureFolder,
@@ -68,10 +69,16 @@ class TrainConfig:
 
     name: str = "lora"
     """Name of the LoRA, and of its file in the out folder."""
+    kind: Literal["lora", "full", "loha", "lokr", "ia3", "glora", "oft", "boft"] = "lora"
+    """What is learned beside each weight: see sd/lora_kinds.py."""
     rank: int = 4
     """Rank of the LoRA."""
     alpha: float = 4.0
     """The LoRA is scaled by alpha / rank."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023); files hold alpha times sqrt(rank)."""
+    quantize: Literal["none", "nf4", "nf4-double", "int8", "fp8"] = "none"
+    """Hold the frozen base in few bits (QLoRA): 4.5, 4.1 or 8 bits a value of UNet and text encoder."""
     dropout: float = 0.0
     """Dropout on the input of the LoRA's layers."""
     rank_dropout: float = 0.0
@@ -144,6 +151,8 @@ class TrainConfig:
         require(0 < abs(self.alpha) <= 1e4, "alpha", "a number other than 0, to 10000")
         require(self.weight_decay <= 10, "weight_decay", "0 to 10")
         require(self.size is None or self.size >= 8, "size", "8 or more pixels")
+        require(self.train == "lora" or (self.kind, self.rslora, self.quantize) == ("lora", False, "none"), "train",
+                "lora, where kind, rslora or quantize is given")
         if self.train != "vae" and not (self.unet or self.text_encoder):
             raise TrainError("nothing is trained: unet and text_encoder are both off")
 
@@ -151,15 +160,17 @@ class TrainConfig:
 def train(config: TrainConfig, models: Models | None = None, dataset=None, *, autoencoder_loss=vae_loss) -> Models:
     """Train `models` (none: `config.model`) on `dataset` (none: `config.data`); returns the models.
 
-    They are trained in place; a LoRA is left attached and active. The result goes into `config.out`, as
-    `<name>.safetensors` or model.safetensors. `autoencoder_loss` has the arguments of `vae_loss` and may replace it.
-    Raises TrainError or DataError, before the first step wherever that can be known.
+    They are trained in place; a LoRA is left attached and active, and with `quantize` the base stays quantised. The result
+    goes into `config.out`, as `<name>.safetensors` or model.safetensors. `autoencoder_loss` has the arguments of `vae_loss`
+    and may replace it. Raises TrainError or DataError, before the first step wherever that can be known.
     """
     folder = open_folder(config.out)
     if models is None:
         models = preload_models_from_standard_weights(config.model, dtype=torch.float32)
     if dataset is None:
         dataset = _picture_folder(config, models)
+    if config.quantize != "none" and quantized_kinds(models) != [config.quantize]:
+        quantize_base(models, config.quantize)
     with alone_in(folder), torch.random.fork_rng(), _training(config, models) as parameters:
         optimizer = adamw(parameters, config)
         ema = {name: p.detach().clone() for name, p in parameters.items()} if config.ema else {}
@@ -273,7 +284,8 @@ def _parameters(config: TrainConfig, models: Models) -> dict[str, nn.Parameter]:
     if config.train == "lora":
         networks = {key: models[key] for key, on in (("diffusion", config.unet), ("clip", config.text_encoder)) if on}
         torch.manual_seed(seed_of(config.seed, "init", 0))
-        apply_lora_to_model(networks, config.rank, config.alpha, config.dropout, config.targets, config.name,
+        alpha = config.alpha * math.sqrt(config.rank) if config.rslora else config.alpha
+        apply_lora_to_model(networks, config.rank, alpha, config.dropout, config.targets, config.name, kind=config.kind,
                             dora=config.dora, rank_dropout=config.rank_dropout, module_dropout=config.module_dropout)
         chosen = {path: layer.adapter(config.name) for path, layer in lora_layers(networks).items()
                   if config.name in layer.adapter_names}

@@ -18,9 +18,9 @@ from sd.lora import active_multipliers, adapter_names, lora_layers, remove_lora
 from sd.model_loader import preload_models_from_standard_weights
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS = ["config", "noise", "checkpoint", "names", "lora_formats", "lora_legacy",
-          "lora_writers", "lora_files", "lora_blocks", "lora_variants", "lora_kinds", "lora_layers", "lora", "quant", "attention",
-          "clip", "vae", "unet", "tokenizer", "embedded", "model_saver", "model_loader", "denoiser", "samplers", "image_io",
+LAYERS = ["config", "noise", "checkpoint", "names", "lora_formats", "lora_legacy", "lora_writers", "lora_files",
+          "lora_blocks", "lora_variants", "lora_kinds", "lora_layers", "lora", "quant", "attention", "clip", "vae",
+          "unet", "tokenizer", "embedded", "model_saver", "model_loader", "denoiser", "samplers", "image_io",
           "pipeline"]
 
 

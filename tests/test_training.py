@@ -17,6 +17,7 @@ from sd.lora import LoRAError, adapter_names, get_lora_parameters, set_lora_enab
 from sd.model_loader import load_lora_into_models, new_models, preload_models_from_standard_weights
 from sd.training import DataError, PictureFolder, PictureSet, TrainConfig, TrainError, diffusion_loss, train, vae_loss
 from sd.training.data import Contexts, batch_captions, batch_indices, batch_noise, batch_timesteps, encode_pictures
+from sd.training.noise import draw_timesteps
 from sd.training.optim import lr_factor, update_ema
 from tests.tiny_training import SMALL, copy_of, metrics, pictures
 
@@ -235,13 +236,12 @@ def test_accumulated_micro_batches_are_one_big_batch(tmp_path, models, monkeypat
     train(replace(config, out=str(tmp_path / "a"), accumulate=2), small, pictures())
 
     half = config  # draws of the micro-batches 2n and 2n + 1, side by side
-    def pair(function, join):
-        return lambda *args: join([function(*args[:-2], half, 2 * args[-1] + i) for i in (0, 1)])
-
     def noise(shape, config, number, stream="noise"):
         return torch.cat([batch_noise((2, *shape[1:]), half, 2 * number + i, stream) for i in (0, 1)])
 
-    monkeypatch.setattr(loop, "batch_timesteps", pair(batch_timesteps, torch.cat))
+    monkeypatch.setattr(loop, "draw_timesteps", lambda n, model, config, number: torch.cat(
+        [draw_timesteps(2, model, half, 2 * number + i) for i in (0, 1)]))
+    monkeypatch.setattr(loop, "draw_noise", lambda shape, config, number: (noise(shape, config, number),) * 2)
     monkeypatch.setattr(loop, "batch_noise", noise)
     monkeypatch.setattr(loop, "batch_captions", lambda data, indices, config, number: [
         text for i in (0, 1) for text in batch_captions(data, indices[2 * i:2 * i + 2], half, 2 * number + i)])

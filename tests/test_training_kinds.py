@@ -79,11 +79,11 @@ def test_a_run_on_a_quantised_base_is_resumed_bit_for_bit(untrained, tmp_path, m
     whole = train(replace(config, out=str(tmp_path / "a")), copy_of(untrained), pictures())
     calls = []
 
-    def stops(*args):
+    def stops(*args, **options):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return diffusion_loss(*args)
+        return diffusion_loss(*args, **options)
 
     monkeypatch.setattr(loop, "diffusion_loss", stops)
     with pytest.raises(KeyboardInterrupt):

@@ -1,30 +1,133 @@
-"""What is minimised. B images, C channels, H, W height and width of latents or pictures, L tokens, D context width."""
+"""What is minimised.
+
+B images, C channels, H, W height and width of latents or pictures, L tokens, D context width, T timesteps.
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from sd.noise import add_noise, alphas_cumprod, velocity
+from sd.training.run_state import TrainError
 from sd.vae import sample_posterior
 
 
-def diffusion_loss(models, latents: Tensor, context: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """Mean squared error of the UNet's eps or v at x_t, Ho et al. 2020, equation 14; a scalar in fp32.
+def _pseudo_huber(out: Tensor, target: Tensor, delta: float) -> Tensor:
+    """sqrt(r^2 + delta^2) - delta, written so that a small r does not cancel."""
+    square = (out - target).square()
+    return square / ((square + delta * delta).sqrt() + delta)
+
+
+# Of each number. The two last with the scaling of Khrapov et al. 2024 (kohya's too): for small errors the first is the square,
+# for large ones the second is twice the absolute error.
+LOSSES = {
+    "mse": lambda out, target, delta: (out - target).square(),
+    "huber": lambda out, target, delta: 2 * delta * _pseudo_huber(out, target, delta),
+    "smooth_l1": lambda out, target, delta: 2 * _pseudo_huber(out, target, delta),
+}
+
+# The weight of an error in x0, by SNR = abar / (1 - abar). An error in eps is SNR times one in x0, in v SNR + 1 times
+# (Salimans and Ho 2022), so the weights below are divided by that: eps gets the weights that the papers give.
+WEIGHTINGS = {
+    "none": None,
+    "min_snr": lambda snr, gamma: snr.clamp(max=gamma),  # Hang et al. 2023, section 3.4
+    "debiased": lambda snr, gamma: snr.sqrt(),  # Yu et al. 2023: 1 / sqrt(SNR) for eps
+    "p2": lambda snr, gamma: snr / (1 + snr),  # Choi et al. 2022, equation 8 with k = gamma = 1
+}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised; the defaults are Ho et al. 2020. A TrainConfig has the same fields and may stand for it."""
+
+    loss: str = "mse"
+    huber_delta: float = 0.1
+    weighting: str = "none"
+    snr_gamma: float = 5.0
+    zero_terminal_snr: bool = False
+
+
+PLAIN = Objective()
+
+
+def diffusion_loss(models, latents: Tensor, context: Tensor, t: Tensor, noise: Tensor, *, objective: Objective = PLAIN,
+                   input_noise: Tensor | None = None, weights: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    """Mean error of the UNet's eps or v at x_t (Ho et al. 2020, equation 14, and `objective`); a scalar in fp32.
 
     latents: [B, C, H, W] in the UNet's scale (VAE latents times `config.vae.scale`), noise: the same shape,
-    context: [B, L, D], t: [B] whole timesteps, one for each image.
-    Raises ValueError when t or noise do not fit the latents.
+    context: [B, L, D], t: [B] whole timesteps, one for each image. input_noise: of which x_t is made, where it is not
+    the target's noise. weights: [B], a factor for each image; mask: [B, 1, H, W], a factor for each place.
+    Raises ValueError when t, noise, weights or mask do not fit the latents, and TrainError as `noise_levels`.
     """
-    if t.shape != latents.shape[:1] or noise.shape != latents.shape:
-        raise ValueError(f"latents are {list(latents.shape)}, so t must be {list(latents.shape[:1])} and noise as the "
-                         f"latents; they are {list(t.shape)} and {list(noise.shape)}")
-    unet, abar = models["diffusion"], alphas_cumprod(models.config)
+    b, _, h, w = latents.shape
+    for name, value, shape in (("t", t, (b,)), ("noise", noise, latents.shape), ("input_noise", input_noise, latents.shape),
+                               ("weights", weights, (b,)), ("mask", mask, (b, 1, h, w))):
+        if value is not None and value.shape != shape:
+            raise ValueError(f"latents are {list(latents.shape)}, so {name} must be {list(shape)}; it is {list(value.shape)}")
+    unet, abar = models["diffusion"], noise_levels(models.config, objective.zero_terminal_snr)
     dtype = unet.conv_in.weight.dtype  # the network may be half; noise levels and the loss are fp32
-    x_t = add_noise(latents.float(), noise.float(), t, abar)
+    x_t = add_noise(latents.float(), (noise if input_noise is None else input_noise).float(), t, abar)
     out = unet(x_t.to(dtype), t, context.to(dtype)).float()
-    target = noise if models.config.prediction == "eps" else velocity(latents.float(), noise.float(), t, abar)
-    return F.mse_loss(out, target.float())
+    target = noise.float() if models.config.prediction == "eps" else velocity(latents.float(), noise.float(), t, abar)
+
+    if objective.loss == "mse" and objective.weighting == "none" and weights is None and mask is None:
+        return F.mse_loss(out, target)  # what the lines below would give, in one kernel
+    error = LOSSES[objective.loss](out, target, objective.huber_delta)
+    each = (error if mask is None else error * mask).flatten(1).mean(1)
+    if objective.weighting != "none":
+        table = snr_weights(abar, models.config.prediction, objective)
+        each = each * table.float().to(t.device)[t]
+    return (each if weights is None else each * weights).mean()
+
+
+def noise_levels(config, zero_terminal_snr: bool = False) -> Tensor:
+    """alphas_cumprod [T] in fp64; with `zero_terminal_snr` rescaled so that the last is 0, Lin et al. 2024, algorithm 1.
+
+    Raises TrainError for a model that predicts eps: at the last timestep its input would be its target.
+    """
+    abar = alphas_cumprod(config)
+    if not zero_terminal_snr:
+        return abar
+    if config.prediction == "eps":
+        raise TrainError("zero_terminal_snr needs a model that predicts v; this one predicts eps, which at an SNR of 0 "
+                         "is its input")
+    root = abar.sqrt()
+    return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()
+
+
+def snr_weights(abar: Tensor, prediction: str, objective: Objective) -> Tensor:
+    """The factor of the loss at each timestep [T] in fp64, from alphas_cumprod [T]; see WEIGHTINGS."""
+    snr = abar / (1 - abar)
+    weight = WEIGHTINGS[objective.weighting](snr, objective.snr_gamma)
+    return weight / (snr if prediction == "eps" else snr + 1)
+
+
+def objective_rules(config) -> Iterator[tuple[bool, str, str]]:
+    """(whether it is so, field, what is allowed) for the fields of a config that say what is minimised."""
+    yield config.loss in LOSSES, "loss", ", ".join(LOSSES)
+    yield config.weighting in WEIGHTINGS, "weighting", ", ".join(WEIGHTINGS)
+    for field in ("huber_delta", "snr_gamma", "timestep_bias"):
+        yield 0 < getattr(config, field) < math.inf, field, "a number above 0"
+    for field in ("noise_offset", "pyramid_noise", "input_perturbation"):
+        yield 0 <= getattr(config, field) <= 1, field, "0 to 1"
+    yield config.min_timestep >= 0, "min_timestep", "0 or more"
+    low, high = config.min_timestep, config.max_timestep
+    yield high is None or high > low, "max_timestep", f"{low + 1} or more (the last t is below it)"
+
+
+def check_objective(config, model_config) -> None:
+    """Raises TrainError when this model cannot be trained so: before the first step, by the same rules as the step."""
+    noise_levels(model_config, config.zero_terminal_snr)
+    steps = model_config.train_timesteps
+    for field in ("min_timestep", "max_timestep"):
+        value, most = getattr(config, field), steps - (field == "min_timestep")
+        if value is not None and value > most:
+            raise TrainError(f"{field} is {value}; allowed: up to {most}, since this model has {steps} timesteps")
 
 
 def vae_loss(models, pictures: Tensor, noise: Tensor, kl_weight: float) -> Tensor:

@@ -28,11 +28,11 @@ from sd.training.data import (
     batch_captions,
     batch_indices,
     batch_noise,
-    batch_timesteps,
     encode_pictures,
     seed_of,
 )
-from sd.training.loss import diffusion_loss, vae_loss
+from sd.training.loss import check_objective, diffusion_loss, objective_rules, vae_loss
+from sd.training.noise import draw_noise, draw_timesteps
 from sd.training.optim import SCHEDULES, adamw, lr_factor, set_learning_rate, update_ema
 from sd.training.run_state import (
     Metrics,
@@ -118,6 +118,28 @@ class TrainConfig:
     """Decay of the moving average of the weights, which is then the result; 0: none."""
     kl_weight: float = 1e-3
     """Weight of the posterior's KL in the autoencoder's loss."""
+    loss: Literal["mse", "huber", "smooth_l1"] = "mse"
+    """Error of each number; the two others count large errors less."""
+    huber_delta: float = 0.1
+    """Where huber and smooth_l1 turn from squares to absolute errors."""
+    weighting: Literal["none", "min_snr", "debiased", "p2"] = "none"
+    """Weight of a timestep by its signal-to-noise ratio."""
+    snr_gamma: float = 5.0
+    """The gamma of min_snr."""
+    zero_terminal_snr: bool = False
+    """Rescale the noise schedule so that the last timestep is pure noise; for models that predict v."""
+    min_timestep: int = 0
+    """Lowest timestep that is trained."""
+    max_timestep: int | None = None
+    """The timesteps below it are trained; none: all."""
+    timestep_bias: float = 1.0
+    """Above 1 prefers small timesteps, the details; below 1 large ones, the composition."""
+    noise_offset: float = 0.0
+    """Share of noise that is one number for each image and channel: darker and brighter pictures."""
+    pyramid_noise: float = 0.0
+    """Discount of coarser noise that is added level by level; 0: none."""
+    input_perturbation: float = 0.0
+    """Other noise that the input has and the target has not."""
     checkpointing: bool = False
     """Compute the UNet's activations a second time in the backward: less memory, a third more time."""
     seed: int = 0
@@ -141,6 +163,8 @@ class TrainConfig:
             require(rate is None or 0 < rate <= 0.1, field, "above 0, to 0.1 (a usual one is 1e-4 to 1e-3)")
         for field in ("warmup", "weight_decay", "clip_norm", "kl_weight", "seed"):
             require(0 <= getattr(self, field) < math.inf, field, "0 or more")
+        for ok, field, allowed in objective_rules(self):
+            require(ok, field, allowed)
         require(len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "betas", "two numbers of 0 <= beta < 1")
         require(self.schedule in SCHEDULES, "schedule", ", ".join(SCHEDULES))
         require(self.train in ("lora", "full", "vae"), "train", "lora, full, vae")
@@ -223,6 +247,7 @@ def train(config: TrainConfig, models: Models | None = None, dataset=None, *, au
 
 def _diffusion_loss(config: TrainConfig, models: Models, dataset):
     """micro-batch number -> loss, for the UNet, the text encoder and their LoRAs."""
+    check_objective(config, models.config)
     mean, std = encode_pictures(models, dataset)
     contexts = Contexts(models, trained=config.text_encoder)
     device = models["diffusion"].conv_in.weight.device
@@ -231,9 +256,10 @@ def _diffusion_loss(config: TrainConfig, models: Models, dataset):
         indices = batch_indices(len(dataset), config, number)
         latents = mean[indices] + std[indices] * batch_noise(mean[indices].shape, config, number, "posterior")
         context = contexts(batch_captions(dataset, indices, config, number))
-        t = batch_timesteps(models.config, config, number)
-        noise = batch_noise(latents.shape, config, number)
-        return diffusion_loss(models, latents.to(device), context, t.to(device), noise.to(device))
+        t = draw_timesteps(len(indices), models.config, config, number)
+        noise, input_noise = draw_noise(latents.shape, config, number)
+        return diffusion_loss(models, latents.to(device), context, t.to(device), noise.to(device), objective=config,
+                              input_noise=input_noise.to(device))
 
     return micro_loss
 

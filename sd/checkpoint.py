@@ -212,6 +212,11 @@ class Lazy:
     make: Callable[[], Tensor]
 
 
+def written_order(tensors: Mapping[str, Tensor | Lazy]) -> list[str]:
+    """Wide dtypes first, so that every tensor is aligned to its own size; the safetensors library sorts the same way."""
+    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+
+
 def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor | Lazy], metadata: dict[str, str] | None = None) -> None:
     """Write tensors and metadata (strings) as one safetensors file that replaces `path` at once or not at all.
 
@@ -224,8 +229,7 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor | Lazy], me
         if not isinstance(key, str) or not isinstance(value, str):
             raise TypeError(f"{path}: metadata must be strings, {key!r} is {value!r}")
     _check_tensors(path, tensors, Lazy)
-    # Wide dtypes first, so that every tensor is aligned to its own size; the library sorts the same way.
-    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    names = written_order(tensors)
     header, end = {"__metadata__": metadata} if metadata else {}, 0
     for name in names:
         tensor = tensors[name]

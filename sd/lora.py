@@ -529,13 +529,14 @@ def load_lora_weights(models, path: str | os.PathLike | Mapping[str, Tensor], na
     modules = modules_of(models)
     found = read_lora(path, modules, skip=skip)
     blocks = block_multipliers(block_weights, modules)
-    try:
-        attach_state(models, found.state, name, multiplier, found.path.name)
-    except LoRAFormatError as error:
-        raise LoRAFormatError(f"{error}; {guess_file(found.file)}") from None
-    for layer_path, layer in lora_layers(models).items() if blocks else ():
-        if layer_path in found.state:
-            layer.set_block_multiplier(name, blocks.of(layer_path))
+    with exclusive(models):  # until the block weights are set nobody computes with it
+        try:
+            attach_state(models, found.state, name, multiplier, found.path.name)
+        except LoRAFormatError as error:
+            raise LoRAFormatError(f"{error}; {guess_file(found.file)}") from None
+        for layer_path, layer in lora_layers(models).items() if blocks else ():
+            if layer_path in found.state:
+                layer.set_block_multiplier(name, blocks.of(layer_path))
     return report_of(found, name, components(models), blocks)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sd.checkpoint import atomic_folder, atomic_write, write_safetensors, write_tensors
+from sd.checkpoint import atomic_folder, atomic_write, write_safetensors, write_tensors, written_order
 from sd.config import CONFIG_KEY, SD15, ModelConfig
 from sd.lora_formats import AdapterWeights, LoRAFormatError, Modules, as_written, write_kohya
 from sd.names import FOLDERS, Name
@@ -293,7 +293,7 @@ def _hashed(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[st
 def tensor_bytes_hash(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256, in hex, of the bytes that `write_safetensors` writes after the header."""
     digest = hashlib.sha256()
-    for name in sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)):
+    for name in written_order(tensors):
         if tensors[name].numel():
             digest.update(memoryview(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()

@@ -20,6 +20,7 @@ from sd.checkpoint import CheckpointError, Lazy, all_finite, atomic_folder, atom
 from sd.config import CONFIG_KEY, ModelConfig
 from sd.lora import LoRAError, LoRALayer, adapter_names, exact, exclusive, lora_layers
 from sd.names import Name, component_names
+from sd.quant import quantized_kinds
 from sd.tokenizer import data_dir
 
 Reader = Callable[[nn.Module, str], Tensor]  # (layer, "weight" or "bias") -> the tensor that is to be written
@@ -83,7 +84,8 @@ def ldm_tensors(models, dtype: torch.dtype | None = None, read: Reader | None = 
 
 def ldm_metadata(models) -> dict[str, str]:
     """What the header of a file in LDM layout says of the model."""
-    return {"format": "pt", CONFIG_KEY: json.dumps(models.config.to_dict())}
+    quantized = {"sdlora.base_quantization": kind} if (kind := ",".join(quantized_kinds(models))) else {}
+    return {"format": "pt", CONFIG_KEY: json.dumps(models.config.to_dict()), **quantized}
 
 
 def _tensors(network: nn.Module, dtype: torch.dtype | None, read: Reader,

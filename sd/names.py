@@ -1,6 +1,6 @@
 """ONE table of module names: ours, LDM's and diffusers'; kohya's spelling is derived from it.
 
-A row stands for a module that bears weights. Foreign names appear in this file and in lora_formats.py only.
+A row stands for a module that bears weights. Foreign names appear in this file, lora_formats.py and lora_legacy.py only.
 """
 
 from __future__ import annotations

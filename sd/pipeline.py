@@ -25,6 +25,7 @@ from sd.denoiser import DENOISERS, CFGDenoiser
 from sd.image_io import contact_sheet, load_image
 from sd.model_loader import Models, preload_models_from_standard_weights, usable_device
 from sd.noise import Schedule, alphas_cumprod, cut
+from sd.quant import quantized_kinds
 from sd.samplers import SAMPLERS, sampler_schedule
 from sd.tokenizer import tokenize
 from sd.vae import sample_posterior
@@ -283,7 +284,8 @@ def _should_merge(models: Models, merged: bool | str) -> bool:
         return bool(merged)
     # In half precision the sum W + ΔW rounds away a good part of a usual ΔW; the adapters' own path keeps it.
     same_for_all = not any(isinstance(m, tuple) for m in loras.active_multipliers(models).values())
-    return same_for_all and models.dtype == torch.float32
+    # Merged weights are whole ones: of a quantised base they would take what it saves.
+    return same_for_all and models.dtype == torch.float32 and not quantized_kinds(models)
 
 
 # ---- the steps -------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from sd.checkpoint import read_tensors
 from sd.lora import LoRAError, adapter_names, get_lora_parameters, set_lora_enabled
 from sd.model_loader import load_lora_into_models, new_models, preload_models_from_standard_weights
 from sd.training import DataError, PictureFolder, PictureSet, TrainConfig, TrainError, diffusion_loss, train, vae_loss
-from sd.training.data import Contexts, batch_captions, batch_indices, batch_noise, batch_timesteps, encode_pictures
+from sd.training.data import Contexts, batch_captions, batch_indices, batch_noise, encode_pictures
 from sd.training.noise import draw_timesteps
 from sd.training.optim import lr_factor, update_ema
 from tests.tiny_training import SMALL, copy_of, metrics, pictures
@@ -90,7 +90,7 @@ def test_draws_depend_on_seed_purpose_and_number_only():
     assert not torch.equal(a, batch_noise((4, 4), QUICK, 8))
     assert not torch.equal(a, batch_noise((4, 4), QUICK, 7, "posterior"))
     assert not torch.equal(a, batch_noise((4, 4), replace(QUICK, seed=1), 7))
-    t = torch.cat([batch_timesteps(SMALL, replace(QUICK, batch_size=500), n) for n in range(20)])
+    t = torch.cat([draw_timesteps(500, SMALL, QUICK, n) for n in range(20)])
     assert t.min() == 0 and t.max() == 999 and abs(t.float().mean() - 499.5) < 9  # three standard errors
 
 
@@ -219,7 +219,8 @@ def test_steps_are_those_of_a_bare_torch_loop(tmp_path, models, what):
             latents = 0.18215 * (mean[chosen] + (logvar[chosen] / 2).exp() * posterior_noise)
             tokens = Contexts(bare, trained=True).tokens(batch_captions(data, chosen, config, number))
             context, noise = bare["clip"](tokens), batch_noise(latents.shape, config, number)
-            (diffusion_loss(bare, latents, context, batch_timesteps(SMALL, config, number), noise) / 2).backward()
+            t = draw_timesteps(config.batch_size, SMALL, config, number)
+            (diffusion_loss(bare, latents, context, t, noise) / 2).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 0.05)
         optimizer.step()
 

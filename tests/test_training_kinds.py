@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from sd.checkpoint import read_tensors
-from sd.lora import lora_layers, lora_state, merge_loss
+from sd.lora import lora_layers, lora_state, merge_loss, remove_lora
 from sd.lora_kinds import KINDS
-from sd.model_loader import load_lora_into_models, new_models
+from sd.model_loader import load_lora_into_models, new_models, save_checkpoint
+from sd.pipeline import generate
 from sd.quant import dequantize_base, quantize_base, quantized_kinds
 from sd.training import TrainConfig, TrainError, diffusion_loss, train
 from tests.tiny_training import SMALL, copy_of, metrics, pictures
@@ -94,6 +95,26 @@ def test_a_run_on_a_quantised_base_is_resumed_bit_for_bit(untrained, tmp_path, m
     assert all(torch.equal(t, b[path].tensors[name]) for path, w in a.items() for name, t in w.tensors.items())
     with pytest.raises(TrainError, match="quantize was 'nf4', now 'int8'"):
         train(replace(config, quantize="int8", out=str(tmp_path / "b")), copy_of(untrained), pictures())
+
+
+def test_the_weights_of_a_quantised_base_are_not_trained(untrained, tmp_path):
+    models = quantize_base(copy_of(untrained))
+    with pytest.raises(TrainError, match=r"quantised \(nf4\), so its weights cannot be trained"):
+        train(replace(QUICK, train="full", out=str(tmp_path)), models, pictures())
+
+
+def test_pictures_of_a_quantised_base_are_made_without_whole_merged_weights(untrained, tmp_path):
+    models = quantize_base(copy_of(untrained))
+    train(replace(QUICK, out=str(tmp_path)), models, pictures())
+    header = read_tensors(tmp_path / "lora.safetensors").metadata
+    assert header["sdlora.base_quantization"] == "nf4" and json.loads(header["sdlora.training"])["quantize"] == "none"
+    how = {"models": models, "seed": 1, "n_inference_steps": 2}
+    picture = generate("x", **how)
+    assert all(layer.merged_weight is None for layer in lora_layers(models).values())
+    assert abs(picture.astype(int) - generate("x", merged=True, **how)).max() <= 1
+    remove_lora(models)
+    save_checkpoint(models, tmp_path / "m.safetensors")
+    assert read_tensors(tmp_path / "m.safetensors").metadata["sdlora.base_quantization"] == "nf4"
 
 
 @pytest.mark.parametrize("options", [{"kind": "loha"}, {"rslora": True}, {"quantize": "nf4"}], ids=str)

@@ -179,12 +179,6 @@ def batch_noise(shape: Sequence[int], config, number: int, stream: str = "noise"
     return torch.randn(tuple(shape), generator=torch_rng(config.seed, stream, number))
 
 
-def batch_timesteps(model_config, config, number: int) -> Tensor:
-    """Whole timesteps [B], each as likely as any other."""
-    rng = torch_rng(config.seed, "timestep", number)
-    return torch.randint(model_config.train_timesteps, (config.batch_size,), generator=rng)
-
-
 # ---- what the networks make of it ------------------------------------------------------------------------------------
 
 @torch.no_grad()

@@ -316,6 +316,9 @@ def _parameters(config: TrainConfig, models: Models) -> dict[str, nn.Parameter]:
         chosen = {path: layer.adapter(config.name) for path, layer in lora_layers(networks).items()
                   if config.name in layer.adapter_names}
     else:
+        if quantized_kinds(models):
+            raise TrainError(f"the base is quantised ({quantized_kinds(models)[0]}), so its weights cannot be trained; load it "
+                             f"anew, or dequantize_base(models)")
         if adapter_names(models):
             raise TrainError(f"the model carries the adapters {', '.join(map(repr, adapter_names(models)))}; merge or "
                              f"remove them before all of its weights are trained")
@@ -359,7 +362,7 @@ def _write_json(path: Path, values: dict) -> None:
 
 
 def _save_result(config: TrainConfig, models: Models, folder: Path, facts: dict, pictures: int) -> None:
-    metadata = {"sdlora.training": json.dumps(facts)}
+    metadata = {"sdlora.training": json.dumps(facts), "sdlora.base_quantization": ",".join(quantized_kinds(models)) or "none"}
     if config.train != "lora":
         models.source = None  # they are no longer what that file holds
         save_checkpoint(models, folder / "model.safetensors", metadata=metadata)

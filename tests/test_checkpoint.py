@@ -61,9 +61,9 @@ def assert_same(ours, theirs):
         assert torch.equal(ours[name].view(-1).view(torch.uint8), tensor.contiguous().view(-1).view(torch.uint8)), name
 
 
-def run(code: str, *args) -> subprocess.CompletedProcess:
+def run(code: str, *args, **env: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", code, *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=os.environ | env)
 
 
 # safetensors
@@ -422,7 +422,7 @@ def memory(tmp_path_factory):
         peak, private = restart()
         write_safetensors(sys.argv[1] + "/b", tensors)
         print(json.dumps(report | {"write": status("VmHWM") - peak}))
-    """, folder)
+    """, folder, MALLOC_MMAP_THRESHOLD_=str(1 << 20))  # else glibc keeps what is freed, sometimes
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 
@@ -436,7 +436,7 @@ def test_reading_into_a_model_needs_at_most_1_2_times_the_file(memory, name):
 
 
 def test_writing_needs_no_second_copy(memory):
-    assert memory["write"] < 0.35
+    assert memory["write"] < 0.12
 
 
 # diffusers folders

@@ -16,7 +16,7 @@ from sd.checkpoint import read_tensors
 from sd.lora import LoRAError, adapter_names, get_lora_parameters, set_lora_enabled
 from sd.model_loader import load_lora_into_models, new_models, preload_models_from_standard_weights
 from sd.training import DataError, PictureFolder, PictureSet, TrainConfig, TrainError, diffusion_loss, train, vae_loss
-from sd.training.data import Contexts, batch_captions, batch_indices, batch_noise, encode_pictures
+from sd.training.data import Batches, Contexts, batch_captions, batch_noise, encode_pictures
 from sd.training.noise import draw_timesteps
 from sd.training.optim import lr_factor, update_ema
 from tests.tiny_training import SMALL, copy_of, metrics, pictures
@@ -77,11 +77,11 @@ def test_the_vae_loss_is_reconstruction_and_the_divergence_that_torch_computes(m
 
 def test_every_epoch_holds_each_picture_once_in_an_order_of_its_own():
     config = replace(QUICK, batch_size=3)
-    places = [i for number in range(10) for i in batch_indices(5, config, number)]
+    places = [i for number in range(10) for i in Batches(range(5), config)(number)]
     epochs = [places[k:k + 5] for k in range(0, 30, 5)]
     assert all(sorted(epoch) == list(range(5)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
-    assert batch_indices(5, replace(config, seed=1), 0) != batch_indices(5, config, 0)
+    assert Batches(range(5), replace(config, seed=1))(0) != Batches(range(5), config)(0)
 
 
 def test_draws_depend_on_seed_purpose_and_number_only():
@@ -214,7 +214,7 @@ def test_steps_are_those_of_a_bare_torch_loop(tmp_path, models, what):
             group["lr"] = 1e-2 * rate
         optimizer.zero_grad()
         for number in (2 * step, 2 * step + 1):
-            chosen = batch_indices(5, config, number)
+            chosen = Batches(range(5), config)(number)
             posterior_noise = batch_noise((2, 4, 8, 8), config, number, "posterior")
             latents = 0.18215 * (mean[chosen] + (logvar[chosen] / 2).exp() * posterior_noise)
             tokens = Contexts(bare, trained=True).tokens(batch_captions(data, chosen, config, number))

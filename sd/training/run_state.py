@@ -38,6 +38,8 @@ class Progress:
     step: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
+    loss_scale: float = 65536.0  # of fp16, and how many steps it has been good for
+    good_steps: int = 0
 
 
 def open_folder(path: str | os.PathLike) -> Path:
@@ -78,8 +80,16 @@ def save_state(folder: Path, progress: Progress, parameters: Mapping[str, nn.Par
     tensors = {f"weights/{name}": p.detach() for name, p in parameters.items()}
     tensors |= {f"ema/{name}": value for name, value in ema.items()}
     for name, p in parameters.items():
-        tensors |= {f"optimizer/{name}/{key}": value for key, value in optimizer.state[p].items()}
-    write_safetensors(folder / STATE, tensors, {"progress": json.dumps(asdict(progress)), "facts": json.dumps(facts)})
+        tensors |= {f"optimizer/{name}/{key}": v for key, v in optimizer.state[p].items() if isinstance(v, Tensor)}
+    # What an optimizer counts or estimates for a parameter or for a group (Prodigy's d) is no tensor.
+    numbers = {"groups": [_numbers(group) for group in optimizer.param_groups],
+               "states": {name: _numbers(optimizer.state[p]) for name, p in parameters.items()}}
+    write_safetensors(folder / STATE, tensors, {"progress": json.dumps(asdict(progress)), "facts": json.dumps(facts),
+                                                "optimizer": json.dumps(numbers, sort_keys=True)})
+
+
+def _numbers(values: Mapping[str, object]) -> dict[str, float]:
+    return {key: value for key, value in values.items() if isinstance(value, (bool, int, float))}
 
 
 @torch.no_grad()
@@ -95,6 +105,7 @@ def load_state(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: 
     try:
         tensors = read_tensors(path)
         progress, saved = Progress(**json.loads(tensors.metadata["progress"])), json.loads(tensors.metadata["facts"])
+        numbers = json.loads(tensors.metadata.get("optimizer", '{"groups": [], "states": {}}'))
     except (CheckpointError, KeyError, ValueError, TypeError) as error:
         raise TrainError(f"{path}: is not the state of a training ({error}); remove it, or choose another out "
                          f"folder") from None
@@ -111,8 +122,11 @@ def load_state(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: 
         state = {key.rsplit("/", 1)[1]: value for key, value in tensors.items() if key.startswith(f"optimizer/{name}/")}
         # A copy: what is read is a view of the mapped file.
         optimizer.state[p] = {key: value.to(p.device, copy=True) for key, value in state.items()}
+        optimizer.state[p] |= numbers["states"].get(name, {})
         if name in ema:
             ema[name].copy_(tensors[f"ema/{name}"])
+    for group, values in zip(optimizer.param_groups, numbers["groups"]):
+        group.update(values)
     return progress
 
 

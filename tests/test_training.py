@@ -13,7 +13,7 @@ from diffusers import DDPMScheduler
 from PIL import Image
 
 from sd.checkpoint import read_tensors
-from sd.lora import LoRAError, adapter_names, get_lora_parameters, set_lora_enabled
+from sd.lora import LoRAError, adapter_names, apply_lora_to_model, get_lora_parameters, set_lora_enabled
 from sd.model_loader import load_lora_into_models, new_models, preload_models_from_standard_weights
 from sd.training import DataError, PictureFolder, PictureSet, TrainConfig, TrainError, diffusion_loss, train, vae_loss
 from sd.training.data import Batches, Contexts, batch_captions, batch_noise, encode_pictures
@@ -199,7 +199,7 @@ def test_steps_are_those_of_a_bare_torch_loop(tmp_path, models, what):
 
     if what == "lora":
         torch.manual_seed(loop.seed_of(0, "init", 0))
-        bare = loop.apply_lora_to_model({k: bare[k] for k in ("diffusion", "clip")}, 2, 2.0, name="lora") and bare
+        bare = apply_lora_to_model({k: bare[k] for k in ("diffusion", "clip")}, 2, 2.0, name="lora") and bare
         parameters = get_lora_parameters(bare)
     else:
         parameters = [p for key in ("diffusion", "clip") for p in bare[key].parameters()]
@@ -392,7 +392,7 @@ def test_other_adapters_are_off_while_one_is_trained_and_back_afterwards(tmp_pat
     alone = train(replace(QUICK, out=str(tmp_path / "c"), name="second"), copy_of(untrained), pictures())
     second = [p for n, p in models["diffusion"].named_parameters() if "second" in n]
     assert all(torch.equal(a, b) for a, b in zip(second, get_lora_parameters(alone)))
-    assert loop.adapter_names(models) == ["first", "second"]
+    assert adapter_names(models) == ["first", "second"]
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

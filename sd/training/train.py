@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from sd.checkpoint import atomic_write
-from sd.lora import adapter_names, apply_lora_to_model, lora_layers, modules_of, named_layers, remove_lora, use_adapters
+from sd.lora import lora_layers, modules_of
 from sd.model_loader import Models, preload_models_from_standard_weights, save_checkpoint, save_models_lora
 from sd.quant import quantize_base, quantized_kinds
 from sd.training.config import TrainConfig
@@ -59,6 +57,7 @@ from sd.training.run_state import (
     run_facts,
     save_state,
 )
+from sd.training.trained import training
 
 MAX_LOSS = 1000.0  # a network that answers 0 has a loss of 1
 MAX_SKIPPED = 20  # bad steps in a row, then the training stops
@@ -78,7 +77,7 @@ def train(config: TrainConfig, models: Models | None = None, dataset=None, *, au
         dataset = _open_data(config, models)
     if config.quantize != "none" and quantized_kinds(models) != [config.quantize]:
         quantize_base(models, config.quantize)
-    with alone_in(folder), torch.random.fork_rng(), _training(config, models) as parameters:
+    with alone_in(folder), torch.random.fork_rng(), training(config, models) as parameters:
         optimizer = make_optimizer(parameters, config, modules_of(models))
         layers = lora_layers(models) if config.max_norm else {}
         ema = {name: p.detach().clone() for name, p in parameters.items()} if config.ema else {}
@@ -177,59 +176,6 @@ def _vae_loss(config: TrainConfig, models: Models, dataset, loss):
         return loss(models, pictures.to(device), noise.to(device), config.kl_weight)
 
     return micro_loss
-
-
-@contextmanager
-def _training(config: TrainConfig, models: Models) -> Iterator[dict[str, nn.Parameter]]:
-    """The weights to train, by name; they alone have gradients inside the block, and afterwards all is as it was."""
-    before = [(p, p.requires_grad) for network in models.values() for p in network.parameters()]
-    modes = [(module, module.training) for _, module in named_layers(models)]
-    unet, checkpointing, adapters = models["diffusion"], models["diffusion"].checkpointing, adapter_names(models)
-    try:
-        for network in models.values():
-            network.eval().requires_grad_(False)
-        parameters = _parameters(config, models)
-        unet.checkpointing = config.checkpointing
-        with use_adapters(models, {config.name: 1.0} if config.train == "lora" else {}):
-            yield parameters
-    except BaseException:
-        if config.train == "lora" and config.name in adapter_names(models) and config.name not in adapters:
-            remove_lora(models, config.name)  # half a training is in its folder, not in the models
-        raise
-    finally:
-        unet.checkpointing = checkpointing
-        for module, mode in modes:
-            module.training = mode
-        for p, trainable in before:
-            p.requires_grad_(trainable)
-        for layer in lora_layers(models).values():
-            layer.adapters.eval()
-
-
-def _parameters(config: TrainConfig, models: Models) -> dict[str, nn.Parameter]:
-    """Attach the LoRA or free the networks; returns what is trained, by canonical name."""
-    if config.train == "lora":
-        networks = {key: models[key] for key, on in (("diffusion", config.unet), ("clip", config.text_encoder)) if on}
-        torch.manual_seed(seed_of(config.seed, "init", 0))
-        alpha = config.alpha * math.sqrt(config.rank) if config.rslora else config.alpha
-        apply_lora_to_model(networks, config.rank, alpha, config.dropout, config.targets, config.name, kind=config.kind,
-                            dora=config.dora, rank_dropout=config.rank_dropout, module_dropout=config.module_dropout)
-        chosen = {path: layer.adapter(config.name) for path, layer in lora_layers(networks).items()
-                  if config.name in layer.adapter_names}
-    else:
-        if quantized_kinds(models):
-            raise TrainError(f"the base is quantised ({quantized_kinds(models)[0]}), so its weights cannot be trained; load it "
-                             f"anew, or dequantize_base(models)")
-        if adapter_names(models):
-            raise TrainError(f"the model carries the adapters {', '.join(map(repr, adapter_names(models)))}; merge or "
-                             f"remove them before all of its weights are trained")
-        vae = config.train == "vae"
-        on = {"encoder": vae, "decoder": vae, "diffusion": config.unet and not vae,
-              "clip": config.text_encoder and not vae}
-        chosen = {key: models[key] for key in on if on[key]}
-    for module in chosen.values():
-        module.train().requires_grad_(True)
-    return {f"{path}.{name}": p for path, module in chosen.items() for name, p in module.named_parameters()}
 
 
 def _open_data(config: TrainConfig, models: Models) -> Pictures:

@@ -16,7 +16,7 @@ from sd.quant import dequantize_base, quantize_base, quantized_kinds
 from sd.training import TrainConfig, TrainError, diffusion_loss, train
 from tests.tiny_training import SMALL, copy_of, metrics, pictures
 
-loop = importlib.import_module("sd.training.train")  # `sd.training.train` is the function
+batches = importlib.import_module("sd.training.batches")
 
 QUICK = TrainConfig(rank=2, alpha=2.0, steps=6, batch_size=2, save_every=100, progress=False, learning_rate=1e-2)
 
@@ -86,7 +86,7 @@ def test_a_run_on_a_quantised_base_is_resumed_bit_for_bit(untrained, tmp_path, m
             raise KeyboardInterrupt
         return diffusion_loss(*args, **options)
 
-    monkeypatch.setattr(loop, "diffusion_loss", stops)
+    monkeypatch.setattr(batches, "diffusion_loss", stops)
     with pytest.raises(KeyboardInterrupt):
         train(replace(config, out=str(tmp_path / "b")), copy_of(untrained), pictures())
     monkeypatch.undo()

@@ -55,7 +55,7 @@ def parameters() -> dict[str, nn.Parameter]:
 def train(found: dict[str, nn.Parameter], optimizer, steps: range) -> None:
     """The learning rate moves, and the gradients are those of `noisy_pull`."""
     for step in steps:
-        set_learning_rate(optimizer, lr_factor(step, schedule="constant", warmup=3, steps=9))
+        set_learning_rate(optimizer, lr_factor(step, config(warmup=3, steps=9)))
         noisy_pull(found, step)
         optimizer.step()
         optimizer.zero_grad()
@@ -263,7 +263,7 @@ def test_schedules_are_those_of_transformers(schedule, peer, options, warmup):
         expected.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         reference.step()
-    ours = [lr_factor(step, schedule=schedule, warmup=warmup, steps=50, **options) for step in range(50)]
+    ours = [lr_factor(step, config(schedule=schedule, warmup=warmup, steps=50, **options)) for step in range(50)]
     assert ours[warmup:] == pytest.approx(expected[warmup:50], rel=1e-9, abs=1e-12)
     assert ours[:warmup] == pytest.approx(expected[1:warmup + 1], rel=1e-9)  # their first step has a rate of 0
     assert set(SCHEDULES) == {"constant", "cosine", "linear", "polynomial", "cosine_restarts"}
@@ -274,15 +274,15 @@ def test_schedules_are_those_of_transformers(schedule, peer, options, warmup):
 def test_the_loss_scale_moves_as_torchs(monkeypatch):
     monkeypatch.setattr("sd.training.optim.SCALE_STEPS", 3)
     peer = torch.amp.GradScaler("cpu", init_scale=65536.0, growth_interval=3)
-    p, state = nn.Parameter(torch.zeros(())), (65536.0, 0)
+    p, state = nn.Parameter(torch.zeros(())), torch.tensor([65536.0, 0])
     optimizer = torch.optim.SGD([p], lr=1.0)
     for good in [1, 1, 0, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1, 1, 1, 1]:
         peer.scale(p * (1.0 if good else float("inf"))).backward()
         peer.step(optimizer)
         peer.update()
         optimizer.zero_grad()
-        state = next_loss_scale(*state, bool(good))
-        assert state == (peer.get_scale(), peer._get_growth_tracker())
+        state = next_loss_scale(state, torch.tensor(bool(good)))
+        assert state.tolist() == [peer.get_scale(), peer._get_growth_tracker()]
 
 
 def test_scaling_and_unscaling_leave_no_trace(lora):
@@ -294,7 +294,7 @@ def test_scaling_and_unscaling_leave_no_trace(lora):
             p.grad = None
         with use_adapters(models, {"lora": 1.0}):
             (diffusion_loss(models, *batch) * scale).backward()
-        unscale(found.values(), scale)
+        unscale(found.values(), torch.tensor(scale))
         return [p.grad for p in found.values() if p.grad is not None]
 
     plain = gradients(1.0)

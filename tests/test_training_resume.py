@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -46,15 +47,15 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def stopped(config: TrainConfig, models, monkeypatch, k: int = 3) -> None:
     """A run that ends before step k is computed, as if somebody had pulled the plug."""
-    original = loop.lr_factor
+    original = loop.seed_of
 
-    def power_cut(step, **options):
-        if step == k:
+    def power_cut(seed, stream, number):
+        if number == k * config.accumulate:
             raise KeyboardInterrupt
-        return original(step, **options)
+        return original(seed, stream, number)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "lr_factor", power_cut)
+        patch.setattr(loop, "seed_of", power_cut)
         train(config, models, pictures())
 
 
@@ -76,11 +77,37 @@ def test_a_run_stopped_at_step_k_ends_as_if_it_had_never_been(tmp_path, untraine
             assert torch.equal(a, b), f"{key}.{name}"
 
 
+def interrupt(monkeypatch, config, at: int, times: int = 1) -> None:
+    """Ctrl-C while step `at` is computed."""
+    original = loop.seed_of
+
+    def pressed(seed, stream, number):
+        for _ in range(times * (number == at * config.accumulate)):
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(seed, stream, number)
+
+    monkeypatch.setattr(loop, "seed_of", pressed)
+
+
+def test_ctrl_c_saves_after_the_step_and_a_second_one_ends_it_at_once(tmp_path, untrained, monkeypatch):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    config, handler = replace(LORA, save_every=100), signal.getsignal(signal.SIGINT)
+    train(replace(config, out=str(whole)), copy_of(untrained), pictures())
+    for at, times, saved in ((2, 1, 3), (4, 2, 3)):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="after 3 of 7 steps" if times == 1 else ""):
+            interrupt(patch, config, at, times)
+            train(replace(config, out=str(broken)), copy_of(untrained), pictures())
+        assert json.loads(read_tensors(broken / "state.safetensors").metadata["progress"])["step"] == saved
+        assert signal.getsignal(signal.SIGINT) is handler
+    train(replace(config, out=str(broken)), copy_of(untrained), pictures())
+    assert files(whole) == files(broken)
+
+
 def test_a_finished_run_started_again_gives_its_result_at_once(tmp_path, untrained, monkeypatch):
     config = replace(LORA, out=str(tmp_path))
     first = train(config, copy_of(untrained), pictures())
     before = files(tmp_path)
-    monkeypatch.setattr(loop, "diffusion_loss", None)  # nothing is computed
+    monkeypatch.setattr("sd.training.batches.diffusion_loss", None)  # nothing is computed
     second = train(config, copy_of(untrained), pictures())
     assert files(tmp_path) == before
     a, b = (dict(m["diffusion"].named_parameters()) for m in (first, second))

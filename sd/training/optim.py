@@ -146,14 +146,15 @@ SCHEDULES = {
 }
 
 
-def lr_factor(step: int, *, schedule: str, warmup: int, steps: int, cycles: int = 1, power: float = 1.0) -> float:
-    """What the learning rate is multiplied by in step 0, 1, ..: linear over `warmup`, then SCHEDULES, which end at 0.
+def lr_factor(step: int, config) -> float:
+    """What the learning rate is multiplied by in step 0, 1, ..: linear over the warm-up, then SCHEDULES, which end at 0.
 
     cosine_restarts falls to 0 `cycles` times (Loshchilov and Hutter 2017), polynomial is (1 - progress)^power.
     """
-    if step < warmup:
-        return (step + 1) / warmup
-    return SCHEDULES[schedule](min(1.0, (step - warmup) / max(1, steps - warmup)), cycles, power)
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    progress = min(1.0, (step - config.warmup) / max(1, config.steps - config.warmup))
+    return SCHEDULES[config.schedule](progress, config.cycles, config.power)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
@@ -174,24 +175,36 @@ LOSS_SCALE, SCALE_STEPS = 65536.0, 2000  # powers of 2, so that scaling rounds n
 
 
 @torch.no_grad()
-def unscale(parameters: Iterable[nn.Parameter], scale: float) -> None:
+def unscale(parameters: Iterable[nn.Parameter], scale: Tensor) -> None:
     """Divide the gradients by the factor that their loss was multiplied by, in place."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    if scale != 1 and grads:
+    if grads:
         torch._foreach_mul_(grads, 1 / scale)
 
 
-def next_loss_scale(scale: float, good_steps: int, good: bool) -> tuple[float, int]:
-    """(scale, good steps since it changed) after a step: half after a bad one, twice after 2000 good ones.
+@torch.no_grad()
+def next_loss_scale(state: Tensor, good: Tensor) -> Tensor:
+    """[scale, good steps since it changed] after a step: half after a bad one, twice after 2000 good ones.
 
     The rule of torch.amp.GradScaler, Micikevicius et al. 2018, section 3.2; a bad step has a gradient that is not finite.
     """
-    if not good:
-        return scale / 2, 0
-    return (scale * 2, 0) if good_steps + 1 == SCALE_STEPS else (scale, good_steps + 1)
+    scale, steps = state
+    full = steps + 1 == SCALE_STEPS
+    after = torch.where(full, torch.stack([scale * 2, steps * 0]), torch.stack([scale, steps + 1]))
+    return torch.where(good, after, torch.stack([scale / 2, steps * 0]))
 
 
-# ---- after a step ----------------------------------------------------------------------------------------------------
+# ---- the step and after it ------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def step_unless(bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """The optimizer's step, or none where `bad` (a scalar) is true. Fused ones decide on the device: nothing waits for it."""
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = bad.float()
+        optimizer.step()
+    elif not bad:
+        optimizer.step()
+
 
 FACTORS = {"lora", "loha", "lokr", "full", "ia3"}  # kinds whose ΔW is a product of all their matrices
 
@@ -220,11 +233,13 @@ def limit_norms(layers: Mapping[str, nn.Module], name: str, max_norm: float) -> 
 
 
 @torch.no_grad()
-def update_ema(ema: dict[str, Tensor], parameters: dict[str, nn.Parameter], decay: float, step: int) -> None:
-    """ema += (1 - d) (p - ema), in place; d rises to `decay`, so that the random start is soon forgotten."""
+def update_ema(ema: dict[str, Tensor], parameters: dict[str, nn.Parameter], decay: float, step: int,
+               bad: Tensor | bool = False) -> None:
+    """ema += (1 - d) (p - ema), in place, unless the step was bad; d rises to `decay`: the random start is soon forgotten."""
     if ema:
-        decay = min(decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(ema.values()), [parameters[name].data for name in ema], 1 - decay)
+        away = torch._foreach_sub([parameters[name].data for name in ema], list(ema.values()))
+        torch._foreach_mul_(away, (1 - min(decay, (1 + step) / (10 + step))) * (1 - torch.as_tensor(bad).float()))
+        torch._foreach_add_(list(ema.values()), away)
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,29 @@
+"""What a finished training leaves: a LoRA file, or a checkpoint, that says how it was made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from sd.model_loader import Models, save_checkpoint, save_models_lora
+from sd.quant import quantized_kinds
+from sd.training.config import TrainConfig
+
+
+def save_result(config: TrainConfig, models: Models, folder: Path, facts: dict, pictures: int) -> None:
+    metadata = {"sdlora.training": json.dumps(facts), "sdlora.base_quantization": ",".join(quantized_kinds(models)) or "none"}
+    if config.train != "lora":
+        models.source = None  # they are no longer what that file holds
+        save_checkpoint(models, folder / "model.safetensors", metadata=metadata)
+        return
+    kohya = {"ss_output_name": config.name, "ss_learning_rate": config.learning_rate, "ss_unet_lr": config.learning_rate,
+             "ss_text_encoder_lr": config.text_learning_rate or config.learning_rate, "ss_max_train_steps": config.steps,
+             "ss_steps": config.steps, "ss_seed": config.seed, "ss_batch_size_per_device": config.batch_size,
+             "ss_gradient_accumulation_steps": config.accumulate, "ss_gradient_checkpointing": config.checkpointing,
+             "ss_optimizer": config.optimizer, "ss_lr_scheduler": config.schedule, "ss_lr_warmup_steps": config.warmup,
+             "ss_max_grad_norm": config.clip_norm, "ss_caption_dropout_rate": config.caption_dropout,
+             "ss_network_dropout": config.dropout, "ss_num_train_images": pictures,
+             "ss_scale_weight_norms": config.max_norm or None,
+             "ss_mixed_precision": "no" if config.precision == "fp32" else config.precision}
+    metadata |= {key: str(value) for key, value in kohya.items()}
+    save_models_lora(models, folder / f"{config.name}.safetensors", config.name, metadata=metadata)

@@ -63,9 +63,9 @@ class Options:
         return DTYPES[self.dtype]
 
 
-def run(main: Callable[[Options], str]) -> None:
+def run(main: Callable[[Options], str], flags: type[Options] = Options) -> None:
     """Parse the flags, print the block that `main` returns, and append it to `--out`."""
-    options = tyro.cli(Options)
+    options = tyro.cli(flags)
     text = main(options)
     print(text, end="")
     if options.out is not None:

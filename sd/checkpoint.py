@@ -319,6 +319,14 @@ class _Inert:
         pass
 
 
+class _Parameters(dict):
+    """Stands for a torch.nn.ParameterDict, as which the first embeddings were saved: its parameters and nothing else."""
+
+    def __setstate__(self, state):
+        self.update(state.get("_parameters") or {})
+
+
+_STANDINS = {"torch.nn.modules.container.ParameterDict": _Parameters}
 _INERT = re.compile(r"pytorch_lightning\.[\w.]+|numpy\.(core|_core)\.multiarray\.(scalar|_reconstruct)"
                     r"|numpy\.(dtype|ndarray|dtypes\.\w+)")
 _SAFE = re.compile(r"collections\.OrderedDict|_codecs\.encode|(builtins|__builtin__)\.set"
@@ -332,11 +340,12 @@ def _read_pickle(path: Path, is_zip: bool) -> TensorFile:
         _collect_globals(path, is_zip, names)
     except (*_DAMAGE, MemoryError) as error:  # a damaged length may ask for any amount of memory
         damage = error
-    refused = sorted(name for name in names if not _INERT.fullmatch(name) and not _SAFE.fullmatch(name))
+    refused = sorted(name for name in names if not _INERT.fullmatch(name) and not _SAFE.fullmatch(name)
+                     and name not in _STANDINS)
     if refused:
         raise CheckpointError(f"{path}: refused, because its pickle asks for {', '.join(refused[:5])}: "
                               "only tensors are loaded, code never is")
-    stubs = [(_Inert, name) for name in sorted(names) if _INERT.fullmatch(name)]
+    stubs = [(_STANDINS.get(name, _Inert), name) for name in sorted(names) if _INERT.fullmatch(name) or name in _STANDINS]
     mapped = is_zip and path.suffix != ".safetensors"  # torch.load goes by that name; an open file it takes as it is
     try:
         with torch.serialization.safe_globals(stubs), warnings.catch_warnings(), open(path, "rb") as file:

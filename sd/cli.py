@@ -11,7 +11,7 @@ import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -61,6 +61,8 @@ class Generate:
     """What the pictures show."""
     on: Annotated[ModelArgs, tyro.conf.arg(name="")] = field(default_factory=ModelArgs)
     how: Annotated[PictureArgs, tyro.conf.arg(name="")] = field(default_factory=PictureArgs)
+    embedding: tuple[str, ...] = ()
+    """Files or folders of learned words (textual inversion) as PATH, or PATH:WORD for another word than the file's."""
     count: int = 1
     """Pictures for each prompt."""
     input: str | None = None
@@ -93,6 +95,8 @@ class Compare:
     """What the pictures show."""
     on: Annotated[ModelArgs, tyro.conf.arg(name="")] = field(default_factory=ModelArgs)
     how: Annotated[PictureArgs, tyro.conf.arg(name="")] = field(default_factory=PictureArgs)
+    embedding: tuple[str, ...] = ()
+    """Files or folders of learned words (textual inversion) as PATH, or PATH:WORD for another word than the file's."""
     multipliers: tuple[float, ...] = ()
     """One column for each, instead of the multiplier given with the LoRA."""
     out: str = "out/compare.png"
@@ -107,8 +111,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = _parse(sys.argv[1:] if argv is None else list(argv))
         return commands[type(args).__name__.lower().removesuffix("config")](args) or 0
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -135,8 +139,8 @@ def _parse(argv: list[str]):
     box = io.StringIO()
     try:
         with redirect_stderr(box):
-            return tyro.cli(_commands(), prog="python -m sd", args=argv,
-                            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+            return tyro.cli(_commands(), prog="python -m sd", args=_with_config(argv, flags),
+                            config=(tyro.conf.OmitArgPrefixes,))
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
@@ -145,12 +149,31 @@ def _parse(argv: list[str]):
         raise ValueError(re.sub(r"^.*Error parsing \w+: ", "", text)) from None
 
 
+def _with_config(argv: list[str], flags: list[str]) -> list[str]:
+    """What the file of `train --config` says is put before the flags, less what flags say themselves."""
+    if argv[:1] != ["train"] or "--config" not in flags:
+        return argv
+    from sd.training.config_file import config_flags, read_config
+    at = next(i for i, word in enumerate(argv) if word.partition("=")[0] == "--config")
+    path = argv[at].partition("=")[2] or "".join(argv[at + 1:at + 2])
+    said = {flag.removeprefix("--").removeprefix("no-").replace("-", "_") for flag in flags}
+    return ["train", *config_flags({name: v for name, v in read_config(path).items() if name not in said}), *argv[1:]]
+
+
 def _commands():
     from sd.training import TrainConfig
-    kinds = {"generate": Generate, "compare": Compare, "train": TrainConfig} | {name: cls for name, (cls, _) in TOOLS.items()}
+
+    @dataclass(frozen=True)
+    class Train(TrainConfig):
+        __doc__ = TrainConfig.__doc__
+        config: str | None = None
+        """TOML, JSON or YAML file with these options; flags win over it."""
+
+    kinds = {"generate": Generate, "compare": Compare, "train": Train} | {name: cls for name, (cls, _) in TOOLS.items()}
     union = None
     for command, cls in kinds.items():
-        one = Annotated[cls, tyro.conf.subcommand(command, description=(cls.__doc__ or "").splitlines()[0])]
+        flags = cls if cls is Train else tyro.conf.FlagCreatePairsOff[cls]  # --no-x against a config file's x
+        one = Annotated[flags, tyro.conf.subcommand(command, description=(cls.__doc__ or "").splitlines()[0])]
         union = one if union is None else union | one
     return union
 
@@ -168,7 +191,7 @@ def generate(args: Generate) -> None:
     from sd.image_io import read_parameters, save_image
     again = {} if args.again is None else read_parameters(args.again)
     paths = _paths(args.out, args.count * max(1, len(args.prompts)))
-    models = load(args.on)
+    models = load(args.on, args.embedding)
     arguments, prompts = args.how.arguments(), list(args.prompts)
     seed = secrets.randbits(32) if args.how.seed is None else args.how.seed
     if args.again is not None:
@@ -187,6 +210,7 @@ def generate(args: Generate) -> None:
 
 def _again(about: dict, path: str, models, picture: str | None) -> tuple[list[str], int, dict]:
     """Prompts, seed and arguments from a picture's own parameters. Raises ValueError for another model or LoRA."""
+    from sd.pipeline import used_embeddings
     kinds = {"prompt": str, "uncond_prompt": str, "seed": int, "n_inference_steps": int, "sampler_name": str,
              "cfg_scale": float, "width": int, "height": int}
     for key, kind in kinds.items():
@@ -206,6 +230,10 @@ def _again(about: dict, path: str, models, picture: str | None) -> tuple[list[st
         if name in models.lora_reports and models.lora_reports[name].hash != digest:
             raise ValueError(f"{path}: made with another LoRA {name!r}, of hash {digest}; "
                              f"this one has {models.lora_reports[name].hash}")
+    then, now = about.get("embeddings") or {}, used_embeddings(models, about["prompt"], about["uncond_prompt"])
+    if then != now:
+        raise ValueError(f"{path}: made with the embeddings {then or 'none'} (word: hash) in its prompts; this one has "
+                         f"{now or 'none'}; name them with --embedding")
     for key, what in (("lora_blocks", "blocks"), ("lora_skipped", "skipped")):
         for name in about.get("lora", {}):
             then, now = (about.get(key) or {}).get(name) or None, getattr(models.lora_reports[name], what) or None
@@ -220,7 +248,7 @@ def compare(args: Compare) -> None:
     from sd import pipeline
     from sd.image_io import save_image
     from sd.lora import active_multipliers
-    models = load(args.on)
+    models = load(args.on, args.embedding)
     loaded = active_multipliers(models)
     if not loaded:
         raise ValueError("nothing to compare with the base: name at least one LoRA with --lora")
@@ -236,9 +264,12 @@ def compare(args: Compare) -> None:
 
 
 def train(args) -> None:
+    from sd.training import TrainConfig
     from sd.training import train as run
-    run(args)
-    print(f"{Path(args.out) / (args.name if args.train == 'lora' else 'model')}.safetensors")
+    from sd.training.result import result_files
+    run(TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)}))
+    for file in () if args.dry_run else result_files(args):
+        print(Path(args.out) / file)
 
 
 def _paths(out: str, count: int) -> list[Path]:

@@ -30,9 +30,9 @@ class ModelArgs:
     of LoRAs float32)."""
 
 
-def load(on: ModelArgs):
-    """The models with their LoRAs active."""
-    from sd.model_loader import load_lora_into_models, preload_models_from_standard_weights
+def load(on: ModelArgs, embeddings: tuple[str, ...] = ()):
+    """The models with their LoRAs active and their learned words known."""
+    from sd.model_loader import load_embedding, load_lora_into_models, preload_models_from_standard_weights
     models = preload_models_from_standard_weights(on.model, on.device, dtype=dtype(on.dtype), vae=on.vae)
     if on.skip is not None and not on.lora:
         raise ValueError("--skip needs --lora: it says what of the LoRAs to leave out")
@@ -40,6 +40,8 @@ def load(on: ModelArgs):
         if path.stem in models.lora_reports:
             raise ValueError(f"two LoRAs are named {path.stem!r}; rename one of the files")
         load_lora_into_models(models, path, multiplier=multiplier, skip=on.skip, block_weights=blocks)
+    for path, word in map(embedding, embeddings):
+        load_embedding(models, path, word)
     return models
 
 
@@ -58,6 +60,16 @@ def lora(text: str) -> tuple[Path, float, str | None]:
         raise ValueError(f"{path}: no such file; a LoRA is named as PATH, PATH:MULTIPLIER or PATH:MULTIPLIER:BLOCKS, with "
                          f"BLOCKS as 17, 25 or 26 numbers or as in text_encoder=0.5,mid_block=0")
     return (shipped if not path.exists() and path.parent == Path(".") and shipped.exists() else path), multiplier, blocks
+
+
+def embedding(text: str) -> tuple[Path, str | None]:
+    """(file, word) of PATH[:WORD]."""
+    if not text:
+        raise ValueError("--embedding is empty; name a file as PATH or PATH:WORD")
+    parts = text.split(":")  # a path may hold colons, and so may a word
+    splits = [(":".join(parts[:n]), ":".join(parts[n:])) for n in range(len(parts), 0, -1)]
+    path, word = next(((path, word) for path, word in splits if Path(path).exists()), (text, ""))
+    return Path(path), word or None
 
 
 def dtype(name: str | None):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from sd.attention import SelfAttention
 from sd.config import CLIPConfig
+from sd.embeddings import LearnedWords
 
 
 class CLIP(nn.Module):
@@ -23,6 +26,7 @@ class CLIP(nn.Module):
         self.position_embedding = nn.Embedding(config.max_tokens, config.width)
         self.layers = nn.ModuleList(CLIPLayer(config) for _ in range(config.layers))
         self.final_norm = nn.LayerNorm(config.width)
+        self.learned = LearnedWords(config)  # empty it adds no keys
 
     def forward(self, tokens: Tensor, clip_skip: int = 1) -> Tensor:
         """`clip_skip` 1 takes the last layer, 2 the one before, ...; then the final norm. Raises ValueError."""
@@ -31,10 +35,27 @@ class CLIP(nn.Module):
         if tokens.shape[1] > self.config.max_tokens:
             raise ValueError(f"{tokens.shape[1]} tokens are given, the text encoder takes {self.config.max_tokens}")
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)  # a row for each image
-        x = self.token_embedding(tokens) + self.position_embedding(positions)  # [B, L, D]
+        x = self.embed(tokens) + self.position_embedding(positions)  # [B, L, D]
         for layer in self.layers[: len(self.layers) - clip_skip + 1]:
             x = layer(x)
         return self.final_norm(x)
+
+    @property
+    def words(self) -> dict[str, range]:
+        """Learned words -> the token ids, after the vocabulary's, for which their vectors stand."""
+        return self.learned.ids
+
+    def learn(self, words: Mapping[str, Tensor]) -> list[str]:
+        """Add words for prompts; see LearnedWords.learn."""
+        return self.learned.learn(words, self.final_norm.weight.device)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[B, L, D] of token ids, those of learned words included, without positions."""
+        if not self.learned:
+            return self.token_embedding(tokens)
+        x, row = self.token_embedding(tokens.clamp(max=self.config.vocab_size - 1)), tokens - self.config.vocab_size
+        vectors = torch.cat([vectors.to(x.dtype) for vectors in self.learned.values()])
+        return torch.where((row >= 0)[..., None], vectors[row.clamp(min=0)], x)
 
 
 class CLIPLayer(nn.Module):

@@ -21,6 +21,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 from sd import checkpoint as files
+from sd.embeddings import EmbeddingError
 from sd.lora_blocks import BlockWeights, block_multipliers
 from sd.lora_files import LoRAFile, read_lora
 from sd.lora_formats import AdapterWeights, LoRAFormatError, Modules, guess_file
@@ -128,14 +129,15 @@ def _matches(target: str, path: str, module: nn.Module) -> bool:
 
 # ---- adding and removing ---------------------------------------------------------------------------------------------
 
-def apply_lora_to_model(models, rank: int = 4, alpha: float = 1.0, dropout: float = 0.0, target_modules=None,
-                        name: str = "default", *, kind: str = "lora", dora: bool = False, rank_dropout: float = 0.0,
-                        module_dropout: float = 0.0, **options):
+def apply_lora_to_model(models, rank: int | Mapping[str, int] = 4, alpha: float | Mapping[str, float] = 1.0,
+                        dropout: float = 0.0, target_modules=None, name: str = "default", *, kind: str = "lora",
+                        dora: bool = False, rank_dropout: float = 0.0, module_dropout: float = 0.0, **options):
     """Attach a new, trainable adapter to every target layer, active at multiplier 1; no output changes by a bit.
 
     Of kind "lora", ΔW = alpha / rank · up · down, with up = 0 at the start; the other kinds and their options (such as
     `tucker` or `factor`) stand in KINDS. Norms, which have no low rank, get a full difference. `rank` bounds the rows of
-    a block of oft and boft, whose constraint is `alpha`; ia3 and full have neither. `dora` adds a trained magnitude.
+    a block of oft and boft, whose constraint is `alpha`; ia3 and full have neither. Either may be a table {path: value},
+    which has one for every target; a layer of rank 0 gets none. `dora` adds a trained magnitude.
     Returns `models`. Raises LoRAError, before anything changes, for a name in use, a rank below 1 or above
     min(in, out) of a layer, a target that matches nothing, or a layer without a LoRA form or without one of this kind.
     """
@@ -148,8 +150,11 @@ def apply_lora_to_model(models, rank: int = 4, alpha: float = 1.0, dropout: floa
     unknown = [option for option in options if option not in KINDS[kind].options]
     if unknown:
         raise LoRAError(f"kind {kind!r} has no option {unknown[0]!r}; it has {', '.join(KINDS[kind].options) or 'none'}")
-    if not math.isfinite(alpha):
-        raise LoRAError(f"alpha is {alpha}; a finite number is needed")
+    ranks, alphas = (value if isinstance(value, Mapping) else dict.fromkeys(targets, value) for value in (rank, alpha))
+    targets = {path: layer for path, layer in targets.items() if not isinstance(rank, Mapping) or ranks[path] != 0}
+    for value in {alphas[path]: None for path in targets}:
+        if not math.isfinite(value):
+            raise LoRAError(f"alpha is {value}; a finite number is needed")
     if name in adapter_names(models):
         raise LoRAError(f"an adapter named {name!r} is there already; remove_lora it first, or choose another name")
     _refuse_bypassed(models, targets)
@@ -157,12 +162,12 @@ def apply_lora_to_model(models, rank: int = 4, alpha: float = 1.0, dropout: floa
     for path, layer in targets.items():
         norm, shape = isinstance(layer, NORMS), shape_of(layer, path)
         if KINDS[kind].low_rank and not norm:
-            check_rank(rank, shape, path)
+            check_rank(ranks[path], shape, path)
         try:
             if norm:  # it has no ranks to drop
                 new[path] = Full(shape, dropout=dropout, module_dropout=module_dropout)
             else:
-                new[path] = KINDS[kind](shape, rank, alpha, dropout=dropout, rank_dropout=rank_dropout,
+                new[path] = KINDS[kind](shape, ranks[path], alphas[path], dropout=dropout, rank_dropout=rank_dropout,
                                         module_dropout=module_dropout, **options)
         except ValueError as error:
             raise LoRAError(f"{path}: {error}") from None
@@ -446,6 +451,7 @@ class LoadReport:
     trigger_words: list[str] = field(default_factory=list)
     metadata: dict[str, str] = field(default_factory=dict)
     blocks: dict[str, float] = field(default_factory=dict)  # block -> its multiplier, where it is not 1
+    words: list[str] = field(default_factory=list)  # learned words that it brought for prompts
     stamp: tuple[int, int] | None = None  # size and time of the file when it was read
 
     @property
@@ -463,6 +469,8 @@ class LoadReport:
             text += f", {len(self.skipped)} skipped as asked"
         if self.blocks:
             text += ", blocks " + ", ".join(f"{block} {m:g}" for block, m in self.blocks.items())
+        if self.words:
+            text += f", learned words: {', '.join(self.words)}"
         return text + (f", trigger words: {', '.join(self.trigger_words)}" if self.trigger_words else "")
 
 
@@ -523,13 +531,16 @@ def load_lora_weights(models, path: str | os.PathLike | Mapping[str, Tensor], na
     """Read a LoRA of any program and attach it as `name`, active; one of that name is replaced, whatever its rank.
 
     `path`: a file, a folder of PEFT or diffusers, or tensors in memory. `skip`: a regular expression over keys and module
-    paths to leave out. `block_weights`: see `sd.lora_blocks`. Every tensor is applied or left out by `skip`; else
-    LoRAFormatError names the first that cannot be and what the file seems to be.
+    paths to leave out. `block_weights`: see `sd.lora_blocks`. Learned words of the prompt beside the LoRA are learned by the
+    text encoder and stay until `remove_embedding`. Every tensor is applied or left out by `skip`; else LoRAFormatError names
+    the first that cannot be and what the file seems to be.
     """
-    modules = modules_of(models)
-    found = read_lora(path, modules, skip=skip)
+    modules, clip = modules_of(models), components(models).get("clip")
+    found = read_lora(path, modules, skip=skip, words=hasattr(clip, "learned"))
     blocks = block_multipliers(block_weights, modules)
     with exclusive(models):  # until the block weights are set nobody computes with it
+        if found.words:
+            _check_words(found, clip)
         try:
             attach_state(models, found.state, name, multiplier, found.path.name)
         except LoRAFormatError as error:
@@ -537,7 +548,17 @@ def load_lora_weights(models, path: str | os.PathLike | Mapping[str, Tensor], na
         for layer_path, layer in lora_layers(models).items() if blocks else ():
             if layer_path in found.state:
                 layer.set_block_multiplier(name, blocks.of(layer_path))
+        if found.words:
+            clip.learn(found.words)
     return report_of(found, name, components(models), blocks)
+
+
+def _check_words(found: LoRAFile, clip: nn.Module) -> None:
+    """Raises before anything changes."""
+    try:
+        clip.learned.new(found.words)
+    except EmbeddingError as error:
+        raise LoRAFormatError(f"{found.path.name}: {error}; skip leaves a word out, by its name") from None
 
 
 def report_of(found: LoRAFile, name: str, networks: Iterable[str] = (), blocks: BlockWeights | None = None) -> LoadReport:
@@ -549,7 +570,8 @@ def report_of(found: LoRAFile, name: str, networks: Iterable[str] = (), blocks: 
     return LoadReport(name, os.fspath(found.path), found.format, found.base, counts, sorted({w.kind for w in state.values()}),
                       sorted({w.rank for w in state.values() if w.rank}),
                       sorted({w.alpha for w in state.values() if w.alpha is not None}), found.tensors, found.skipped,
-                      found.trigger_words, found.metadata, dict(blocks.given) if blocks else {}, _stamp(found.path))
+                      found.trigger_words, found.metadata, dict(blocks.given) if blocks else {}, list(found.words),
+                      _stamp(found.path))
 
 
 def modules_of(models) -> Modules:

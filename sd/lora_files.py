@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sd.checkpoint import CheckpointError, TensorFile, read_json, read_tensors
+from sd.embeddings import beside_lora, read_embeddings
 from sd.lora_formats import AdapterWeights, Assembled, LoRAFormatError, Modules, assemble, read_entries
 from sd.lora_legacy import LEGACY
 
@@ -22,15 +23,16 @@ NETWORKS = ("unet", "text_encoder")  # subfolders of a PEFT folder for a whole p
 
 @dataclass
 class LoRAFile:
-    """What a LoRA file holds: every tensor of it is in `state`, or its key stands in `skipped`."""
+    """What a LoRA file holds: every tensor of it is in `state` or `words`, or its key stands in `skipped`."""
 
     path: Path
     state: dict[str, AdapterWeights]
     format: str
-    tensors: int  # how many of the file's are in `state`
+    tensors: int  # how many of the file's are in `state` and `words`
     skipped: list[str] = field(default_factory=list)
     metadata: dict[str, str] = field(default_factory=dict)
     file: TensorFile | None = None
+    words: dict[str, Tensor] = field(default_factory=dict)  # learned word of the prompt -> its vectors, [k, D] or [D]
 
     @property
     def base(self) -> str:
@@ -60,11 +62,12 @@ def tag_counts(metadata: Mapping[str, str]) -> dict[str, int]:
 
 
 def read_lora(path: str | os.PathLike | Mapping[str, Tensor], modules: Modules | Callable[[TensorFile], Modules], *,
-              skip: str | None = None) -> LoRAFile:
+              skip: str | None = None, words: bool = False) -> LoRAFile:
     """Read a LoRA of any known program: a file, a folder of PEFT or diffusers, or tensors in memory.
 
     `modules`: of the model that it is for, or a function that finds out from the file. `skip`: a regular expression;
-    tensors whose key, or whose module's path, it matches somewhere are left out.
+    tensors whose key, or whose module's path, it matches somewhere are left out. `words`: whether the caller takes learned
+    words of the prompt too (`LoRAFile.words`); else a file that holds one is refused.
     Raises CheckpointError for what is no file of tensors, LoRAFormatError for a tensor that is not understood, a module that
     the model does not have, half a pair, and values that are not finite.
     """
@@ -76,12 +79,12 @@ def read_lora(path: str | os.PathLike | Mapping[str, Tensor], modules: Modules |
     modules = modules if isinstance(modules, Modules) else modules(file)
     try:
         entries, strange, name = _entries(file, configs, modules)
-        found: Assembled = assemble(entries, strange, modules, where, skip=skip, tensors=file)
+        found: Assembled = assemble(entries, strange, modules, where, skip=skip, tensors=file, words=words)
     except LoRAFormatError as error:
         raise LoRAFormatError(f"{error}" if where in str(error) else f"{where}: {error}") from None
-    if not found.state and found.skipped:
+    if not found.state and not found.words and found.skipped:
         raise LoRAFormatError(f"{where}: skip={skip!r} leaves nothing of its {len(file)} tensors")
-    return LoRAFile(file.path, found.state, name, len(found.used), sorted(found.skipped), file.metadata, file)
+    return LoRAFile(file.path, found.state, name, len(found.used), sorted(found.skipped), file.metadata, file, found.words)
 
 
 def _entries(file: TensorFile, configs: Mapping[str, dict], modules: Modules):
@@ -116,6 +119,8 @@ def open_lora(path: str | os.PathLike | Mapping[str, Tensor]) -> tuple[TensorFil
         whole.metadata |= part.metadata
         if (folder / "adapter_config.json").exists():
             configs[prefix] = read_json(folder / "adapter_config.json")
+    for file in beside_lora(path):  # as if they were bundled
+        whole.update({f"bundle_emb.{word}.emb_params": vectors for word, vectors in read_embeddings(file).items()})
     return whole, configs
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sd.checkpoint import all_finite
+from sd.embeddings import EmbeddingError, words_in
 from sd.names import LDM_PREFIX, Name
 
 
@@ -88,7 +89,7 @@ MODIFIERS = {"diff_b": "diff_b", "b_norm": "diff_b", "dora_scale": "magnitude"}
 SCALES = ("alpha", "scale", "scalar")  # `scale` takes the place of alpha / rank, `scalar` is one more factor
 SPARSE = ("bias_indices", "bias_values", "bias_size")  # the residual of ΔW that a low rank leaves (not of a bias)
 UP_BIAS = "lora_up.bias"  # added after `up`, so it has the scale alpha / rank
-TOKEN = "token"  # a textual inversion that lies beside the LoRA
+TOKEN = "token"  # a learned word of the prompt that lies beside the LoRA; its module is the word
 IGNORED = "ignored"  # a tensor that its own program writes and never reads
 
 NEEDED = {"lora": ("down", "up"), "loha": ("w1_a", "w1_b", "w2_a", "w2_b"), "glora": ("a1", "a2", "b1", "b2"),
@@ -111,6 +112,8 @@ SPELLINGS = [(re.compile(pattern), module, tail, program) for pattern, module, t
     *((rf"(.+?)(?:\.processor)?\.to_{x}_lora\.{side}\.weight", f".{module}", f"lora_{side}.weight", "diffusers attn-procs")
       for x, module in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("out", "to_out.0")) for side in ("down", "up")),
 )]
+# Of A1111 and OneTrainer; the embedding's own tensors stand after the word, which may hold dots.
+_BUNDLED = re.compile(r"bundle_emb\.(.+?)\.(?:string_to_\w+\.[^.]*|[^.]+)")
 _TAILS = {*TENSORS, *MODIFIERS, *SCALES, *SPARSE}
 
 
@@ -124,8 +127,8 @@ def read_entries(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | No
     """
     entries, strange, programs = [], [], set()
     for key, tensor in tensors.items():
-        if key.startswith("bundle_emb."):  # A1111: bundle_emb.<token>.string_to_param.*
-            entries.append(Entry(key, key.split(".")[1], TOKEN, tensor))
+        if bundled := _BUNDLED.fullmatch(key):
+            entries.append(Entry(key, bundled[1], TOKEN, tensor))
             continue
         module, tail, program = _split(key, tensors)
         if tail is None:
@@ -234,13 +237,15 @@ class Assembled:
     state: dict[str, AdapterWeights]
     used: set[str]  # keys of the file
     skipped: set[str]
+    words: dict[str, Tensor] = field(default_factory=dict)  # learned word -> its vectors
 
 
 def assemble(entries: Iterable[Entry], strange: Iterable[str], modules: Modules, where: str, *, skip: str | None = None,
-             tensors: Mapping[str, Tensor] | None = None) -> Assembled:
+             tensors: Mapping[str, Tensor] | None = None, words: bool = False) -> Assembled:
     """Entries to {module path: AdapterWeights}, whole: every one is used, matches `skip`, or is named in LoRAFormatError.
 
-    `skip`: a regular expression, searched in the file's keys and in our module paths.
+    `skip`: a regular expression, searched in the file's keys and in our module paths. `words`: whether learned words of the
+    prompt are taken too; else they are refused.
     """
     try:
         leave = re.compile(skip) if skip else None
@@ -253,7 +258,7 @@ def assemble(entries: Iterable[Entry], strange: Iterable[str], modules: Modules,
                               f"first: {strange[0]!r}{_guess(tensors)}")
     parts: dict[str, dict[str, Tensor]] = {}
     spelled: dict[str, str] = {}
-    unknown, used = [], set()
+    unknown, used, learned = [], set(), {}
     for key, module, tail, tensor in entries:
         path = modules.find(module)
         if leave and (leave.search(key) or leave.search(module) or path and leave.search(path)):
@@ -261,9 +266,12 @@ def assemble(entries: Iterable[Entry], strange: Iterable[str], modules: Modules,
             continue
         if tail == IGNORED:
             used.add(key)
+        elif tail == TOKEN and words:
+            learned.setdefault(module, {})[key.removeprefix(f"bundle_emb.{module}.")] = tensor
+            used.add(key)
         elif tail == TOKEN:
-            raise LoRAFormatError(f"{where}: it holds the learned token {module!r}, an embedding of the prompt and no LoRA, "
-                                  f"which is not read; skip={'^' + re.escape(module)!r} leaves it out")
+            raise LoRAFormatError(f"{where}: it holds the learned word {module!r}, an embedding of the prompt and no LoRA, "
+                                  f"for which there is no place here; skip={'^' + re.escape(module)!r} leaves it out")
         elif path is None:
             unknown.append(module)
         elif spelled.setdefault(path, module) != module:
@@ -284,7 +292,18 @@ def assemble(entries: Iterable[Entry], strange: Iterable[str], modules: Modules,
         if "magnitude" in weights.tensors and path in modules.shapes:
             weights.tensors["magnitude"] = _like_weight(weights.tensors["magnitude"], len(modules.shapes[path]),
                                                         path in modules.embeddings)
-    return Assembled(state, used - {""}, skipped - {""})
+    vectors = {word: _vectors(word, found, where) for word, found in learned.items()}
+    return Assembled(state, used - {""}, skipped - {""}, vectors)
+
+
+def _vectors(word: str, found: Mapping[str, Tensor], where: str) -> Tensor:
+    try:
+        vectors = list(words_in(found, word, where).values())
+    except EmbeddingError as error:
+        raise LoRAFormatError(str(error)) from None
+    if len(vectors) != 1:
+        raise LoRAFormatError(f"{where}: the learned word {word!r} has {len(vectors)} tensors: {', '.join(found)}")
+    return vectors[0]
 
 
 def _weights(module: str, found: dict[str, Tensor], shape: tuple[int, ...] | None, where: str) -> AdapterWeights:

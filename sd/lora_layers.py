@@ -444,9 +444,9 @@ def _fuse(layer: LoRALayer, dtype: torch.dtype) -> _Fused:
             if isinstance(adapter, LowRank) and adapter.magnitude is None:
                 down = adapter.whole_down(wide)
                 downs.append(down.unflatten(0, (shape.groups, -1)))  # [g, R/g, ...]: groups keep their ranks
-                ups.append(adapter.up.to(wide) * (adapter.scale * m))
+                ups.append(adapter.whole_up(wide) * (adapter.scale * m))
                 if per_image:
-                    columns.append(column[:, None, None].expand(-1, shape.groups, adapter.rank // shape.groups))
+                    columns.append(column[:, None, None].expand(-1, shape.groups, ups[-1].shape[1]))
                 if bias is not None:
                     biases.append(bias if column is None else column[:, None] * bias)
             else:

@@ -56,21 +56,27 @@ class Adapter(nn.Module):
 
     def __init__(self, shape: LayerShape, *, dropout: float = 0.0, rank_dropout: float = 0.0, module_dropout: float = 0.0):
         super().__init__()
-        for what, p in (("dropout", dropout), ("rank_dropout", rank_dropout), ("module_dropout", module_dropout)):
-            if not 0.0 <= p < 1.0:
-                raise ValueError(f"{what} is {p}; allowed: 0 <= {what} < 1")
-        if rank_dropout and not self.drops_ranks:
-            raise ValueError(f"rank_dropout does not go with kind {self.kind!r}, which has no rank space to drop from")
         if shape.embedding and not self.fits_embeddings:
             raise ValueError(f"kind {self.kind!r} does not fit an embedding; allowed: lora, full")
         if len(shape.weight) < 2 and not self.fits_norms:
             raise ValueError(f"kind {self.kind!r} does not fit a norm, whose weight {list(shape.weight)} is no matrix; "
                              f"allowed: full")
-        self.dropout, self.rank_dropout, self.module_dropout = dropout, rank_dropout, module_dropout
         self.embedding = shape.embedding
         self.magnitude: nn.Parameter | None = None
         self.diff_b: nn.Parameter | None = None
         self.from_file = False  # loaded adapters are not what get_lora_parameters() trains by default
+        self.set_dropouts(dropout, rank_dropout, module_dropout)
+
+    def set_dropouts(self, dropout: float = 0.0, rank_dropout: float = 0.0, module_dropout: float = 0.0) -> None:
+        """With what probability training drops each input, each rank, and the whole adapter. Raises ValueError."""
+        for what, p in (("dropout", dropout), ("rank_dropout", rank_dropout), ("module_dropout", module_dropout)):
+            if not 0.0 <= p < 1.0:
+                raise ValueError(f"{what} is {p}; allowed: 0 <= {what} < 1")
+        if rank_dropout and not self.drops_ranks:
+            raise ValueError(f"rank_dropout does not go with kind {self.kind!r}, which has no rank space to drop from")
+        if rank_dropout and self.magnitude is not None:
+            raise ValueError("rank_dropout does not go with DoRA: its norm belongs to the whole of ΔW")
+        self.dropout, self.rank_dropout, self.module_dropout = dropout, rank_dropout, module_dropout
 
     @property
     def scale(self) -> float:
@@ -92,11 +98,20 @@ class Adapter(nn.Module):
 
     def start_magnitude(self, W: Tensor, *, output_axis: bool = True) -> None:
         """Make this a DoRA adapter (Liu et al. 2024): a trained norm for each output row of W, or each input column."""
-        if self.rank_dropout:
-            raise ValueError("rank_dropout does not go with DoRA: its norm belongs to the whole of ΔW")
         keep = int(output_axis == self.embedding)  # Embedding is [num, dim]: its output axis is the last
         shape = [n if i == keep else 1 for i, n in enumerate(W.shape)]
         self.magnitude = nn.Parameter(norm_like(W, shape).detach())
+        self.set_dropouts(self.dropout, self.rank_dropout, self.module_dropout)
+
+    @torch.no_grad()
+    def restart(self, shape: LayerShape) -> None:
+        """Begin anew, in place: the values of a new adapter of this form, drawn on the CPU, which changes nothing.
+
+        Not for DoRA, whose new magnitude would be the norm of a weight.
+        """
+        new = dict(self._like(self.weights(), shape).named_parameters())
+        for name, p in self.named_parameters():
+            p.copy_(new[name]) if name in new else p.zero_()  # a new adapter has no change of the bias
 
     def effective_delta(self, W: Tensor) -> Tensor:
         """W' - W. With magnitude m, W' = m (W + ΔW) / ‖W + ΔW‖ (DoRA, eq. 5); the norm is a constant in training (4.3)."""
@@ -227,6 +242,7 @@ class LowRank(Adapter):
     Linear: down [R, in], up [out, R]. ConvNd: down [R, in/g, *k] with the layer's stride, padding and groups,
     up [out, R/g, 1...]. Embedding: down [R, num], up [dim, R], ΔW = (up · down)ᵀ. `tucker` gives convolutions of k > 1
     a core: down [R, in, 1...], mid [R, R, *k], ΔW = alpha / R · Σ_nm mid_nm up_n down_m (Tucker / CP, as LyCORIS).
+    After `start_at`, ΔW = alpha / R · (up · down - start_up · start_down).
     """
 
     kind = "lora"
@@ -247,30 +263,56 @@ class LowRank(Adapter):
         self.down = nn.Parameter(torch.empty(rank, *((inner[0], *ones) if tucker else inner)))
         self.up = nn.Parameter(torch.zeros(shape.fan_out, rank // shape.groups, *ones))
         self.mid = nn.Parameter(uniform(torch.empty(rank, rank, *inner[1:]))) if tucker else None
+        for name in ("start_up", "start_down"):
+            self.register_buffer(name, None)
         if shape.embedding:  # zero on the side of the tokens, so that tokens never seen never change
             nn.init.zeros_(self.down)
             nn.init.normal_(self.up, std=1 / math.sqrt(rank))
         else:
             uniform(self.down)
 
+    @torch.no_grad()
+    def start_at(self, up: Tensor, down: Tensor) -> None:
+        """Train from up [out, R] and down [R, in·k], and change nothing at the start: frozen copies are subtracted.
+
+        With the principal part of W it is PiSSA (Meng et al. 2024), whose residual is W - start_up · start_down; here W
+        stays what it is. Raises ValueError for a grouped convolution or a Tucker core.
+        """
+        if self.groups > 1 or self.mid is not None:
+            raise ValueError("a start other than 0 does not go with a grouped convolution or a Tucker core")
+        self.up.copy_(up.reshape(self.up.shape))
+        self.down.copy_(down.reshape(self.down.shape))
+        self.start_up, self.start_down = self.up.detach().clone(), self.down.detach().clone()
+
+    # With a frozen start the product up · down - start_up · start_down is that of two factors of 2R ranks. The differences
+    # stand in them, so that it is exactly 0 at the start and half precision rounds the change, not the principal parts.
+    def whole_up(self, dtype: torch.dtype) -> Tensor:
+        """`up` as inference needs it, [out, R/g, 1...]; with a frozen start [out, 2R, 1...]."""
+        if self.start_up is None:
+            return self.up.to(dtype)
+        return torch.cat([self.up - self.start_up, self.start_up], 1).to(dtype)
+
     def whole_down(self, dtype: torch.dtype) -> Tensor:
-        """`down` with the core in it, [R, in/g, *k]: with it a Tucker LoRA is a LoRA as any other."""
+        """`down` with the core in it, [R, in/g, *k]: with it a Tucker LoRA is a LoRA as any other; with a start [2R, ...]."""
+        if self.start_down is not None:
+            return torch.cat([self.down, self.down - self.start_down]).to(dtype)
         if self.mid is None:
             return self.down.to(dtype)
         wide = torch.promote_types(dtype, torch.float32)
         return torch.einsum("nm...,mj->nj...", self.mid.to(wide), self.down.to(wide).flatten(1)).to(dtype)
 
     def delta(self, W: Tensor) -> Tensor:
-        g, r = self.groups, self.rank // self.groups
+        g, up = self.groups, self.whole_up(W.dtype)
+        r = up.shape[1]
         down = self.whole_down(W.dtype).reshape(g, r, -1)
-        up = self.up.to(W.dtype).reshape(g, -1, r)
+        up = up.reshape(g, -1, r)
         product = torch.bmm(up, down).flatten(0, 1) * self.scale  # [out, in/g * k]
         return product.T if self.embedding else product.reshape(W.shape)
 
     def add_to(self, total: Tensor, W: Tensor, multiplier: float, out: Tensor | None = None) -> Tensor:
         if self.magnitude is not None or self.embedding or self.groups > 1:
             return super().add_to(total, W, multiplier, out)
-        up, down = self.up.to(W.dtype).flatten(1), self.whole_down(W.dtype).flatten(1)  # one fused product, no ΔW in memory
+        up, down = self.whole_up(W.dtype).flatten(1), self.whole_down(W.dtype).flatten(1)  # one fused product, no ΔW in memory
         flat = None if out is None else out.view(total.flatten(1).shape)
         product = torch.addmm(total.flatten(1), up, down, alpha=multiplier * self.scale, out=flat)
         return product.view(W.shape) if out is None else out
@@ -280,21 +322,31 @@ class LowRank(Adapter):
             return super().forward(x, layer)
         dtype = layer.compute_dtype(x)
         if self.embedding:
-            h = layer.op(x, self.down.T.to(dtype), None)
+            h = layer.op(x, self.whole_down(dtype).T, None)
             if self.dropout and self.training:  # dropout of a one-hot input drops whole tokens
                 h = h * F.dropout(torch.ones_like(h[..., :1]), self.dropout)
         else:
             h = layer.op(self.drop(x), self.whole_down(dtype), None)
         if self.training and self.rank_dropout:
             h = h * self._rank_mask(h)
-        up = (self.up * self.scale).to(dtype)
+        up = (self.whole_up(self.up.dtype) * self.scale).to(dtype)
         bias = self.bias_delta(layer.base_bias())
         return self.drop_module(project_up(h, up, self.groups, None if bias is None else bias.to(dtype)))
 
     def _rank_mask(self, h: Tensor) -> Tensor:
         axis = 1 if self.up.dim() > 2 else h.dim() - 1
-        shape = [n if i in (0, axis) else 1 for i, n in enumerate(h.shape)]
-        return F.dropout(torch.ones(shape, dtype=h.dtype, device=h.device), self.rank_dropout)
+        shape = [n if i == 0 else self.rank if i == axis else 1 for i, n in enumerate(h.shape)]
+        mask = F.dropout(torch.ones(shape, dtype=h.dtype, device=h.device), self.rank_dropout)
+        return mask if self.start_up is None else torch.cat([mask, mask], axis)
+
+    def weights(self) -> AdapterWeights:
+        """With a frozen start a LoRA of 2R ranks, which any program can apply."""
+        weights = super().weights()
+        if self.start_up is not None:
+            dtype = self.up.dtype
+            weights.tensors |= {"down": self.whole_down(dtype).detach(), "up": self.whole_up(dtype).detach()}
+            weights.alpha *= 2
+        return weights
 
     @classmethod
     def _like(cls, weights: AdapterWeights, shape: LayerShape) -> LowRank:

@@ -28,11 +28,13 @@ from sd.checkpoint import (
 from sd.clip import CLIP
 from sd.config import CONFIG_KEY, SD15, CLIPConfig, ConfigError, ModelConfig, UNetConfig, VAEConfig
 from sd.embedded import embedded_loras, split_embedded
+from sd.embeddings import EmbeddingError, LearnedWords, read_embeddings, write_embedding
 from sd.lora import (
     LoadReport,
     LoRAError,
     adapter_names,
     apply_lora_to_model,
+    exclusive,
     load_lora_weights,
     lora_layers,
     lora_state,
@@ -417,13 +419,53 @@ def save_models_lora(models: Models, path: str | os.PathLike, name: str | None =
     `format`: kohya, diffusers, comfyui (one file each) or peft (a folder). Raises LoRAFormatError for a kind of adapter that
     the format cannot hold.
     """
-    header = lora_metadata(lora_state(models, name), models.config)
+    header = lora_metadata(lora_state(models, name), models.config) | _base_facts(models)
     header["ss_base_model_version"] = header.get("ss_base_model_version", models.config.name)
-    if models.source is not None:
-        header["ss_sd_model_name"] = Path(models.source).name
-    if models.model_hash is not None:
-        header |= {BASE_HASH: models.model_hash, "ss_sd_model_hash": old_model_hash(models.source)}
     save_lora_weights(models, path, name, metadata=header | dict(metadata or {}), dtype=dtype, format=format)
+
+
+def _base_facts(models: Models) -> dict[str, str]:
+    """What the header of a file says of the base that it was made on."""
+    facts = {} if models.source is None else {"ss_sd_model_name": Path(models.source).name}
+    if models.model_hash is not None:
+        facts |= {BASE_HASH: models.model_hash, "ss_sd_model_hash": old_model_hash(models.source)}
+    return facts
+
+
+def load_embedding(models: Models, path: str | os.PathLike, word: str | None = None) -> list[str]:
+    """Load the learned words (textual inversion) of a file or folder of any program; returns them, for use in prompts.
+
+    `word`: another name for the one in the file, such as "<s0><s1>". A prompt holds a word whole and in any case. Raises
+    CheckpointError, or EmbeddingError for vectors that do not fit and for a word that is there with others; `models` are
+    then as they were.
+    """
+    words = read_embeddings(path, word)
+    try:
+        with exclusive(models):
+            models["clip"].learn(words)
+    except EmbeddingError as error:
+        raise EmbeddingError(f"{path}: {error}") from None
+    log.info("embedding %s: %s", path, ", ".join(f"{w!r}, {t[..., 0].numel()} vectors" for w, t in words.items()))
+    return list(words)
+
+
+def remove_embedding(models: Models, word: str) -> None:
+    """Forget a learned word. Raises EmbeddingError for one that is not there."""
+    with exclusive(models):
+        models["clip"].learned.forget(word)
+
+
+def save_embedding(models: Models, path: str | os.PathLike, word: str | None = None, *,
+                   metadata: Mapping[str, str] | None = None, dtype: torch.dtype = torch.float32) -> None:
+    """Write a learned word (None: the only one) as .safetensors, or .pt without metadata, which every program reads."""
+    learned = models["clip"].learned
+    if word is None and len(learned.ids) != 1:
+        raise EmbeddingError(f"name the word to save; loaded: {', '.join(map(repr, learned.ids)) or 'none'}")
+    word = next(iter(learned.ids)) if word is None else word
+    header = {"modelspec.title": word, "modelspec.trigger_phrase": word} | _base_facts(models)
+    if models.config.clip.width == SD15.clip.width:
+        header["modelspec.architecture"] = "stable-diffusion-v1/textual-inversion"
+    write_embedding(path, word, learned.of(word).detach().to(dtype), header | dict(metadata or {}))
 
 
 def merge_lora_into_checkpoint(ckpt_path: str | os.PathLike | None, loras: Mapping[str | os.PathLike, float],
@@ -451,15 +493,19 @@ def merge_lora_into_checkpoint(ckpt_path: str | os.PathLike | None, loras: Mappi
         load_lora_into_models(models, path, name, multiplier, skip=skip, block_weights=block_weights.get(path))
     if not adapter_names(models):
         raise LoRAError("there is nothing to merge: no LoRA is named, and the base has none inside")
+    if words := models["clip"].words:
+        raise EmbeddingError(f"the LoRAs bring the learned words {', '.join(map(repr, words))}, which no plain checkpoint "
+                             f"holds; leave them out with skip, and save_embedding them as files of their own")
     save_merged(models, out, dtype=dtype)
     del models  # and with it the base, before the next one is mapped
     return preload_models_from_standard_weights(out, device, dtype="stored")
 
 
 def count_parameters(models) -> dict[str, int]:
-    """Parameters of the base, of all adapters, and of those that are trainable now."""
+    """Parameters of the base (without learned words), of all adapters, and of those that are trainable now."""
     networks = [models] if isinstance(models, nn.Module) else [m for m in models.values() if isinstance(m, nn.Module)]
     adapters = sum(p.numel() for m in networks for layer in lora_layers(m).values() for p in layer.adapters.parameters())
-    total = sum(p.numel() for m in networks for p in m.parameters())
+    words = sum(p.numel() for network in networks for m in network.modules() if isinstance(m, LearnedWords) for p in m.values())
+    total = sum(p.numel() for m in networks for p in m.parameters()) - words
     trainable = sum(p.numel() for m in networks for p in m.parameters() if p.requires_grad)
     return {"base": total - adapters, "lora": adapters, "trainable": trainable}

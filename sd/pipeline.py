@@ -22,12 +22,13 @@ from tqdm import tqdm
 
 from sd import lora as loras
 from sd.denoiser import DENOISERS, CFGDenoiser
+from sd.embeddings import vectors_hash
 from sd.image_io import contact_sheet, load_image
 from sd.model_loader import Models, preload_models_from_standard_weights, usable_device
 from sd.noise import Schedule, alphas_cumprod, cut
 from sd.quant import quantized_kinds
 from sd.samplers import SAMPLERS, sampler_schedule
-from sd.tokenizer import tokenize
+from sd.tokenizer import find_words, tokenize
 from sd.vae import sample_posterior
 
 MAX_IMAGES = 4096  # in one call
@@ -102,7 +103,7 @@ def generate(prompt: str | Sequence[str], uncond_prompt: str | Sequence[str] | N
         rows = torch.arange(images).repeat(1 if scale == 1 else 2)
         stack.enter_context(loras.use_rows(models, rows))
         texts = prompts if scale == 1 else unconds + prompts
-        tokens = tokenize(tokenizer or models.tokenizer, texts, config.clip.max_tokens).to(device)
+        tokens = tokenize(tokenizer or models.tokenizer, texts, config.clip.max_tokens, models["clip"].words).to(device)
         context = place("clip")(tokens, clip_skip)  # [R, L, D]
         uncond, context = (None, context) if scale == 1 else context.chunk(2)
 
@@ -367,6 +368,8 @@ def describe(models: Models, prompt: str, *, seed: int, **arguments) -> dict:
         found["strength"] = known["strength"]
     if models.model_hash:
         found["model_hash"] = models.model_hash
+    if embeddings := used_embeddings(models, prompt, found["uncond_prompt"]):
+        found["embeddings"] = embeddings
     if not isinstance(known["lora"], Mapping | None):
         raise GenerateError("describe() is for one picture: lora is the dict of that picture")
     applied = known["lora"] if known["lora"] is not None else loras.active_multipliers(models)
@@ -379,3 +382,10 @@ def describe(models: Models, prompt: str, *, seed: int, **arguments) -> dict:
                  "lora_skipped": {name: report.skipped for name, report in reports.items() if report.skipped}}
         found |= {key: value for key, value in parts.items() if value}
     return found
+
+
+def used_embeddings(models: Models, *texts: str) -> dict[str, str]:
+    """The learned words in these texts, and what tells each one's vectors from others (`sd.embeddings.vectors_hash`)."""
+    learned = models["clip"].learned
+    words = {word for text in texts for *_, word in find_words(text, learned.ids)}
+    return {word: vectors_hash(learned.of(word)) for word in sorted(words)}

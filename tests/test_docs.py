@@ -18,9 +18,9 @@ from sd.lora import active_multipliers, adapter_names, lora_layers, remove_lora
 from sd.model_loader import preload_models_from_standard_weights
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS = ["config", "noise", "checkpoint", "names", "lora_formats", "lora_legacy", "lora_writers", "lora_files",
-          "lora_blocks", "lora_variants", "lora_kinds", "lora_layers", "lora", "quant", "attention", "clip", "vae",
-          "unet", "tokenizer", "embedded", "model_saver", "model_loader", "denoiser", "samplers", "image_io",
+LAYERS = ["config", "noise", "checkpoint", "names", "tokenizer", "embeddings", "lora_formats", "lora_legacy",
+          "lora_writers", "lora_files", "lora_blocks", "lora_variants", "lora_kinds", "lora_layers", "lora", "quant",
+          "attention", "clip", "vae", "unet", "embedded", "model_saver", "model_loader", "denoiser", "samplers", "image_io",
           "pipeline"]
 
 
@@ -58,6 +58,8 @@ CHECKS = [
                and v["without"].mean() < v["blended"].mean() and active_multipliers(v["models"]) == {"inverted": 1.0}),
     lambda v: all((Path("out/guide") / n).exists() for n in ("thick.safetensors", "metrics.jsonl", "loss.png")),
     lambda v: torch.isfinite(v["loss"]) and any(p.any() for p in v["parameters"][1::2]) and Path("mine.safetensors").exists(),
+    lambda v: list(v["models"]["clip"].words) == ["<bold>"],
+    lambda v: v["words"] == ["<bold>"] and seen("bold")(v) and not v["models"]["clip"].words,
     lambda v: adapter_names(v["mine"]) == ["convs", "default", "qv"],
     lambda v: all(layer.merged_weight is None for layer in lora_layers(v["models"]).values()),
     lambda v: (np.array_equal(v["same"], v["with_lora"]) and not lora_layers(v["deployed"])
@@ -97,6 +99,23 @@ def test_the_commands_of_the_readme_run(elsewhere, capsys):
         assert Path(file).stat().st_size > 0
     assert main(["generate", "--again", "out/seven.png", "--out", "out/again.png"]) == 0
     assert Path("out/again.png").read_bytes() == Path("out/seven.png").read_bytes()
+
+
+def test_the_commands_of_the_training_guide_run(elsewhere):
+    (config, _) = blocks("docs/training.md", "toml")
+    Path("train.toml").write_text(config)
+    lines = [line for block in blocks("docs/training.md", "sh") for line in block.splitlines() if line.startswith("python")]
+    assert len(lines) > 10
+    for line in lines:
+        words = shlex.split(line)[3:]
+        for flag in ("--steps", "--validate-every", "--sample-every", "--relora-every", "--relora-warmup"):
+            if flag in words:  # what is shown is the command, not the training
+                words[words.index(flag) + 1:words.index(flag) + 2] = ["2"]
+        quick = ["--no-progress", *([] if "--steps" in words else ["--steps", "3"])] if words[0] == "train" else []
+        quick += ["--relora-warmup", "1"] if "--relora-every" in words else []
+        quick += ["--sample-steps", "2"] if "--sample-every" in words else []
+        assert main(words + quick) == 0, line
+    assert Path("out/relora/lora.safetensors").exists() and Path("out/watched/samples.png").exists()
 
 
 def test_the_program_runs_as_a_module_and_a_mistake_is_one_sentence(elsewhere):

@@ -738,3 +738,83 @@ def test_a_block_multiplier_that_changes_before_a_recomputation_raises():
     layer.set_block_multiplier("a", 0.5)
     with pytest.raises(LoRAError, match="the active LoRA set changed"):
         out.sum().backward()
+
+
+# ---- starts and restarts ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", ["linear", "conv1x1", "conv3x3", "conv1d"])
+def test_a_lora_with_a_frozen_start_changes_by_what_it_is_less_its_start(name, grad):
+    layer, x = layer_and_input(name)
+    bare = layer(x).detach()
+    adapter = KINDS["lora"](layer.lora_shape(), R, ALPHA)
+    first, last = ({"down": random(*adapter.down.shape, seed=i), "up": random(*adapter.up.shape, seed=i)} for i in (1, 2))
+    adapter.start_at(first["up"].flatten(1), first["down"].flatten(1))
+    layer.add_adapter("a", adapter.requires_grad_(grad))
+    with torch.set_grad_enabled(grad):
+        assert torch.equal(layer(x).detach(), bare)  # to the bit
+        adapter.down.data.copy_(last["down"])
+        adapter.up.data.copy_(last["up"])
+        attach(layer, "loha", "b")
+        sides = [(AdapterWeights("lora", last, ALPHA), 1.0), (AdapterWeights("lora", first, ALPHA), -1.0)]
+        with use_adapters(layer, {"a": torch.tensor([0.7, -0.4]), "b": 0.5}), use_rows(layer, torch.tensor([1, 0, 0, 1])):
+            out = layer(x).detach()
+        for row, m in enumerate((-0.4, 0.7, 0.7, -0.4)):
+            mix = [*((weights, m * sign) for weights, sign in sides), (weights_of("loha", layer), 0.5)]
+            assert close(out[row:row + 1], expected(layer, x[row:row + 1], mix), 1e-5)
+        with use_adapters(layer, {"a": 0.7}):
+            want = expected(layer, x, [(weights, 0.7 * sign) for weights, sign in sides])
+            assert close(layer(x).detach(), want, 1e-5)
+            merge(layer)
+            with torch.no_grad():
+                assert layer.is_merged() and close(layer(x), want, 1e-5)
+    weights = adapter.weights()  # for a file: a LoRA as any other
+    assert (weights.kind, weights.rank, weights.alpha, sorted(weights.tensors)) == ("lora", 2 * R, 2 * ALPHA, ["down", "up"])
+    assert close(torch.from_numpy(changed(weights, layer.weight.detach().double().numpy(), 1)) - layer.weight.detach().double(),
+                 adapter.delta(layer.base_weight()).detach(), 1e-5)
+
+
+def test_in_half_precision_a_frozen_start_costs_the_change_nothing():
+    """bf16 holds 8 bits: of up · down - up₀ · down₀ with a change of 1e-3 of either it would leave nothing."""
+    torch.manual_seed(0)
+    layer, x = as_lora_layer(nn.Linear(64, 64, bias=False)), torch.randn(8, 64)
+    adapter = KINDS["lora"](layer.lora_shape(), 8, 8.0)
+    adapter.start_at(torch.randn(64, 8), torch.randn(8, 64))
+    layer.add_adapter("a", adapter)
+    adapter.up.data += 1e-3 * torch.randn(64, 8)
+    with torch.no_grad():
+        change = adapter(x.bfloat16(), layer).double()
+        assert close(change, x.double() @ adapter.delta(layer.weight.double()).T, 0.02)
+
+
+@pytest.mark.parametrize("kind, options", NEW)
+def test_a_restarted_adapter_is_a_new_one_of_its_form(kind, options):
+    layer, _ = layer_and_input("conv3x3")
+    W = layer.base_weight()
+    adapter = KINDS[kind](layer.lora_shape(), 4, ALPHA, **options).requires_grad_(False)
+    adapter.diff_b = nn.Parameter(torch.ones(8), requires_grad=False)
+    fresh = {name: p.clone() for name, p in adapter.named_parameters()}
+    for p in adapter.parameters():
+        p += torch.randn_like(p)
+    assert adapter.delta(W).any()
+    same = dict(adapter.named_parameters())
+    torch.manual_seed(7)
+    adapter.restart(layer.lora_shape())
+    assert not adapter.delta(W).any() and not adapter.diff_b.any()
+    assert all(p is same[name] for name, p in adapter.named_parameters())
+    torch.manual_seed(7)
+    again = dict(KINDS[kind](layer.lora_shape(), 4, ALPHA, **options).named_parameters())
+    assert all(torch.equal(p, again[name]) for name, p in adapter.named_parameters() if name != "diff_b")
+    drawn = [name for name, p in fresh.items() if len(p.unique()) > 1]
+    assert all(not torch.equal(same[name], fresh[name]) for name in drawn) and (drawn or kind in ("full", "ia3", "oft", "boft"))
+
+
+def test_dropouts_that_an_adapter_cannot_have_are_refused_whenever_they_are_set():
+    layer, _ = layer_and_input("linear")
+    adapter = KINDS["lora"](layer.lora_shape(), R, ALPHA, rank_dropout=0.1)
+    with pytest.raises(ValueError, match="rank_dropout does not go with DoRA"):
+        adapter.start_magnitude(layer.base_weight())
+    with pytest.raises(ValueError, match="module_dropout is 1.0; allowed: 0 <= module_dropout < 1"):
+        adapter.set_dropouts(module_dropout=1.0)
+    with pytest.raises(ValueError, match="rank_dropout does not go with kind 'loha'"):
+        KINDS["loha"](layer.lora_shape(), R, ALPHA).set_dropouts(rank_dropout=0.1)

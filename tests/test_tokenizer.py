@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sd.tokenizer import data_dir, load_tokenizer, tokenize
+from sd.tokenizer import data_dir, find_words, load_tokenizer, tokenize, tokens_of, vocabulary
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,6 +69,50 @@ def test_a_prompt_of_10000_characters_is_quick(tokenizer, prompt):
     start = time.perf_counter()
     assert tokenize(tokenizer, [prompt], 77).shape == (1, 77)
     assert time.perf_counter() - start < 1
+
+
+WORDS = {"<toy>": range(49408, 49410), "mystyle": [49410], "<s0><s1>": [49411], "v1.3 fix": [49412]}
+
+
+@pytest.mark.parametrize("prompt", [
+    "a <toy> in a box", "<toy>", "(<toy>:1.2), mystyle!", "<toy><toy>mystyle", "A <TOY> and MyStyle", "é<toy>🙂",
+    "mystyle's\n<toy>", "x <s0><s1>y", "a <toy>\u0301", "V1.3 Fix, v1.3", "", "no word of these", "<toy> " * 40])
+@pytest.mark.filterwarnings("ignore:the prompt has")
+def test_learned_words_have_the_ids_of_added_tokens_in_transformers(tokenizer, prompt):
+    from transformers import CLIPTokenizer
+
+    reference = CLIPTokenizer.from_pretrained(str(ROOT / "data"), model_max_length=77)
+    reference.add_tokens(["<toy>", "<toy>_1", "mystyle", "<s0><s1>", "v1.3 fix"])
+    several = prompt.replace("<toy>", "<toy> <toy>_1").replace("<TOY>", "<toy> <toy>_1")  # as diffusers writes two vectors
+    expected = reference([several], padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
+    assert torch.equal(tokenize(tokenizer, [prompt], 77, WORDS), expected)
+
+
+def test_learned_words_are_found_whole_the_longest_first_and_in_any_spelling_of_unicode():
+    words = dict.fromkeys(["toy", "toy box", "caf\u00e9", "<x>"])
+    found = find_words("toys my_toy toy, (TOY:1.1) toy-box a toy\n box", words)
+    assert [word for *_, word in found] == ["toy", "toy", "toy", "toy box"]
+    assert [word for *_, word in find_words("cafe\u0301 CAF\u00c9 cafe a<x>b", words)] == ["caf\u00e9", "caf\u00e9", "<x>"]
+    assert find_words("toy", {}) == []
+
+
+def test_a_word_of_which_not_all_fits_is_shown_as_cut(tokenizer):
+    with pytest.warns(UserWarning, match="has 77 tokens, the model takes 75; cut: '<toy> and'"):
+        ids = tokenize(tokenizer, ["cat " * 74 + "<toy> and"], 77, WORDS)
+    assert ids[0, 74:].tolist() == [2368, 49408, 49407]
+
+
+@pytest.mark.parametrize("prompt", ["a <toy> in a box, mystyle", "é日🙂 <TOY>\n x"])
+def test_each_token_knows_where_it_begins_in_the_text(tokenizer, prompt):
+    ids, starts = tokens_of(tokenizer, prompt, WORDS)
+    assert len(ids) == len(starts) and starts == sorted(starts) and starts[0] == 0
+    for word, own in WORDS.items():
+        places = {start for i, start in zip(ids, starts) if i in own}
+        assert all(prompt[start:].lower().startswith(word) for start in places)
+
+
+def test_the_vocabulary_is_what_the_tokenizer_has(tokenizer):
+    assert vocabulary() == tokenizer.get_vocab().keys()
 
 
 @pytest.mark.parametrize("prompts", ["a cat", [None], ["a", 7], [b"a"], [["a"]]])

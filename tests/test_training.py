@@ -105,7 +105,7 @@ def test_captions_are_dropped_as_often_as_asked_and_the_rest_are_drawn_from_all(
 
 def test_the_latent_cache_keeps_the_posterior_in_the_scale_of_the_unet(models):
     data = pictures()
-    mean, std = encode_pictures(models, data, batch=2)
+    mean, std = encode_pictures(models, data)
     reference_mean, logvar = models["encoder"](data.pictures)
     torch.testing.assert_close(mean, 0.18215 * reference_mean.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(std, 0.18215 * logvar.exp().sqrt().detach(), rtol=1e-5, atol=1e-6)

@@ -63,8 +63,9 @@ def base_for(file: TensorFile) -> Base:
     return base_of(PRESETS.get(file.metadata.get("ss_base_model_version", ""), SD15))
 
 
-def load_lora_file(path: str | os.PathLike, base: Base | None = None, *, skip: str | None = None) -> tuple[LoRAFile, Base]:
-    """A LoRA file of any program, checked tensor by tensor against its base. Raises LoRAFormatError."""
+def load_lora_file(path: str | os.PathLike, base: Base | None = None, *, skip: str | None = None,
+                   words: bool = False) -> tuple[LoRAFile, Base]:
+    """A LoRA file of any program, checked tensor by tensor against its base. `words`: see `read_lora`, which raises."""
     found_base = base
 
     def modules(file: TensorFile) -> Modules:
@@ -72,7 +73,7 @@ def load_lora_file(path: str | os.PathLike, base: Base | None = None, *, skip: s
         found_base = base or base_for(file)
         return found_base.modules
 
-    lora = read_lora(path, modules, skip=skip)
+    lora = read_lora(path, modules, skip=skip, words=words)
     check_fit(lora, found_base)
     return lora, found_base
 

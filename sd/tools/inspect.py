@@ -7,13 +7,16 @@ import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from sd.checkpoint import CheckpointError, TensorFile, all_finite, lora_hash, model_hash, read_folder, read_tensors, sniff
 from sd.config import CONFIG_KEY
 from sd.embedded import EMBEDDED, embedded_loras, split_embedded
+from sd.embeddings import EmbeddingError, words_in
 from sd.image_io import FORMATS, read_parameters
 from sd.lora_files import LoRAFile, open_lora, tag_counts
 from sd.lora_formats import LoRAFormatError, guess_file, looks_like_lora
@@ -40,6 +43,10 @@ def inspect_file(path: str | os.PathLike, base: str | os.PathLike | None = None,
     file, inside = split_embedded(file)
     if not inside and looks_like_lora(file):
         return _lora(path, file, None if base is None else load_base(base), verify)
+    if not inside and len(file) < 100:  # more words than anybody learned, fewer tensors than any checkpoint has
+        with suppress(EmbeddingError):
+            words = _words(words_in(file, path.stem, str(path)))
+            return {"kind": "embedding", **_tensors(file), "words": words, **_metadata(file)}
     if verify:
         raise LoRAFormatError(f"{path}: is no LoRA ({guess_checkpoint(file)}); only a LoRA can be verified")
     facts = {"kind": "checkpoint", **_tensors(file), "hash": model_hash(path)}
@@ -53,6 +60,10 @@ def inspect_file(path: str | os.PathLike, base: str | os.PathLike | None = None,
     return facts | _metadata(file)
 
 
+def _words(words: Mapping[str, Tensor]) -> dict[str, str]:
+    return {word: f"{vectors[..., 0].numel()} vectors of width {vectors.shape[-1]}" for word, vectors in words.items()}
+
+
 def _is_lora_folder(path: Path) -> bool:
     try:
         return bool(open_lora(path)[0])
@@ -63,7 +74,7 @@ def _is_lora_folder(path: Path) -> bool:
 def _lora(path: Path, file: TensorFile, base: Base | None, verify: bool) -> dict:
     facts = {"kind": "LoRA", **_tensors(file), **({} if path.is_dir() else {"hash": lora_hash(path)})}
     try:
-        lora, base = load_lora_file(path, base)
+        lora, base = load_lora_file(path, base, words=True)
     except LoRAFormatError as error:
         if verify:
             raise
@@ -76,6 +87,7 @@ def _lora(path: Path, file: TensorFile, base: Base | None, verify: bool) -> dict
     facts["ranks"] = _counts(w.rank for w in state.values())
     facts["alphas"] = _counts(w.alpha for w in state.values())
     facts["norms"] = block_norms(lora, base)
+    facts |= {"learned words": _words(lora.words)} if lora.words else {}
     facts["trigger words"] = lora.trigger_words
     tags = tag_counts(lora.metadata)
     facts |= {"trained tags": dict(list(tags.items())[:20])} if tags else {}

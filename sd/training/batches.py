@@ -7,17 +7,19 @@ import torch
 from sd.model_loader import Models
 from sd.training.config import TrainConfig
 from sd.training.data import Batches, Contexts, all_captions, batch_captions, batch_noise, batch_variants, batch_weights
+from sd.training.embedding import check_words_shown
 from sd.training.latent_cache import Posteriors, TextStore
 from sd.training.loss import check_objective, diffusion_loss
 from sd.training.noise import draw_noise, draw_timesteps
 
 
 def diffusion_batches(config: TrainConfig, models: Models, dataset):
-    """micro-batch number -> loss, for the UNet, the text encoder and their LoRAs."""
+    """micro-batch number -> loss, for the UNet, the text encoder, their LoRAs and new words."""
     check_objective(config, models.config)
+    check_words_shown(config, dataset)
     posteriors, batches = Posteriors(models, dataset, config.cache, progress=config.progress), Batches(dataset, config)
-    store = TextStore(config.cache, models) if config.cache and not config.text_encoder else None
-    contexts = Contexts(models, trained=config.text_encoder, store=store)
+    store = TextStore(config.cache, models) if config.cache and not config.trains_text else None
+    contexts = Contexts(models, trained=config.trains_text, store=store)
     contexts.fill(all_captions(dataset, config) or [])
     device = models["diffusion"].conv_in.weight.device
 

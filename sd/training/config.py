@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sd.training.embedding import word_rules
 from sd.training.loss import objective_rules
+from sd.training.monitor import monitor_rules
 from sd.training.optim import optimizer_rules
+from sd.training.relora import relora_rules
 from sd.training.run_state import TrainError
+from sd.training.trained import lora_rules
 
 
 @dataclass(frozen=True)
@@ -60,12 +64,14 @@ class TrainConfig:
     """Folder of the run: state, metrics, loss curve and result. The same command with the same folder resumes."""
     model: str | None = None
     """Checkpoint or diffusers folder to start from; none: the embedded model."""
-    train: Literal["lora", "full", "vae"] = "lora"
-    """A LoRA, all weights of UNet and/or text encoder, or the autoencoder."""
+    train: Literal["lora", "full", "vae", "words"] = "lora"
+    """A LoRA, all weights of UNet and/or text encoder, the autoencoder, or the new words alone (textual inversion)."""
     unet: bool = True
     """Whether the UNet is trained (its LoRA, or all of it)."""
     text_encoder: bool = False
     """Train the text encoder (its LoRA, or all of it)."""
+    new_words: tuple[str, ...] = ()
+    """Words of captions to learn as well, as WORD=text to start from, or WORD:VECTORS=text."""
 
     name: str = "lora"
     """Name of the LoRA, and of its file in the out folder."""
@@ -77,6 +83,22 @@ class TrainConfig:
     """The LoRA is scaled by alpha / rank."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023); files hold alpha times sqrt(rank)."""
+    block_ranks: tuple[str, ...] = ()
+    """Ranks of blocks, such as mid_block=8, where they are not `rank`; 0 leaves a block without a LoRA. alpha goes along, so
+    that the scale is the same everywhere (of rslora, alpha / sqrt of the block's rank)."""
+    init: Literal["default", "pissa"] = "default"
+    """How the factors start: random with no change, or as the principal part of the weight with a frozen copy subtracted
+    (PiSSA, Meng et al. 2024), which gives a file of twice the rank. Weight decay pulls at the principal part too."""
+    from_lora: str | None = None
+    """LoRA file or folder of any program to start from: kind, rank, alpha, targets and magnitudes are the file's."""
+    relora_every: int = 0
+    """Steps after which the LoRA's change moves into a frozen one and the LoRA begins anew (ReLoRA); 0: never."""
+    relora_warmup: int = 10
+    """Steps in which the learning rate rises again after that."""
+    relora_save: Literal["full", "svd"] = "full"
+    """Save the sum of all changes whole, or as a LoRA, the best of its rank."""
+    relora_rank: int | None = None
+    """Rank of that LoRA; none: rank times the number of its beginnings, in which plain LoRAs lose nothing."""
     quantize: Literal["none", "nf4", "nf4-double", "int8", "fp8"] = "none"
     """Hold the frozen base in few bits (QLoRA): 4.5, 4.1 or 8 bits a value of UNet and text encoder."""
     dropout: float = 0.0
@@ -106,6 +128,8 @@ class TrainConfig:
     """Learning rate; 1 with prodigy, which finds its own."""
     text_learning_rate: float | None = None
     """Learning rate of the text encoder; none: the same."""
+    word_learning_rate: float | None = None
+    """Learning rate of new words; none: that of the text encoder. 5e-3 is usual."""
     schedule: Literal["constant", "cosine", "linear", "polynomial", "cosine_restarts"] = "constant"
     """Learning rate after the warm-up: constant, or down to 0."""
     cycles: int = 1
@@ -156,12 +180,36 @@ class TrainConfig:
     """Other noise that the input has and the target has not."""
     checkpointing: bool = False
     """Compute the UNet's activations a second time in the backward: less memory, a third more time."""
+    compile: bool = False
+    """Compile the UNet: minutes at the start, faster steps."""
+    deterministic: bool = False
+    """On a GPU use only kernels that give the same bits each time, so that a resumed run does; slower."""
     seed: int = 0
     """Everything random follows from it."""
     save_every: int = 500
     """Steps between two saves of the state."""
     progress: bool = True
-    """Whether a progress bar is shown."""
+    """Whether a progress bar and an estimate of memory and time are shown."""
+    validation: float = 0.0
+    """Share of the pictures that is held out, each chosen by its content: their loss is measured, never learned from."""
+    validation_data: str | None = None
+    """Pictures with captions to hold out instead, named as those of data."""
+    validate_every: int = 500
+    """Steps between two measurements of the validation loss."""
+    sample_prompts: tuple[str, ...] = ()
+    """Prompts of sample pictures, on a sheet with a row for the base and for each time: samples.png."""
+    sample_every: int = 500
+    """Steps between two rows of samples."""
+    sample_seed: int = 0
+    """Seed of the first sample in each row; the next has the next one."""
+    sample_steps: int = 25
+    """Sampler steps of the samples."""
+    sample_cfg: float = 7.5
+    """Guidance scale of the samples."""
+    log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Show metrics and samples in TensorBoard (the folder tensorboard in out) or wandb as well."""
+    dry_run: bool = False
+    """Only show the pictures, captions, what is trained, memory and time; write nothing."""
 
     def __post_init__(self):
         def require(ok: bool, field: str, allowed: str) -> None:
@@ -174,10 +222,11 @@ class TrainConfig:
             require(0 <= getattr(self, field) < 1, field, f"0 <= {field} < 1")
         for field in ("warmup", "weight_decay", "clip_norm", "kl_weight", "seed"):
             require(0 <= getattr(self, field) < math.inf, field, "0 or more")
-        for ok, field, allowed in (*objective_rules(self), *optimizer_rules(self)):
+        for ok, field, allowed in (*objective_rules(self), *optimizer_rules(self), *word_rules(self), *monitor_rules(self),
+                                   *lora_rules(self), *relora_rules(self)):
             require(ok, field, allowed)
         require(len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "betas", "two numbers of 0 <= beta < 1")
-        require(self.train in ("lora", "full", "vae"), "train", "lora, full, vae")
+        require(self.train in ("lora", "full", "vae", "words"), "train", "lora, full, vae, words")
         require(bool(self.out), "out", "a folder")
         require(0 < len(self.name) <= 100 and Path(self.name).name == self.name and self.name not in ("..", "state"), "name",
                 "a file's name of up to 100 letters, without its ending, and not 'state'")
@@ -185,7 +234,10 @@ class TrainConfig:
         require(0 < abs(self.alpha) <= 1e4, "alpha", "a number other than 0, to 10000")
         require(self.weight_decay <= 10, "weight_decay", "0 to 10")
         require(self.size is None or self.size >= 8, "size", "8 or more pixels")
-        require(self.train == "lora" or (self.kind, self.rslora, self.quantize) == ("lora", False, "none"), "train",
-                "lora, where kind, rslora or quantize is given")
         if self.train != "vae" and not (self.unet or self.text_encoder):
             raise TrainError("nothing is trained: unet and text_encoder are both off")
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether a caption's context changes in the training: then none is kept."""
+        return self.text_encoder or bool(self.new_words)

@@ -22,7 +22,7 @@ from sd.training.pictures import PictureFolder, Pictures, open_data  # noqa: F40
 from sd.training.sources import DataError
 
 STREAMS = ("init", "order", "caption", "caption dropout", "posterior", "timestep", "noise", "layers", "batch order", "words",
-           "variant")
+           "variant", "new words")
 
 
 # ---- randomness ------------------------------------------------------------------------------------------------------
@@ -162,13 +162,14 @@ def batch_noise(shape: Sequence[int], config, number: int, stream: str = "noise"
 # ---- what the networks make of it ------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def encode_pictures(models, dataset, batch: int = 16) -> tuple[Tensor, Tensor]:
+def encode_pictures(models, dataset) -> tuple[Tensor, Tensor]:
     """The posterior of every picture in the UNet's scale: mean and std, [N, 4, h, w] on the CPU.
 
     Both are kept, not a sample of them, so that each use of a picture draws its latents anew.
     """
     encoder, scale = models["encoder"], models.config.vae.scale
     weight, means, stds = encoder.conv_in.weight, [], []
+    batch = max(1, 2**18 // dataset.picture(0)[0].numel())  # one of 512 x 512: more would take more memory than the training
     for start in range(0, len(dataset), batch):
         pictures = torch.stack([dataset.picture(i) for i in range(start, min(start + batch, len(dataset)))])
         mean, logvar = encoder(pictures.to(weight.device, weight.dtype))
@@ -225,7 +226,7 @@ class Contexts:
         return clip(self.tokens(captions).to(clip.token_embedding.weight.device), self.clip_skip)
 
     def tokens(self, captions: list[str]) -> Tensor:
-        return tokenize(self.models.tokenizer, captions, self.models.config.clip.max_tokens)
+        return tokenize(self.models.tokenizer, captions, self.models.config.clip.max_tokens, self.models["clip"].words)
 
 
 # ---- what a person sees before it starts -----------------------------------------------------------------------------

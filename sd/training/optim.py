@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from sd.lora_blocks import BlockWeightError, block_multipliers
 from sd.lora_formats import Modules
+from sd.training.relora import rewarm_factor
 from sd.training.run_state import TrainError
 
+WORDS = "clip.learned."  # the canonical names of new words' vectors start so
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # ---- optimizers: (groups, config) -> optimizer -----------------------------------------------------------------------
@@ -63,10 +65,10 @@ PACKAGES = {"adamw8bit": "bitsandbytes", "lion": "lion-pytorch", "prodigy": "pro
 def make_optimizer(parameters: Mapping[str, nn.Parameter], config, modules: Modules | None = None) -> torch.optim.Optimizer:
     """The optimizer of `config` on parameters by canonical name, one group for each pair of learning rate and decay.
 
-    The rate is `text_learning_rate` in the text encoder, else `learning_rate`; times `lora_plus` for `up` (Hayou et al.
-    2024, LoRA+), times what `block_rates` give (for them, `modules` are the model's `modules_of`). Matrices decay; biases,
-    norms, magnitudes and what has no rate do not. Raises TrainError for a missing package, a block of which nothing is
-    trained, LoRA+ without a LoRA, and Prodigy with several rates.
+    The rate is `word_learning_rate` of new words, `text_learning_rate` in the text encoder, else `learning_rate`; times
+    `lora_plus` for `up` (Hayou et al. 2024, LoRA+), times what `block_rates` give (for them, `modules` are the model's
+    `modules_of`). Matrices decay; biases, norms, magnitudes, new words and what has no rate do not. Raises TrainError for a
+    missing package, a block of which nothing is trained, LoRA+ without a LoRA, and Prodigy with several rates.
     """
     rates = _rates(parameters, config, modules)
     if config.optimizer == "prodigy" and len(set(rates.values()) - {0.0}) > 1:
@@ -74,7 +76,7 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], config, modules: Modu
                          "other than 0 and 1, or choose another optimizer")
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, p in parameters.items():
-        decays = p.dim() > 1 and not name.endswith("magnitude") and rates[name] > 0
+        decays = p.dim() > 1 and not name.endswith("magnitude") and not name.startswith(WORDS) and rates[name] > 0
         groups.setdefault((rates[name], config.weight_decay if decays else 0.0), []).append(p)
     rows = [{"params": ps, "lr": rate, "initial_lr": rate, "weight_decay": decay} for (rate, decay), ps in groups.items()]
     try:
@@ -100,9 +102,11 @@ def _rates(parameters: Iterable[str], config, modules: Modules | None) -> dict[s
     if config.lora_plus != 1 and not any(name.endswith(".up") for name in paths):
         raise TrainError(f"lora_plus is {config.lora_plus}, but nothing that is trained has an `up`; allowed: 1")
 
+    text = config.learning_rate if config.text_learning_rate is None else config.text_learning_rate
+    word = text if config.word_learning_rate is None else config.word_learning_rate
+
     def rate(name: str) -> float:
-        text = name.startswith("clip.") and config.text_learning_rate is not None
-        base = config.text_learning_rate if text else config.learning_rate
+        base = word if name.startswith(WORDS) else text if name.startswith("clip.") else config.learning_rate
         return base * (config.lora_plus if name.endswith(".up") else 1.0) * blocks.get(paths[name], 1.0)
 
     return {name: rate(name) for name in paths}
@@ -149,12 +153,13 @@ SCHEDULES = {
 def lr_factor(step: int, config) -> float:
     """What the learning rate is multiplied by in step 0, 1, ..: linear over the warm-up, then SCHEDULES, which end at 0.
 
-    cosine_restarts falls to 0 `cycles` times (Loshchilov and Hutter 2017), polynomial is (1 - progress)^power.
+    cosine_restarts falls to 0 `cycles` times (Loshchilov and Hutter 2017), polynomial is (1 - progress)^power. All rise anew
+    after a restart of ReLoRA.
     """
     if step < config.warmup:
         return (step + 1) / config.warmup
     progress = min(1.0, (step - config.warmup) / max(1, config.steps - config.warmup))
-    return SCHEDULES[config.schedule](progress, config.cycles, config.power)
+    return SCHEDULES[config.schedule](progress, config.cycles, config.power) * rewarm_factor(step, config)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -120,11 +120,12 @@ class PictureFolder(Pictures):
         super().__init__(read_folder(folder), size=size, channels=channels)
 
 
-def open_data(config, *, size: int, channels: int, factor: int, known: Container[str] = frozenset()) -> Pictures:
+def open_data(config, *, size: int, channels: int, factor: int, known: Container[str] = frozenset(),
+              keep: Callable[[Entry], bool] = lambda entry: True) -> Pictures:
     """What `config.data` and `config.reg_data` name, with all options of the config. Raises DataError.
 
     size: side in pixels, of buckets the root of the largest area; factor: pixels of a latent's side.
-    known: digests of pictures that were read before (`cached_pictures`), which are not decoded again.
+    known: digests of pictures that were read before (`cached_pictures`), which are not decoded again. keep: which ones.
     """
     option = {name: getattr(config, name, default) for name, default in DATA_OPTIONS.items()}
     own = caption_options(config)
@@ -148,5 +149,6 @@ def open_data(config, *, size: int, channels: int, factor: int, known: Container
                         f"masks/a.png")
     buckets = make_buckets(size, factor=factor, low=option["bucket_min"], high=option["bucket_max"],
                            step=option["bucket_step"], upscale=option["upscale"]) if option["buckets"] else None
-    return Pictures(balanced(entries), size=size, channels=channels, buckets=buckets, crop=option["crop"],
+    entries = balanced([e for e in entries if keep(e)])
+    return Pictures(entries, size=size, channels=channels, buckets=buckets, crop=option["crop"],
                     flip=option["flip"], variants=option["variants"], known=known)

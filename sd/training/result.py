@@ -1,20 +1,31 @@
-"""What a finished training leaves: a LoRA file, or a checkpoint, that says how it was made."""
+"""What a finished training leaves: a LoRA file or a checkpoint, and a file for each new word, that say how they were made."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from sd.model_loader import Models, save_checkpoint, save_models_lora
+from sd.model_loader import Models, save_checkpoint, save_embedding, save_models_lora
 from sd.quant import quantized_kinds
 from sd.training.config import TrainConfig
+from sd.training.embedding import word_files
+
+
+def result_files(config: TrainConfig) -> list[str]:
+    """The names of the files in the run's folder that are its result."""
+    main = {"lora": [f"{config.name}.safetensors"], "words": []}.get(config.train, ["model.safetensors"])
+    return [*main, *word_files(config).values()]
 
 
 def save_result(config: TrainConfig, models: Models, folder: Path, facts: dict, pictures: int) -> None:
     metadata = {"sdlora.training": json.dumps(facts), "sdlora.base_quantization": ",".join(quantized_kinds(models)) or "none"}
-    if config.train != "lora":
+    words = word_files(config)
+    if config.train in ("full", "vae"):
         models.source = None  # they are no longer what that file holds
         save_checkpoint(models, folder / "model.safetensors", metadata=metadata)
+    for word, file in words.items():
+        save_embedding(models, folder / file, word, metadata=metadata)
+    if config.train != "lora":
         return
     kohya = {"ss_output_name": config.name, "ss_learning_rate": config.learning_rate, "ss_unet_lr": config.learning_rate,
              "ss_text_encoder_lr": config.text_learning_rate or config.learning_rate, "ss_max_train_steps": config.steps,
@@ -26,4 +37,5 @@ def save_result(config: TrainConfig, models: Models, folder: Path, facts: dict, 
              "ss_scale_weight_norms": config.max_norm or None,
              "ss_mixed_precision": "no" if config.precision == "fp32" else config.precision}
     metadata |= {key: str(value) for key, value in kohya.items()}
+    metadata |= {"modelspec.trigger_phrase": ", ".join(words)} if words else {}
     save_models_lora(models, folder / f"{config.name}.safetensors", config.name, metadata=metadata)

@@ -1,10 +1,9 @@
-"""A run's folder: state.safetensors to resume from, metrics.jsonl, loss.png, config.json. None is ever half written."""
+"""A run's folder: state.safetensors to resume from, and the lock on it. The state is never half written."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +20,6 @@ except ImportError:  # Windows has no such locks
     fcntl = None
 
 from sd.checkpoint import CheckpointError, atomic_write, read_tensors, write_safetensors
-from sd.image_io import line_plot, save_image
 from sd.model_loader import Models
 
 STATE = "state.safetensors"
@@ -145,45 +143,3 @@ def fingerprint(models: Models, trained: Mapping[str, nn.Parameter]) -> str:
 def run_facts(config, free: tuple[str, ...], **more: object) -> dict[str, object]:
     """What a resumed run must agree on: every field of its config but the `free` ones, and more."""
     return {f.name: getattr(config, f.name) for f in fields(config) if f.name not in free} | more
-
-
-# ---- metrics ---------------------------------------------------------------------------------------------------------
-
-class Metrics:
-    """metrics.jsonl, one line a step; lines beyond the resumed step are cut off: it ends as that of an unbroken run."""
-
-    def __init__(self, folder: Path, step: int):
-        self.path = folder / "metrics.jsonl"
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        try:
-            self.rows = [json.loads(line) for line in lines[:step]]
-            whole = [row["step"] for row in self.rows] == list(range(step))
-        except (ValueError, TypeError, KeyError):
-            whole = False
-        if not whole:
-            raise TrainError(f"{self.path}: its lines are not the steps 0 to {step - 1}; it was changed after the run")
-        with atomic_write(self.path) as file:
-            file.write("".join(json.dumps(row) + "\n" for row in self.rows).encode())
-
-    def add(self, **row: float | int) -> None:
-        self.rows.append(row)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-    def recent_loss(self, n: int = 50) -> float:
-        """Mean over the last n steps that have one."""
-        losses = [row["loss"] for row in self.rows[-n:] if row["loss"] is not None]
-        return sum(losses) / len(losses) if losses else math.nan
-
-    def plot(self, path: Path, points: int = 200) -> None:
-        """The loss as a curve, each point the mean of as many steps as there are too many."""
-        rows = [row for row in self.rows if row["loss"] is not None]
-        n = math.ceil(len(rows) / points) or 1
-        bins = [rows[i:i + n] for i in range(0, len(rows), n)]
-        curve = [(b[len(b) // 2]["step"], sum(row["loss"] for row in b) / len(b)) for b in bins]
-        save_image(line_plot({f"mean of {n} steps" if n > 1 else "loss": curve}, "training loss", "step", "loss"), path)
-
-    def sync(self) -> None:
-        """To the disk: before a state is saved, its lines must be there."""
-        with open(self.path, "rb+") as file:
-            os.fsync(file.fileno())

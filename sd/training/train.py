@@ -12,7 +12,6 @@ from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from sd.checkpoint import atomic_write
 from sd.lora import lora_layers, modules_of
@@ -20,10 +19,12 @@ from sd.model_loader import Models, preload_models_from_standard_weights
 from sd.quant import quantize_base, quantized_kinds
 from sd.training.batches import diffusion_batches, vae_batches
 from sd.training.config import TrainConfig
-from sd.training.data import open_data, seed_of
+from sd.training.data import seed_of
+from sd.training.estimate import announce, dry_run
+from sd.training.held_out import open_pictures
 from sd.training.interrupt import asked_to_stop
-from sd.training.latent_cache import cached_pictures
 from sd.training.loss import vae_loss
+from sd.training.monitor import MONITOR_FIELDS, Monitor, as_result, finite
 from sd.training.optim import (
     autocast,
     limit_norms,
@@ -36,10 +37,9 @@ from sd.training.optim import (
     unscale,
     update_ema,
 )
-from sd.training.pictures import Pictures
+from sd.training.relora import fold, restart
 from sd.training.result import save_result
 from sd.training.run_state import (
-    Metrics,
     Progress,
     TrainError,
     alone_in,
@@ -49,57 +49,72 @@ from sd.training.run_state import (
     run_facts,
     save_state,
 )
-from sd.training.trained import training
+from sd.training.speed import run_as
+from sd.training.trained import frozen_parts, start_hash, training
 
 MAX_LOSS = 1000.0  # a network that answers 0 has a loss of 1
 MAX_SKIPPED = 20  # bad steps in a row, then the training stops
 READ_EVERY = 10  # steps between two readings of losses: a reading waits for the device
 
 
-def train(config: TrainConfig, models: Models | None = None, dataset=None, *, autoencoder_loss=vae_loss) -> Models:
+def train(config: TrainConfig, models: Models | None = None, dataset=None, *, held_out=None,
+          autoencoder_loss=vae_loss) -> Models:
     """Train `models` (none: `config.model`) on `dataset` (none: `config.data`); returns the models.
 
     They are trained in place; a LoRA is left attached and active, and with `quantize` the base stays quantised. The result
-    goes into `config.out`, as `<name>.safetensors` or model.safetensors. `autoencoder_loss` has the arguments of `vae_loss`
+    goes into `config.out`, as `<name>.safetensors` or model.safetensors. `held_out` is a data set whose loss alone is measured
+    (none: what `config.validation` chooses, or `config.validation_data`). `autoencoder_loss` has the arguments of `vae_loss`
     and may replace it. Ctrl-C saves after the present step, then raises KeyboardInterrupt. Raises TrainError or DataError,
     before the first step wherever that can be known.
     """
-    folder = open_folder(config.out)
+    folder = None if config.dry_run else open_folder(config.out)
     if models is None:
         models = preload_models_from_standard_weights(config.model, dtype=torch.float32)
-    if dataset is None:
-        dataset = _open_data(config, models)
+    dataset, held_out = open_pictures(config, models, dataset, held_out)
     if config.quantize != "none" and quantized_kinds(models) != [config.quantize]:
         quantize_base(models, config.quantize)
-    with alone_in(folder), torch.random.fork_rng(), asked_to_stop() as stop, training(config, models) as parameters:
+    if config.dry_run:
+        print(dry_run(config, models, dataset, held_out))
+        return models
+    with alone_in(folder), torch.random.fork_rng(), asked_to_stop() as stop, \
+            training(config, models) as parameters, run_as(config, models):
         optimizer = make_optimizer(parameters, config, modules_of(models))
         layers = lora_layers(models) if config.max_norm else {}
         ema = {name: p.detach().clone() for name, p in parameters.items()} if config.ema else {}
-        facts = run_facts(config, FREE, dataset=dataset.fingerprint(), base=fingerprint(models, parameters))
-        done = load_state(folder, parameters, optimizer, ema, facts)
+        facts = run_facts(config, FREE, dataset=dataset.fingerprint(), base=fingerprint(models, parameters),
+                          held_out=held_out and held_out.fingerprint(), from_lora=start_hash(config, models))
+        weights = parameters | frozen_parts(config, models)
+        done = load_state(folder, weights, optimizer, ema, facts)
         with atomic_write(folder / "config.json") as file:
             file.write((json.dumps(asdict(config), indent=2) + "\n").encode())
-        metrics, device = Metrics(folder, done.step), next(iter(parameters.values())).device
+        if config.progress and done.step < config.steps:
+            announce(config, models, dataset, parameters, steps=config.steps - done.step)
+        device = next(iter(parameters.values())).device
         scale = torch.tensor([done.loss_scale if config.precision == "fp16" else 1.0, done.good_steps], device=device)
         micro_loss = (vae_batches(config, models, dataset, autoencoder_loss) if config.train == "vae" else
                       diffusion_batches(config, models, dataset))
+        watch = Monitor(config, models, folder, done.step, held_out, autoencoder_loss)
         unread: list[Tensor] = []  # (loss, norm of the gradient, whether they were bad) of steps, on the device
-        bar = tqdm(total=config.steps, initial=done.step, unit="step", disable=not config.progress, dynamic_ncols=True)
 
         for step in range(done.step, config.steps + 1):
             stopping, last = stop(), step == config.steps
             save = stopping or last or (step % config.save_every == 0 and step > done.step)
-            if save or len(unread) == READ_EVERY:
-                _read(unread, step, done, metrics, config, bar)
+            look = watch.due(step) and not stopping
+            if save or look or len(unread) == READ_EVERY:
+                _read(unread, step, done, watch, config)
+            if look:
+                with as_result(models, parameters, optimizer, ema):
+                    watch.look(step)
             if save:
-                metrics.sync()
+                watch.save(step)
                 done.step, done.loss_scale, done.good_steps = step, *scale.tolist()
-                save_state(folder, done, parameters, optimizer, ema, facts)
+                save_state(folder, done, weights, optimizer, ema, facts)
             if last:
                 break
             if stopping:
                 raise KeyboardInterrupt(f"stopped after {step} of {config.steps} steps; the same command goes on from there")
 
+            restart(step, config, models, optimizer)
             set_learning_rate(optimizer, lr_factor(step, config))
             loss = torch.zeros((), device=device)
             for number in range(step * config.accumulate, (step + 1) * config.accumulate):
@@ -118,50 +133,33 @@ def train(config: TrainConfig, models: Models | None = None, dataset=None, *, au
             if config.precision == "fp16":
                 scale = next_loss_scale(scale, norm.isfinite())
             unread.append(torch.stack([loss, norm, bad]))
-            bar.update()
+            watch.bar.update()
 
-        bar.close()
+        watch.close()
         settle(optimizer)
         with torch.no_grad():
             for name, value in ema.items():
                 parameters[name].copy_(value)
-        metrics.plot(folder / "loss.png")
+        fold(config, models)
         save_result(config, models, folder, facts, len(dataset))
     return models
 
 
 # What may be another when a run is resumed: where things lie, and what changes no bit of the result.
-FREE = ("data", "reg_data", "cache", "out", "model", "save_every", "progress", "checkpointing")
+FREE = ("data", "reg_data", "cache", "out", "model", "save_every", "progress", "checkpointing", *MONITOR_FIELDS)
 
 
-def _read(unread: list[Tensor], step: int, done: Progress, metrics: Metrics, config: TrainConfig, bar: tqdm) -> None:
+def _read(unread: list[Tensor], step: int, done: Progress, watch: Monitor, config: TrainConfig) -> None:
     """Write the losses of the steps before `step`, and count the bad ones. Raises TrainError after too many in a row."""
     rows = torch.stack(unread).tolist() if unread else []
     unread.clear()
     for i, (loss, norm, bad) in enumerate(rows, step - len(rows)):
         done.skipped += int(bad)
         done.skipped_in_a_row = done.skipped_in_a_row + 1 if bad else 0
-        metrics.add(step=i, loss=_finite(loss), grad_norm=_finite(norm), lr=config.learning_rate * lr_factor(i, config),
-                    skipped=done.skipped)
+        watch.add(step=i, loss=finite(loss), grad_norm=finite(norm), lr=config.learning_rate * lr_factor(i, config),
+                  skipped=done.skipped)
         if done.skipped_in_a_row >= MAX_SKIPPED:
             raise TrainError(f"{MAX_SKIPPED} steps in a row, to step {i}, had no usable loss or gradient (the last loss "
                              f"is {loss:g}): the training has diverged; use a lower learning rate than "
                              f"{config.learning_rate:g} and another out folder")
-    bar.set_postfix(loss=f"{metrics.recent_loss():.4f}", refresh=False)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None  # JSON has no NaN
-
-
-def _open_data(config: TrainConfig, models: Models) -> Pictures:
-    size, factor = config.size or models.config.image_size, models.config.vae.factor
-    if size > models.config.largest_size:
-        raise TrainError(f"size is {size}; allowed: up to {models.config.largest_size} pixels, 8 times what this model is "
-                         f"made for")
-    if size % factor:
-        raise TrainError(f"size is {size}; it must be a multiple of {factor}, such as {size - size % factor or factor}")
-    if not config.data:
-        raise TrainError("no data: name a folder of pictures with captions")
-    return open_data(config, size=size, channels=models.config.vae.image_channels, factor=factor,
-                     known=cached_pictures(config.cache))
+    watch.show()

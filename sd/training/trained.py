@@ -1,40 +1,71 @@
-"""What is trained: an adapter of a LoRA, or whole networks; the rest is frozen while it lasts."""
+"""What is trained: an adapter of a LoRA, whole networks, new words; the rest is frozen while it lasts."""
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from sd.lora import adapter_names, apply_lora_to_model, lora_layers, named_layers, remove_lora, use_adapters
+from sd.lora import (
+    adapter_names,
+    apply_lora_to_model,
+    attach_state,
+    find_targets,
+    lora_layers,
+    lora_state,
+    modules_of,
+    named_layers,
+    remove_lora,
+    use_adapters,
+)
+from sd.lora_blocks import BlockWeightError, block_multipliers
+from sd.lora_files import read_lora
+from sd.lora_formats import Modules
+from sd.lora_kinds import KINDS
+from sd.lora_layers import LoRALayer, exact
+from sd.lora_variants import Adapter, LowRank
 from sd.model_loader import Models
 from sd.quant import quantized_kinds
-from sd.training.config import TrainConfig
+from sd.tools.decompose import RankRule, truncated_svd
 from sd.training.data import seed_of
+from sd.training.embedding import new_words
+from sd.training.optim import FACTORS
+from sd.training.relora import adapters_in_training, attach_merged, merged_name
 from sd.training.run_state import TrainError
+
+SCALED = ("lora", "loha", "lokr", "glora")  # kinds with a rank and a scale alpha / rank
+RANKED = (*SCALED, "oft", "boft")
+INITS = ("default", "pissa")
 
 
 @contextmanager
-def training(config: TrainConfig, models: Models) -> Iterator[dict[str, nn.Parameter]]:
+def training(config, models: Models) -> Iterator[dict[str, nn.Parameter]]:
     """The weights to train, by name; they alone have gradients inside the block, and afterwards all is as it was."""
     before = [(p, p.requires_grad) for network in models.values() for p in network.parameters()]
     modes = [(module, module.training) for _, module in named_layers(models)]
     unet, checkpointing, adapters = models["diffusion"], models["diffusion"].checkpointing, adapter_names(models)
+    learned, words = models["clip"].learned, set(models["clip"].words)
     try:
         for network in models.values():
             network.eval().requires_grad_(False)
         parameters = trained_parameters(config, models)
         unet.checkpointing = config.checkpointing
-        with use_adapters(models, {config.name: 1.0} if config.train == "lora" else {}):
+        with use_adapters(models, dict.fromkeys(adapters_in_training(config), 1.0)):
             yield parameters
     except BaseException:
-        if config.train == "lora" and config.name in adapter_names(models) and config.name not in adapters:
-            remove_lora(models, config.name)  # half a training is in its folder, not in the models
+        for name in adapters_in_training(config):
+            if name in adapter_names(models) and name not in adapters:
+                remove_lora(models, name)  # half a training is in its folder, not in the models
+        for word in set(learned.ids) - words:
+            learned.forget(word)
         raise
     finally:
+        learned.requires_grad_(False)
         unet.checkpointing = checkpointing
         for module, mode in modes:
             module.training = mode
@@ -44,16 +75,12 @@ def training(config: TrainConfig, models: Models) -> Iterator[dict[str, nn.Param
             layer.adapters.eval()
 
 
-def trained_parameters(config: TrainConfig, models: Models) -> dict[str, nn.Parameter]:
-    """Attach the LoRA or free the networks; returns what is trained, by canonical name."""
+def trained_parameters(config, models: Models) -> dict[str, nn.Parameter]:
+    """Attach the LoRA or free the networks, and learn the new words; returns what is trained, by canonical name."""
     if config.train == "lora":
-        networks = {key: models[key] for key, on in (("diffusion", config.unet), ("clip", config.text_encoder)) if on}
-        torch.manual_seed(seed_of(config.seed, "init", 0))
-        alpha = config.alpha * math.sqrt(config.rank) if config.rslora else config.alpha
-        apply_lora_to_model(networks, config.rank, alpha, config.dropout, config.targets, config.name, kind=config.kind,
-                            dora=config.dora, rank_dropout=config.rank_dropout, module_dropout=config.module_dropout)
-        chosen = {path: layer.adapter(config.name) for path, layer in lora_layers(networks).items()
-                  if config.name in layer.adapter_names}
+        chosen = _attach_lora(config, models)
+    elif config.train == "words":
+        chosen = {}
     else:
         if quantized_kinds(models):
             raise TrainError(f"the base is quantised ({quantized_kinds(models)[0]}), so its weights cannot be trained; load it "
@@ -65,6 +92,156 @@ def trained_parameters(config: TrainConfig, models: Models) -> dict[str, nn.Para
         on = {"encoder": vae, "decoder": vae, "diffusion": config.unet and not vae,
               "clip": config.text_encoder and not vae}
         chosen = {key: models[key] for key in on if on[key]}
-    for module in chosen.values():
-        module.train().requires_grad_(True)
-    return {f"{path}.{name}": p for path, module in chosen.items() for name, p in module.named_parameters()}
+    parameters = {f"{path}.{name}": p for path, module in chosen.items() for name, p in module.train().named_parameters()
+                  if not name.startswith("learned.")}  # words that are only loaded stay as they are
+    parameters |= new_words(config, models)
+    for p in parameters.values():
+        p.requires_grad_(True)
+    return parameters
+
+
+def frozen_parts(config, models: Models) -> dict[str, Tensor]:
+    """What the LoRA's change is made of beside the trained weights, by canonical name: a state must hold it too.
+
+    That is the start of PiSSA, what ReLoRA moved, and modules of `from_lora` in a network that is not trained.
+    """
+    parts = {}
+    for path, layer in lora_layers(models).items():
+        for name in adapters_in_training(config):
+            if name in layer.adapter_names:
+                adapter, where = layer.adapter(name), path + name.removeprefix(config.name)
+                parts |= {f"{where}.{key}": tensor for key, tensor in chain(adapter.named_parameters(), adapter.named_buffers())
+                          if not tensor.requires_grad}
+    return parts
+
+
+# ---- a LoRA ----------------------------------------------------------------------------------------------------------
+
+def _attach_lora(config, models: Models) -> dict[str, Adapter]:
+    """Path -> the adapter that is trained there; it, and what belongs to it, is attached and changes nothing yet."""
+    if merged_name(config.name) in adapter_names(models):
+        raise TrainError(f"the model carries an adapter named {merged_name(config.name)!r}; remove it, or choose another name")
+    networks = {key: models[key] for key, on in (("diffusion", config.unet), ("clip", config.text_encoder)) if on}
+    torch.manual_seed(seed_of(config.seed, "init", 0))
+    if config.from_lora is None:
+        ranks, alphas = _ranks(config, networks)
+        apply_lora_to_model(networks, ranks, alphas, config.dropout, config.targets, config.name, kind=config.kind,
+                            dora=config.dora, rank_dropout=config.rank_dropout, module_dropout=config.module_dropout)
+    else:
+        _attach_file(config, models, networks)
+    layers = {path: layer for path, layer in lora_layers(networks).items() if config.name in layer.adapter_names}
+    adapters = {path: layer.adapter(config.name) for path, layer in layers.items()}
+    if config.init == "pissa":
+        for path, adapter in adapters.items():
+            if isinstance(adapter, LowRank):  # not the full difference of a norm
+                start_with_principal(adapter, layers[path], path)
+    if config.relora_every:
+        attach_merged(config.name, adapters, layers)
+    return adapters
+
+
+def _ranks(config, networks: Mapping[str, nn.Module]) -> tuple[dict[str, int], dict[str, float]]:
+    """Path -> rank and path -> alpha of every target, as rank, alpha, rslora and block_ranks say."""
+    targets, blocks = find_targets(networks, config.targets), {}
+    if config.block_ranks:
+        every = modules_of(networks)
+        modules = Modules(every.names, {path: shape for path, shape in every.shapes.items() if path in targets})
+        try:
+            blocks = block_multipliers(",".join(config.block_ranks), modules).table
+        except BlockWeightError as error:
+            raise TrainError(f"block_ranks is {config.block_ranks!r}; of the targets: {error}") from None
+    for value in blocks.values():
+        if value < 0 or value != int(value):
+            raise TrainError(f"block_ranks is {config.block_ranks!r}; allowed: whole numbers of 0 or more")
+    ranks = {path: int(blocks.get(path, config.rank)) for path in targets}
+    if not any(ranks.values()):
+        raise TrainError(f"block_ranks is {config.block_ranks!r}, so nothing has a LoRA; allowed: above 0 for some block")
+    return ranks, {path: _alpha(config, rank) for path, rank in ranks.items()}
+
+
+def _alpha(config, rank: int) -> float:
+    """alpha / rank, or with rsLoRA alpha / sqrt(rank), is what it says; an alpha that is no scale stays."""
+    if config.kind not in SCALED:
+        return config.alpha
+    return config.alpha * (math.sqrt(rank) if config.rslora else rank / config.rank)
+
+
+def start_with_principal(adapter: LowRank, layer: LoRALayer, path: str) -> None:
+    """PiSSA (Meng et al. 2024, section 3): alpha / R · up · down starts as the best approximation of W of that rank."""
+    with exact():
+        W = layer.base_weight()
+        found = truncated_svd((W.T if adapter.embedding else W).flatten(1), RankRule(rank=adapter.rank))
+        if not found.norm:
+            raise TrainError(f"init is 'pissa', but the weight of {path} is 0 and has no principal part")
+        root = math.sqrt(adapter.scale)
+        try:
+            adapter.start_at(found.up / root, found.down / root)
+        except ValueError as error:
+            raise TrainError(f"{path}: {error}") from None
+
+
+def _attach_file(config, models: Models, networks: Mapping[str, nn.Module]) -> None:
+    """Attach what the file `from_lora` holds; of a network that is not trained it stays as it is, and in the result."""
+    if config.name in adapter_names(models):
+        raise TrainError(f"an adapter named {config.name!r} is there already; remove it, or choose another name")
+    found = read_lora(config.from_lora, modules_of(models))
+    for key in networks:
+        if not any(path.startswith(f"{key}.") for path in found.state):
+            field = {"diffusion": "unet", "clip": "text_encoder"}[key]
+            raise TrainError(f"{found.path.name} has nothing for the {field}; leave {field} out of the training")
+    attach_state(models, found.state, config.name, where=found.path.name)
+    for path, layer in lora_layers(networks).items():
+        if config.name in layer.adapter_names:
+            _prepare(layer.adapter(config.name), config, f"{found.path.name}: {path}")
+
+
+def _prepare(adapter: Adapter, config, where: str) -> None:
+    """An adapter of a file for training."""
+    if getattr(adapter, "rotation", None) is not None:
+        raise TrainError(f"{where} is held as rotations (oft_diag), which training would bend; allowed: oft_blocks")
+    if config.max_norm and adapter.kind not in FACTORS:
+        raise TrainError(f"{where}: max_norm does not go with kind {adapter.kind!r}; allowed: {', '.join(sorted(FACTORS))}")
+    adapter.from_file = False
+    try:
+        full = adapter.kind == "full"  # it has no ranks to drop
+        adapter.set_dropouts(config.dropout, 0.0 if full else config.rank_dropout, config.module_dropout)
+    except ValueError as error:
+        raise TrainError(f"{where}: {error}") from None
+
+
+def start_hash(config, models: Models) -> str | None:
+    """Hash of what `from_lora` holds, whatever its path and format; before the first step, and None without one."""
+    if config.from_lora is None:
+        return None
+    digest = hashlib.sha256()
+    for path, weights in sorted(lora_state(models, config.name).items()):
+        digest.update(repr((path, weights.kind, weights.alpha)).encode())
+        for name, tensor in sorted(weights.tensors.items()):
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def lora_rules(config) -> Iterator[tuple[bool, str, str]]:
+    """(whether it is so, field, what is allowed) for the fields of a config that say what a LoRA is."""
+    kind = KINDS.get(config.kind)
+    yield kind is not None, "kind", ", ".join(KINDS)
+    yield config.init in INITS, "init", ", ".join(INITS)
+    for field, plain in (("kind", "lora"), ("rslora", False), ("quantize", "none"), ("init", "default"), ("block_ranks", ()),
+                         ("from_lora", None)):
+        yield config.train == "lora" or getattr(config, field) == plain, "train", f"lora, where {field} is given"
+    if config.from_lora is not None:
+        for field in ("kind", "rank", "alpha", "rslora", "dora", "targets", "init", "block_ranks"):
+            plain = type(config).__dataclass_fields__[field].default
+            yield getattr(config, field) == plain, field, "left out with from_lora, whose file says it"
+        return
+    yield config.kind in SCALED or not config.rslora, "rslora", f"off unless kind is one of {', '.join(SCALED)}"
+    yield config.kind in RANKED or not config.block_ranks, "block_ranks", f"left out unless kind is one of {', '.join(RANKED)}"
+    yield kind.takes_dora or not config.dora, "dora", f"off with kind {config.kind}, which has no magnitude"
+    yield kind.drops_ranks or not config.rank_dropout, "rank_dropout", f"0 with kind {config.kind}, which has no ranks to drop"
+    yield not (config.dora and config.rank_dropout), "rank_dropout", "0 with dora, whose norm is that of the whole change"
+    yield config.kind in FACTORS or not config.max_norm, "max_norm", f"0 unless kind is one of {', '.join(sorted(FACTORS))}"
+    if config.init == "pissa":
+        yield config.kind == "lora", "kind", "lora with init pissa"
+        yield config.alpha > 0, "alpha", "above 0 with init pissa"
+        yield not config.max_norm, "max_norm", "0 with init pissa, whose factors are not those of the change"

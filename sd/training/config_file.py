@@ -1,0 +1,128 @@
+"""Options of a training from a file: TOML, JSON or YAML, flat or in sections; LoRAW's `lora` section too."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from types import UnionType
+from typing import Literal, Union, get_args, get_origin, get_type_hints
+
+from sd.training.config import TrainConfig
+from sd.training.run_state import TrainError
+
+SECTIONS = ("data", "model", "lora", "objective", "optimizer", "training", "samples", "run")
+# Of LoRAW's section: the name that it has there -> ours. Its multiplier and component_whitelist are no single field.
+LORAW = {"lr": "learning_rate", "weight_decompose": "dora"}
+NETWORKS = {"unet": "unet", "diffusion": "unet", "text_encoder": "text_encoder", "clip": "text_encoder"}
+
+
+def read_config(path: str | Path) -> dict[str, object]:
+    """Field of TrainConfig -> its value, as `TrainConfig(**read_config("train.toml"))` takes them.
+
+    A section (SECTIONS) only groups its fields. Raises TrainError that names the file and what is wrong in it: an unknown
+    name, a field in two places, a value of another kind.
+    """
+    values: dict[str, object] = {}
+    for key, value in _parse(Path(path)).items():
+        section = value if isinstance(value, dict) else {key: value}
+        if isinstance(value, dict) and key not in SECTIONS:
+            raise TrainError(f"{path}: has a section {key!r}; allowed: {', '.join(SECTIONS)}")
+        for name, one in (_from_loraw(section, path) if key == "lora" and isinstance(value, dict) else section).items():
+            if name in values:
+                raise TrainError(f"{path}: {name} is given twice")
+            values[name] = one
+    kinds = get_type_hints(TrainConfig)
+    for name, value in values.items():
+        if name not in kinds:
+            near = get_close_matches(name, kinds, n=1)
+            raise TrainError(f"{path}: {name!r} is no option of a training" + (f"; is it {near[0]!r}?" if near else ""))
+        values[name] = _of_kind(value, kinds[name], f"{path}: {name}")
+    return values
+
+
+def config_flags(values: Mapping[str, object]) -> list[str]:
+    """The same on the command line."""
+    words: list[str] = []
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, tuple):
+            words += [f"--{flag}", *map(str, value)]
+        else:
+            words += [f"--{flag}={value}"]
+    return words
+
+
+def _parse(path: Path) -> dict[str, object]:
+    readers = {".toml": _toml, ".json": json.loads, ".yaml": _yaml, ".yml": _yaml}
+    if path.suffix.lower() not in readers:
+        raise TrainError(f"{path}: a config is a {', '.join(readers)} file")
+    try:
+        found = readers[path.suffix.lower()](path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TrainError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise TrainError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise TrainError(f"{path}: holds no names with values")
+    return found
+
+
+def _toml(text: str) -> object:
+    return tomllib.loads(text)
+
+
+def _yaml(text: str) -> object:
+    import yaml
+    try:
+        return yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(error) from None
+
+
+def _from_loraw(section: dict[str, object], path: str | Path) -> dict[str, object]:
+    """LoRAW's names as ours: `multiplier` is a factor of alpha; `component_whitelist` names networks, or layers of them."""
+    found = {LORAW.get(name, name): value for name, value in section.items()}
+    if "multiplier" in found:
+        alpha = _of_kind(found.get("alpha", TrainConfig.alpha), float, f"{path}: alpha")
+        found["alpha"] = alpha * _of_kind(found.pop("multiplier"), float, f"{path}: multiplier")
+    if "component_whitelist" in found:
+        names = _of_kind(found.pop("component_whitelist"), tuple[str, ...], f"{path}: component_whitelist")
+        networks = {NETWORKS[name] for name in names if name in NETWORKS}
+        if networks:
+            found |= {"unet": "unet" in networks, "text_encoder": "text_encoder" in networks}
+        if layers := [name for name in names if name not in NETWORKS]:
+            found["targets"] = layers
+    return found
+
+
+def _of_kind(value: object, kind, where: str) -> object:
+    """The value as its field has it: lists become tuples, whole numbers floats. Raises TrainError for another kind."""
+    options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    if value is None and type(None) in options:
+        return None
+    (kind,) = [option for option in options if option is not type(None)]
+    if get_origin(kind) is Literal:
+        if value in get_args(kind):
+            return value
+        raise TrainError(f"{where} is {value!r}; allowed: {', '.join(get_args(kind))}")
+    if get_origin(kind) is tuple:
+        one = get_args(kind)[0]
+        if isinstance(value, (list, tuple)):
+            return tuple(_of_kind(v, one, where) for v in value)
+        if one is str and isinstance(value, str):
+            return (value,)
+        raise TrainError(f"{where} is {value!r}; it must be a list")
+    if kind is float and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-4, without a point, as a text
+        except (TypeError, ValueError):
+            pass
+    elif type(value) is kind:
+        return value
+    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    raise TrainError(f"{where} is {value!r}; it must be {words[kind]}")

@@ -1,0 +1,156 @@
+"""Pictures that are never learned from, and the loss on them: which they are, and what noise they get, never changes.
+
+B images, h, w latents, T timesteps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sd.training.captions import seen_caption
+from sd.training.data import Contexts, picture_options
+from sd.training.latent_cache import Posteriors, TextStore, cached_pictures
+from sd.training.loss import Objective, diffusion_loss
+from sd.training.optim import autocast
+from sd.training.pictures import Pictures, open_data
+from sd.training.run_state import TrainError
+from sd.training.sources import Entry
+
+TIMESTEPS = 8  # of each picture: one from each eighth of those that are trained
+
+
+# ---- which pictures --------------------------------------------------------------------------------------------------
+
+def is_held_out(entry: Entry, share: float) -> bool:
+    """Whether a picture is among the `share` that is held out: by the hash of its file alone, so others change nothing.
+
+    Pictures for regularisation never are.
+    """
+    digest = hashlib.sha256(b"held out" + entry.content()).digest()
+    return not entry.regular and int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def open_pictures(config, models, dataset=None, held_out=None):
+    """(data set to learn from, held-out data set or None): those that are given, else those of `config`.
+
+    Raises TrainError or DataError.
+    """
+    if dataset is not None:
+        if held_out is None and (config.validation or config.validation_data):
+            raise TrainError("validation chooses among pictures from files; with a dataset of your own give held_out as well")
+        return dataset, held_out
+    pictures, chosen = _open_both(config, models)
+    return pictures, chosen if held_out is None else held_out
+
+
+def _open_both(config, models) -> tuple[Pictures, Pictures | None]:
+    size, factor = config.size or models.config.image_size, models.config.vae.factor
+    if size > models.config.largest_size:
+        raise TrainError(f"size is {size}; allowed: up to {models.config.largest_size} pixels, 8 times what this model is "
+                         f"made for")
+    if size % factor:
+        raise TrainError(f"size is {size}; it must be a multiple of {factor}, such as {size - size % factor or factor}")
+    if not config.data:
+        raise TrainError("no data: name a folder of pictures with captions")
+
+    def opened(keep: Callable[[Entry], bool] = lambda entry: True, **change) -> Pictures:
+        return open_data(replace(config, **change), size=size, channels=models.config.vae.image_channels, factor=factor,
+                         known=cached_pictures(config.cache), keep=keep)
+
+    if config.validation_data:
+        pictures, held_out = opened(), opened(lambda e: not e.regular, data=config.validation_data, reg_data=None)
+        twins = {pictures.digest(i): e.where for i, e in enumerate(pictures.entries)}
+        for i, entry in enumerate(held_out.entries):
+            if held_out.digest(i) in twins:
+                raise TrainError(f"{entry.where}: is held out and learned from, as {twins[held_out.digest(i)]}; remove one")
+        return pictures, held_out
+    if not config.validation:
+        return opened(), None
+    held_out = opened(lambda e: is_held_out(e, config.validation), reg_data=None)
+    pictures = opened(lambda e: not is_held_out(e, config.validation))
+    for kind, found in (("held out", held_out), ("left to learn from", pictures)):
+        if not len(found):
+            raise TrainError(f"validation is {config.validation:g}, and of {len(pictures) + len(held_out)} pictures none is "
+                             f"{kind} (each is chosen by its content alone); use another share, or validation_data")
+    return pictures, held_out
+
+
+# ---- their loss ------------------------------------------------------------------------------------------------------
+
+class Validation:
+    """() -> mean squared error on the held-out pictures, at noise and timesteps that follow from each picture alone.
+
+    So it is the same measure in every run, whatever seed, batch size (to rounding), weighting and other pictures: plain
+    captions, first crop, T timesteps spread evenly over those that are trained. Of the autoencoder it is `autoencoder_loss`.
+    """
+
+    def __init__(self, config, models, held_out, autoencoder_loss=None):
+        self.config, self.models, self.pictures, self.autoencoder_loss = config, models, held_out, autoencoder_loss
+        self.seeds = [_seed(held_out.picture(i)) for i in range(len(held_out))]
+        if config.train == "vae":
+            return
+        self.posteriors = Posteriors(models, held_out, config.cache, progress=config.progress)
+        store = TextStore(config.cache, models) if config.cache and not config.trains_text else None
+        self.contexts = Contexts(models, trained=config.trains_text, store=store)
+
+    @torch.no_grad()
+    def __call__(self) -> float:
+        """One reading of the device in all."""
+        loss = self._autoencoder if self.config.train == "vae" else self._diffusion
+        device = self.models.device
+        total, count = torch.zeros((), device=device), 0
+        with autocast(self.config.precision, device):
+            for rows in self._batches(1 if self.config.train == "vae" else TIMESTEPS):
+                total += loss(rows, device) * len(rows)
+                count += len(rows)
+        return total.item() / count
+
+    def _batches(self, times: int) -> Iterator[list[tuple[int, int]]]:
+        """(picture, which of its timesteps), as many as in a training batch, all of one bucket."""
+        buckets = getattr(self.pictures, "bucket_of", [0] * len(self.pictures))
+        for bucket in sorted(set(buckets)):
+            rows = [(i, k) for i, own in enumerate(buckets) if own == bucket for k in range(times)]
+            yield from (rows[n:n + self.config.batch_size] for n in range(0, len(rows), self.config.batch_size))
+
+    def _diffusion(self, rows: list[tuple[int, int]], device: torch.device) -> Tensor:
+        indices, config = [i for i, _ in rows], self.config
+        mean, std = self.posteriors(indices)
+        draws = [self._draw(i, mean.shape[1:]) for i in indices]
+        latents = mean + std * torch.stack([posterior for posterior, _, _ in draws])
+        noise = torch.stack([noise[k] for (_, noise, _), (_, k) in zip(draws, rows)])
+        t = torch.tensor([t[k] for (_, _, t), (_, k) in zip(draws, rows)])
+        mask = self.posteriors.masks(indices)
+        return diffusion_loss(self.models, latents.to(device), self.contexts([self._caption(i) for i in indices]), t.to(device),
+                              noise.to(device), objective=Objective(zero_terminal_snr=config.zero_terminal_snr),
+                              mask=None if mask is None else mask.to(device))
+
+    def _draw(self, i: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, list[int]]:
+        """Of picture i: noise of its posterior [C, h, w], noise [T, C, h, w], and T timesteps."""
+        rng = torch.Generator().manual_seed(self.seeds[i])
+        low, high = self.config.min_timestep, self.config.max_timestep or self.models.config.train_timesteps
+        u = torch.rand((), generator=rng, dtype=torch.float64).item()
+        t = [low + int((high - low) * (k + u) / TIMESTEPS) for k in range(TIMESTEPS)]
+        return torch.randn(shape, generator=rng), torch.randn((TIMESTEPS, *shape), generator=rng), t
+
+    def _caption(self, i: int) -> str:
+        """The first one, with the same words each time where they are drawn."""
+        options = picture_options(self.pictures, self.config, i)
+        return seen_caption(self.pictures.captions[i][0], options, np.random.default_rng(self.seeds[i]))
+
+    def _autoencoder(self, rows: list[tuple[int, int]], device: torch.device) -> Tensor:
+        vae = self.models.config.vae
+        pictures = torch.stack([self.pictures.picture(i) for i, _ in rows])
+        shape = vae.latent_channels, pictures.shape[2] // vae.factor, pictures.shape[3] // vae.factor
+        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(self.seeds[i])) for i, _ in rows])
+        return self.autoencoder_loss(self.models, pictures.to(device), noise.to(device), self.config.kl_weight)
+
+
+def _seed(picture: Tensor) -> int:
+    """63 bits of the pixels' hash."""
+    return int.from_bytes(hashlib.sha256(picture.contiguous().numpy().tobytes()).digest()[:8], "big") >> 1

@@ -1,0 +1,142 @@
+"""ReLoRA (Lialin et al. 2023): every N steps the LoRA's change moves into a frozen one, and the LoRA begins anew.
+
+So the sum of many changes of low rank is learned. The base is never written, so it may be quantised: what was moved lies in
+a second adapter, `<name>.merged`, a full difference in fp32 on each layer, until `fold` makes one adapter of the two.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from sd.lora import attach_state, lora_layers, lora_state, remove_lora
+from sd.lora_formats import AdapterWeights
+from sd.lora_layers import LoRALayer, exact
+from sd.lora_variants import Adapter, Full, at_least_fp32
+from sd.tools.decompose import RankRule, Report, Row, lora_weights, truncated_svd
+from sd.training.data import seed_of
+from sd.training.run_state import TrainError
+
+KINDS_THAT_ADD = ("lora", "loha", "lokr", "glora")  # of low rank, and sums of their changes are meant
+KEPT = ("full", "svd")
+OPTIMIZERS_THAT_FORGET = ("adamw", "adamw8bit", "adafactor", "lion")
+
+
+def merged_name(name: str) -> str:
+    """The adapter that holds what was moved."""
+    return f"{name}.merged"
+
+
+def adapters_in_training(config) -> list[str]:
+    """The adapters that make up what is trained: the LoRA, and with ReLoRA what was moved out of it."""
+    if config.train != "lora":
+        return []
+    return [config.name, merged_name(config.name)] if config.relora_every else [config.name]
+
+
+def attach_merged(name: str, adapters: dict[str, Adapter], layers: dict[str, LoRALayer]) -> None:
+    """Put the frozen difference, which is 0, beside each trained adapter. Raises TrainError for one that cannot restart."""
+    for path, adapter in adapters.items():
+        if adapter.kind not in (*KINDS_THAT_ADD, "full") or adapter.magnitude is not None:
+            what = "a magnitude (DoRA)" if adapter.magnitude is not None else f"kind {adapter.kind!r}"
+            raise TrainError(f"relora_every does not go with {what} (on {path}); allowed: {', '.join(KINDS_THAT_ADD)}")
+    for path, adapter in adapters.items():
+        merged = Full(layers[path].lora_shape())
+        if adapter.diff_b is not None:
+            merged.diff_b = nn.Parameter(torch.zeros_like(adapter.diff_b))
+        layers[path].add_adapter(merged_name(name), merged.requires_grad_(False))
+
+
+def restart(step: int, config, models, optimizer: torch.optim.Optimizer) -> None:
+    """Before steps N, 2N, ..: move the change, draw a new one that is 0, forget the optimizer's moments. Else nothing.
+
+    The output stays what it is, to fp32 rounding. The n-th restart is a pure function of (seed, n).
+    """
+    if not config.relora_every or step == 0 or step % config.relora_every:
+        return
+    torch.manual_seed(seed_of(config.seed, "init", step // config.relora_every))  # number 0 was the start
+    with exact():
+        for layer, adapter, merged in _pairs(config, models):
+            change, bias = _sum(layer, adapter, merged)
+            merged.diff.copy_(change)
+            if bias is not None:
+                merged.diff_b.copy_(bias)
+            adapter.restart(layer.lora_shape())
+            for p in adapter.parameters():
+                optimizer.state.pop(p, None)  # every optimizer makes it again, as at the start
+
+
+def rewarm_factor(step: int, config) -> float:
+    """One more factor of the learning rate: after each restart it rises from 0 anew, linear over `relora_warmup` steps.
+
+    With cosine as the schedule it is the jagged cosine of the paper (section 3).
+    """
+    if not config.relora_every or step < config.relora_every:
+        return 1.0
+    return min(1.0, (step % config.relora_every + 1) / max(1, config.relora_warmup))
+
+
+def fold(config, models) -> None:
+    """Make one adapter of the LoRA and of what was moved, as `relora_save` says: a full difference, or its SVD."""
+    if not config.relora_every:
+        return
+    state, report = lora_state(models, config.name), Report()
+    paths = {id(layer): path for path, layer in lora_layers(models).items()}
+    with exact():
+        for layer, adapter, merged in _pairs(config, models):
+            change, bias = _sum(layer, adapter, merged)
+            path, more = paths[id(layer)], {} if bias is None else {"diff_b": bias}
+            if config.relora_save == "full" or change.dim() < 2:
+                state[path] = AdapterWeights("full", {"diff": change, **more})
+            else:
+                rank = config.relora_rank or adapter.rank * (1 + (config.steps - 1) // config.relora_every)
+                state[path], report.modules[path] = _low_rank(change, rank, adapter.embedding, more)
+    remove_lora(models, merged_name(config.name))
+    attach_state(models, state, config.name)
+    for layer in lora_layers(models).values():
+        if config.name in layer.adapter_names:
+            layer.adapter(config.name).requires_grad_(True).from_file = False  # as after every training
+    if report.modules:
+        logging.getLogger("sd").info("ReLoRA as a LoRA: %s", report)
+
+
+def _low_rank(change: torch.Tensor, rank: int, embedding: bool, more: dict) -> tuple[AdapterWeights, Row]:
+    matrix = change.T if embedding else change  # an embedding's factors are those of the transposed weight
+    found = truncated_svd(matrix.flatten(1), RankRule(rank=rank))
+    weights = lora_weights(found.up, found.down, tuple(matrix.shape[1:]), **more)
+    return weights, Row(weights.rank, found.norm, found.error)
+
+
+def _pairs(config, models) -> Iterator[tuple[LoRALayer, Adapter, Full]]:
+    name = merged_name(config.name)
+    for layer in lora_layers(models).values():
+        if name in layer.adapter_names:
+            yield layer, layer.adapter(config.name), layer.adapter(name)
+
+
+def _sum(layer: LoRALayer, adapter: Adapter, merged: Full) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What both change of the weight and of the bias."""
+    W = layer.base_weight()
+    change, bias = adapter.add_to(merged.diff.to(W.dtype), W, 1.0), adapter.bias_delta(layer.base_bias())
+    return change, None if bias is None else bias + at_least_fp32(merged.diff_b)
+
+
+def relora_rules(config) -> Iterator[tuple[bool, str, str]]:
+    """(whether it is so, field, what is allowed) for the fields of a config that say how a LoRA restarts."""
+    yield config.relora_every >= 0, "relora_every", "0 (never) or more steps"
+    yield config.relora_save in KEPT, "relora_save", ", ".join(KEPT)
+    yield config.relora_rank is None or config.relora_rank >= 1, "relora_rank", "1 or more"
+    yield config.relora_warmup >= 0, "relora_warmup", "0 or more steps"
+    if config.relora_every:
+        yield config.relora_warmup <= config.relora_every, "relora_warmup", f"up to relora_every, {config.relora_every} steps"
+        yield config.train == "lora", "relora_every", "0 unless a LoRA is trained"
+        yield config.kind in KINDS_THAT_ADD, "kind", f"{', '.join(KINDS_THAT_ADD)} with relora_every"
+        yield not config.dora, "dora", "off with relora_every: the magnitude is that of one whole change"
+        yield config.init == "default", "init", "default with relora_every, which begins anew from a change of 0"
+        yield not config.ema, "ema", "0 with relora_every: no average goes across a restart"
+        yield not config.max_norm, "max_norm", "0 with relora_every, which adds changes up"
+        yield (config.optimizer in OPTIMIZERS_THAT_FORGET, "optimizer",
+               f"{', '.join(OPTIMIZERS_THAT_FORGET)} with relora_every, which makes it begin anew")

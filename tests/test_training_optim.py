@@ -32,7 +32,8 @@ from sd.training.run_state import Progress, load_state, save_state
 from tests.tiny_training import SMALL, copy_of
 
 CONFIG = SimpleNamespace(
-    train="lora", optimizer="adamw", learning_rate=1e-2, text_learning_rate=None, weight_decay=0.1, betas=(0.9, 0.99),
+    train="lora", optimizer="adamw", learning_rate=1e-2, text_learning_rate=None, word_learning_rate=None,
+    weight_decay=0.1, betas=(0.9, 0.99),
     schedule="constant", cycles=1, power=1.0, lora_plus=1.0, block_rates=(), max_norm=0.0, ema=0.0, precision="fp32",
     relora_every=0)
 

@@ -266,10 +266,12 @@ def compare(args: Compare) -> None:
 def train(args) -> None:
     from sd.training import TrainConfig
     from sd.training import train as run
+    from sd.training.dist import chief, processes
     from sd.training.result import result_files
-    run(TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)}))
-    for file in () if args.dry_run else result_files(args):
-        print(Path(args.out) / file)
+    with processes():
+        run(TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)}))
+        for file in () if args.dry_run or not chief() else result_files(args):
+            print(Path(args.out) / file)
 
 
 def _paths(out: str, count: int) -> list[Path]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sd.training.dist import shard_rules
 from sd.training.embedding import word_rules
 from sd.training.loss import objective_rules
 from sd.training.monitor import monitor_rules
@@ -117,7 +118,7 @@ class TrainConfig:
     batch_size: int = 4
     """Pictures in a micro-batch."""
     accumulate: int = 1
-    """Micro-batches in an optimizer step."""
+    """Micro-batches in an optimizer step, of all processes together."""
     size: int | None = None
     """Pictures are scaled and cut to size x size pixels; none: what the model is made for."""
     caption_dropout: float = 0.1
@@ -184,6 +185,8 @@ class TrainConfig:
     """Compile the UNet: minutes at the start, faster steps."""
     deterministic: bool = False
     """On a GPU use only kernels that give the same bits each time, so that a resumed run does; slower."""
+    shard: bool = False
+    """With several processes (torchrun), each holds a part of the trained networks, not all of them (FSDP2)."""
     seed: int = 0
     """Everything random follows from it."""
     save_every: int = 500
@@ -223,7 +226,7 @@ class TrainConfig:
         for field in ("warmup", "weight_decay", "clip_norm", "kl_weight", "seed"):
             require(0 <= getattr(self, field) < math.inf, field, "0 or more")
         for ok, field, allowed in (*objective_rules(self), *optimizer_rules(self), *word_rules(self), *monitor_rules(self),
-                                   *lora_rules(self), *relora_rules(self)):
+                                   *lora_rules(self), *relora_rules(self), *shard_rules(self)):
             require(ok, field, allowed)
         require(len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "betas", "two numbers of 0 <= beta < 1")
         require(self.train in ("lora", "full", "vae", "words"), "train", "lora, full, vae, words")

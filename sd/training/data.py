@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sd.tokenizer import tokenize
 from sd.training.captions import caption_options, fixed_captions, seen_caption
+from sd.training.dist import own_first
 from sd.training.pictures import PictureFolder, Pictures, open_data  # noqa: F401
 from sd.training.sources import DataError
 
@@ -200,7 +201,8 @@ class Contexts:
 
     def fill(self, captions: Iterable[str]) -> None:
         """Encode all that will be needed, so that the text encoder may leave the device. Nothing if it is trained."""
-        for caption in [] if self.trained else sorted(set(captions)):
+        captions = [] if self.trained else sorted(set(captions))
+        for caption in own_first(captions) if self.store else captions:
             self._frozen(caption)
 
     def _frozen(self, caption: str) -> Tensor:

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 from sd.lora import adapter_names, remove_lora
 from sd.training.config import TrainConfig
 from sd.training.data import Batches, describe_data
+from sd.training.dist import devices, world
 from sd.training.loss import diffusion_loss, vae_loss
 from sd.training.monitor import size_text
 from sd.training.optim import OPTIMIZERS, autocast
@@ -92,7 +93,7 @@ def estimate(config: TrainConfig, models, dataset, parameters: Mapping[str, nn.P
         activations=activations(config.checkpointing), checkpointing=config.checkpointing,
         other_activations=activations(not config.checkpointing) if compare and config.train != "vae" and config.unet else None,
         encoding=peak_bytes(models, _encode(models, largest, encoded)) if encoded else 0,
-        seconds=area * config.accumulate * _seconds(config, models, parameters, largest),
+        seconds=area * config.accumulate / world() * _seconds(config, models, parameters, largest),
         steps=steps)
 
 
@@ -262,7 +263,7 @@ def announce(config: TrainConfig, models, dataset, parameters: Mapping[str, nn.P
 def dry_run(config: TrainConfig, models, dataset, held_out=None) -> str:
     """What the training would do, as text; no file is written, and the models are as before (quantised, if that is asked)."""
     before = adapter_names(models)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices()):
         with training(config, models) as parameters:
             about = estimate(config, models, dataset, parameters, steps=config.steps)
             trained = describe_parameters(models, parameters)

@@ -7,10 +7,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from sd.training.dist import world
+
 
 @contextmanager
 def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C or SIGTERM only makes the yielded function true; the second ends the program at once.
+    """Inside, the first Ctrl-C or SIGTERM only makes the yielded function true; the second ends the program at once,
+    unless there are several processes: Slurm tells each of them, and then torchrun does.
 
     Outside of the main thread, where Python allows no handlers, it stays false.
     """
@@ -20,7 +23,7 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
         return
 
     def handler(number, frame):
-        if asked.is_set():
+        if asked.is_set() and world() == 1:
             raise KeyboardInterrupt
         asked.set()
 

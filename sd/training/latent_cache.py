@@ -21,6 +21,7 @@ from tqdm import tqdm
 from sd.checkpoint import CheckpointError, read_tensors, write_safetensors
 from sd.lora import lora_layers
 from sd.training.data import encode_pictures
+from sd.training.dist import own_first
 from sd.training.sources import DataError
 
 log = logging.getLogger("sd")
@@ -130,7 +131,8 @@ class Posteriors:
         self.about = {} if self.store is None else {
             "what": "latents", "vae": network_hash(encoder), "scale": models.config.vae.scale,
             "dtype": str(encoder.conv_in.weight.dtype)}
-        for i in tqdm(range(len(dataset)), desc="latents", unit="picture", disable=not progress, dynamic_ncols=True):
+        pictures = range(len(dataset)) if self.store is None else own_first(range(len(dataset)))
+        for i in tqdm(pictures, "latents", len(dataset), unit="picture", disable=not progress, dynamic_ncols=True):
             for variant in range(variants):
                 key = self._key(i, variant)
                 tensors = self.store.read(key) if self.store else None

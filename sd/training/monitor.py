@@ -29,6 +29,7 @@ except ImportError:  # Windows
 
 from sd.checkpoint import atomic_write
 from sd.image_io import line_plot, load_image, save_image
+from sd.training.dist import chief
 from sd.training.held_out import Validation
 from sd.training.loss import vae_loss
 from sd.training.optim import final_weights
@@ -50,7 +51,7 @@ class Monitor:
     def __init__(self, config, models, folder: Path, step: int, held_out=None, autoencoder_loss=vae_loss):
         self.config, self.folder, self.device = config, folder, models.device
         self.metrics = Metrics(folder, step)
-        self.logs = [LOGS[name](config, folder, step) for name in config.log_to]
+        self.logs = [LOGS[name](config, folder, step) for name in config.log_to if chief()]
         self.validation = None if held_out is None else Validation(config, models, held_out, autoencoder_loss)
         self.samples = Samples(config, models, folder, step) if config.sample_prompts else None
         self.start, self.first = time.perf_counter(), step
@@ -93,6 +94,8 @@ class Monitor:
 
     def save(self, step: int) -> None:
         """Before a state is saved: metrics to the disk, the plot anew, and what the clock says."""
+        if not chief():
+            return
         self.metrics.sync()
         for log in self.logs:
             log.flush()
@@ -156,13 +159,15 @@ class Metrics:
             pass  # a line that was cut short by a kill lies behind the last save, or else is missed now
         if [row["step"] for row in self.rows if "loss" in row] != list(range(step)):
             raise TrainError(f"{self.path}: its lines are not the steps 0 to {step - 1}; it was changed after the run")
-        with atomic_write(self.path) as file:
-            file.write("".join(json.dumps(row) + "\n" for row in self.rows).encode())
+        if chief():
+            with atomic_write(self.path) as file:
+                file.write("".join(json.dumps(row) + "\n" for row in self.rows).encode())
 
     def add(self, **row: float | int | None) -> None:
         self.rows.append(row)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        if chief():
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
 
     def recent_loss(self, n: int = 50) -> float:
         """Mean over the last n lines that have one."""

@@ -21,6 +21,7 @@ except ImportError:  # Windows has no such locks
 
 from sd.checkpoint import CheckpointError, atomic_write, read_tensors, write_safetensors
 from sd.model_loader import Models
+from sd.training.dist import chief, own_part, wait, whole
 
 STATE = "state.safetensors"
 
@@ -45,9 +46,10 @@ def open_folder(path: str | os.PathLike) -> Path:
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(folder / ".writable"):
-            pass
-        (folder / ".writable").unlink()
+        if chief():
+            with atomic_write(folder / ".writable"):
+                pass
+            (folder / ".writable").unlink()
     except OSError as error:
         raise TrainError(f"{folder}: cannot write there ({error.strerror})") from None
     return folder
@@ -56,7 +58,7 @@ def open_folder(path: str | os.PathLike) -> Path:
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Hold the run's folder: a second training in it is refused. The lock goes with the process, however it ends."""
-    if fcntl is None:
+    if fcntl is None or not chief():
         yield
         return
     lock = os.open(folder, os.O_RDONLY)
@@ -75,15 +77,17 @@ def alone_in(folder: Path) -> Iterator[None]:
 def save_state(folder: Path, progress: Progress, parameters: Mapping[str, nn.Parameter],
                optimizer: torch.optim.Optimizer, ema: Mapping[str, Tensor], facts: Mapping[str, object]) -> None:
     """Replace the run's state at once: trained weights, optimizer, moving average, progress, facts of the run."""
-    tensors = {f"weights/{name}": p.detach() for name, p in parameters.items()}
-    tensors |= {f"ema/{name}": value for name, value in ema.items()}
+    tensors = {f"weights/{name}": whole(p, p.detach()) for name, p in parameters.items()}
+    tensors |= {f"ema/{name}": whole(parameters[name], value) for name, value in ema.items()}
     for name, p in parameters.items():
-        tensors |= {f"optimizer/{name}/{key}": v for key, v in optimizer.state[p].items() if isinstance(v, Tensor)}
+        tensors |= {f"optimizer/{name}/{key}": whole(p, v) for key, v in optimizer.state[p].items() if isinstance(v, Tensor)}
     # What an optimizer counts or estimates for a parameter or for a group (Prodigy's d) is no tensor.
     numbers = {"groups": [_numbers(group) for group in optimizer.param_groups],
                "states": {name: _numbers(optimizer.state[p]) for name, p in parameters.items()}}
-    write_safetensors(folder / STATE, tensors, {"progress": json.dumps(asdict(progress)), "facts": json.dumps(facts),
-                                                "optimizer": json.dumps(numbers, sort_keys=True)})
+    if chief():
+        write_safetensors(folder / STATE, tensors, {"progress": json.dumps(asdict(progress)), "facts": json.dumps(facts),
+                                                    "optimizer": json.dumps(numbers, sort_keys=True)})
+    wait()
 
 
 def _numbers(values: Mapping[str, object]) -> dict[str, float]:
@@ -116,13 +120,13 @@ def load_state(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: 
     if {key.split("/")[1] for key in tensors} != set(parameters):
         raise TrainError(f"{path}: holds other weights than those that are trained now; choose another out folder")
     for name, p in parameters.items():
-        p.copy_(tensors[f"weights/{name}"])
+        p.copy_(own_part(p, tensors[f"weights/{name}"]))
         state = {key.rsplit("/", 1)[1]: value for key, value in tensors.items() if key.startswith(f"optimizer/{name}/")}
         # A copy: what is read is a view of the mapped file.
-        optimizer.state[p] = {key: value.to(p.device, copy=True) for key, value in state.items()}
+        optimizer.state[p] = {key: own_part(p, value) for key, value in state.items()}
         optimizer.state[p] |= numbers["states"].get(name, {})
         if name in ema:
-            ema[name].copy_(tensors[f"ema/{name}"])
+            ema[name].copy_(own_part(p, tensors[f"ema/{name}"]))
     for group, values in zip(optimizer.param_groups, numbers["groups"]):
         group.update(values)
     return progress

@@ -16,6 +16,7 @@ from PIL import Image
 
 from sd.image_io import contact_sheet, load_image, save_image
 from sd.pipeline import NotFiniteError, generate
+from sd.training.dist import chief, of_chief
 from sd.training.optim import autocast
 from sd.training.relora import adapters_in_training
 
@@ -25,11 +26,16 @@ SAMPLER, LARGEST, MOST_ROWS = "dpmpp_2m", 256, 40  # the sheet's pictures are sc
 
 
 class Samples:
-    """The samples of a run that goes on at `step`: those of later steps, of a run that was killed, are removed."""
+    """The samples of a run that goes on at `step`: those of later steps, of a run that was killed, are removed.
+
+    All processes draw them, since a sharded network needs all, and the chief writes.
+    """
 
     def __init__(self, config, models, folder: Path, step: int):
         self.config, self.models, self.folder, self.sheet = config, models, folder / "samples", folder / "samples.png"
         self.size = config.size or models.config.image_size
+        if not chief():
+            return
         self.folder.mkdir(exist_ok=True)
         for file in self.folder.glob("*.png"):
             of = _step_of(file)
@@ -44,11 +50,12 @@ class Samples:
         lora = self.config.train == "lora"
         trained = {"lora": dict.fromkeys(adapters_in_training(self.config), 1.0)} if lora else {}
         for column in range(len(self.config.sample_prompts)):
-            if not self._file("base", column).exists() and (lora or step == 0):
+            if (lora or step == 0) and not of_chief(self._file("base", column).exists()):
                 self._make("base", column, {"use_lora": False}, 0)
             if step > 0:
                 self._make(f"{step:08d}", column, trained, step)
-        self._draw_sheet()
+        if chief():
+            self._draw_sheet()
         return self.sheet
 
     def _make(self, row: str, column: int, which: dict, step: int) -> None:
@@ -62,7 +69,8 @@ class Samples:
         except NotFiniteError as error:
             log.warning("step %d: no sample of %r: %s", step, about["prompt"], error)
             return
-        save_image(picture, self._file(row, column), about | {"training_step": step})
+        if chief():
+            save_image(picture, self._file(row, column), about | {"training_step": step})
 
     def _about(self, column: int) -> dict:
         return {"prompt": self.config.sample_prompts[column], "seed": self.config.sample_seed + column,

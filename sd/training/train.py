@@ -7,11 +7,10 @@ N steps are the same bits as k steps, a kill at any instant and N - k steps (wit
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sd.checkpoint import atomic_write
 from sd.lora import lora_layers, modules_of
@@ -20,6 +19,18 @@ from sd.quant import quantize_base, quantized_kinds
 from sd.training.batches import diffusion_batches, vae_batches
 from sd.training.config import TrainConfig
 from sd.training.data import seed_of
+from sd.training.dist import (
+    add_up,
+    check_accumulate,
+    check_same,
+    chief,
+    clip_gradients,
+    devices,
+    own_numbers,
+    processes,
+    shard,
+    unshard,
+)
 from sd.training.estimate import announce, dry_run
 from sd.training.held_out import open_pictures
 from sd.training.interrupt import asked_to_stop
@@ -57,6 +68,7 @@ MAX_SKIPPED = 20  # bad steps in a row, then the training stops
 READ_EVERY = 10  # steps between two readings of losses: a reading waits for the device
 
 
+@processes()
 def train(config: TrainConfig, models: Models | None = None, dataset=None, *, held_out=None,
           autoencoder_loss=vae_loss) -> Models:
     """Train `models` (none: `config.model`) on `dataset` (none: `config.data`); returns the models.
@@ -64,9 +76,11 @@ def train(config: TrainConfig, models: Models | None = None, dataset=None, *, he
     They are trained in place; a LoRA is left attached and active, and with `quantize` the base stays quantised. The result
     goes into `config.out`, as `<name>.safetensors` or model.safetensors. `held_out` is a data set whose loss alone is measured
     (none: what `config.validation` chooses, or `config.validation_data`). `autoencoder_loss` has the arguments of `vae_loss`
-    and may replace it. Ctrl-C saves after the present step, then raises KeyboardInterrupt. Raises TrainError or DataError,
-    before the first step wherever that can be known.
+    and may replace it. Ctrl-C saves after the present step, then raises KeyboardInterrupt. Raises TrainError, DataError
+    or ProcessError, before the first step wherever that can be known.
     """
+    check_accumulate(config.accumulate)
+    config = replace(config, progress=config.progress and chief())
     folder = None if config.dry_run else open_folder(config.out)
     if models is None:
         models = preload_models_from_standard_weights(config.model, dtype=torch.float32)
@@ -74,20 +88,26 @@ def train(config: TrainConfig, models: Models | None = None, dataset=None, *, he
     if config.quantize != "none" and quantized_kinds(models) != [config.quantize]:
         quantize_base(models, config.quantize)
     if config.dry_run:
-        print(dry_run(config, models, dataset, held_out))
+        text = dry_run(config, models, dataset, held_out)
+        if chief():
+            print(text)
         return models
-    with alone_in(folder), torch.random.fork_rng(), asked_to_stop() as stop, \
+    with alone_in(folder), torch.random.fork_rng(devices()), asked_to_stop() as stop, \
             training(config, models) as parameters, run_as(config, models):
+        facts = run_facts(config, FREE, dataset=dataset.fingerprint(), base=fingerprint(models, parameters),
+                          held_out=held_out and held_out.fingerprint(), from_lora=start_hash(config, models))
+        if config.shard:
+            parameters = shard(models, parameters)
         optimizer = make_optimizer(parameters, config, modules_of(models))
         layers = lora_layers(models) if config.max_norm else {}
         ema = {name: p.detach().clone() for name, p in parameters.items()} if config.ema else {}
-        facts = run_facts(config, FREE, dataset=dataset.fingerprint(), base=fingerprint(models, parameters),
-                          held_out=held_out and held_out.fingerprint(), from_lora=start_hash(config, models))
         weights = parameters | frozen_parts(config, models)
         done = load_state(folder, weights, optimizer, ema, facts)
-        with atomic_write(folder / "config.json") as file:
-            file.write((json.dumps(asdict(config), indent=2) + "\n").encode())
-        if config.progress and done.step < config.steps:
+        check_same(weights, **facts, step=done.step)
+        if chief():
+            with atomic_write(folder / "config.json") as file:
+                file.write((json.dumps(asdict(config), indent=2) + "\n").encode())
+        if config.progress and not config.shard and done.step < config.steps:
             announce(config, models, dataset, parameters, steps=config.steps - done.step)
         device = next(iter(parameters.values())).device
         scale = torch.tensor([done.loss_scale if config.precision == "fp16" else 1.0, done.good_steps], device=device)
@@ -96,8 +116,9 @@ def train(config: TrainConfig, models: Models | None = None, dataset=None, *, he
         watch = Monitor(config, models, folder, done.step, held_out, autoencoder_loss)
         unread: list[Tensor] = []  # (loss, norm of the gradient, whether they were bad) of steps, on the device
 
+        stopping = False
         for step in range(done.step, config.steps + 1):
-            stopping, last = stop(), step == config.steps
+            last = step == config.steps
             save = stopping or last or (step % config.save_every == 0 and step > done.step)
             look = watch.due(step) and not stopping
             if save or look or len(unread) == READ_EVERY:
@@ -106,6 +127,7 @@ def train(config: TrainConfig, models: Models | None = None, dataset=None, *, he
                 with as_result(models, parameters, optimizer, ema):
                     watch.look(step)
             if save:
+                check_same(weights, step=step)
                 watch.save(step)
                 done.step, done.loss_scale, done.good_steps = step, *scale.tolist()
                 save_state(folder, done, weights, optimizer, ema, facts)
@@ -117,14 +139,15 @@ def train(config: TrainConfig, models: Models | None = None, dataset=None, *, he
             restart(step, config, models, optimizer)
             set_learning_rate(optimizer, lr_factor(step, config))
             loss = torch.zeros((), device=device)
-            for number in range(step * config.accumulate, (step + 1) * config.accumulate):
+            for number in own_numbers(step, config.accumulate):
                 torch.manual_seed(seed_of(config.seed, "layers", number))  # dropout inside the layers
                 with autocast(config.precision, device):
                     micro = micro_loss(number) / config.accumulate
                 (micro * scale[0]).backward()
                 loss += micro.detach()
+            loss, stopping = add_up(parameters.values(), loss, stop())
             unscale(parameters.values(), scale[0])
-            norm = nn.utils.clip_grad_norm_(parameters.values(), config.clip_norm or math.inf)
+            norm = clip_gradients(parameters.values(), config.clip_norm)
             bad = ~(norm.isfinite() & (loss < MAX_LOSS))
             step_unless(bad, optimizer)
             limit_norms(layers, config.name, config.max_norm)
@@ -141,12 +164,15 @@ def train(config: TrainConfig, models: Models | None = None, dataset=None, *, he
             for name, value in ema.items():
                 parameters[name].copy_(value)
         fold(config, models)
-        save_result(config, models, folder, facts, len(dataset))
+        unshard(models)
+        if chief():
+            save_result(config, models, folder, facts, len(dataset))
     return models
 
 
 # What may be another when a run is resumed: where things lie, and what changes no bit of the result.
-FREE = ("data", "reg_data", "cache", "out", "model", "save_every", "progress", "checkpointing", *MONITOR_FIELDS)
+FREE = ("data", "reg_data", "cache", "out", "model", "save_every", "progress", "checkpointing", "shard",
+        *MONITOR_FIELDS)
 
 
 def _read(unread: list[Tensor], step: int, done: Progress, watch: Monitor, config: TrainConfig) -> None:

@@ -1,0 +1,249 @@
+"""Open-licensed emoji as captioned pictures: seven styles of 1,634 concepts, drawn from pinned npm packages.
+
+    python -m recipes.emoji.data [--size 64]      # about 5 minutes on one core; needs npm and `pip install resvg-py`
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sd.checkpoint import read_tensors, write_safetensors
+
+OUT = Path("out/emoji")
+NPM = OUT / "npm"
+PACKAGES = ("@iconify-json/noto@1.2.9", "@iconify-json/noto-v1@1.2.5", "@iconify-json/twemoji@1.2.5",
+            "@iconify-json/fluent-emoji@1.2.7", "@iconify-json/fluent-emoji-flat@1.2.6", "@iconify-json/emojione@1.2.3",
+            "@iconify-json/fluent-emoji-high-contrast@1.2.6", "emojibase-data@17.0.0")
+BASE = {"noto": "noto", "noto-v1": "blob", "twemoji": "twemoji", "fluent-emoji": "fluent 3d",
+        "fluent-emoji-flat": "fluent flat", "emojione": "emojione"}  # icon set: its word in a caption
+HIGH_CONTRAST = "fluent-emoji-high-contrast"
+STYLES = BASE | {HIGH_CONTRAST: "high contrast"}
+COLOURS = ("red", "orange", "yellow", "green", "blue", "light blue", "purple", "brown", "black", "white", "pink", "grey")
+POOL = 20  # captions of a picture, of which one is drawn each time
+HELD_OUT = json.loads(Path(__file__).with_name("heldout.json").read_text(encoding="utf-8"))
+
+
+# ---- the packages ----------------------------------------------------------------------------------------------------
+
+def install() -> None:
+    """The pinned packages into out/emoji/npm, once."""
+    if not (NPM / "node_modules/emojibase-data").exists():
+        subprocess.run(["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(NPM), *PACKAGES],
+                       check=True)
+
+
+def package(name: str, file: str) -> dict:
+    """A JSON file of an installed package; an empty dict if the package has none of that name."""
+    path = NPM / "node_modules" / name / file
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+@dataclass(frozen=True)
+class Concept:
+    """What an emoji shows: its code points without the variation selector, its name and the tags of Unicode CLDR."""
+
+    code: str
+    label: str
+    tags: tuple[str, ...]
+
+
+def concepts() -> list[Concept]:
+    """All but country flags, regional letters, skin and hair components, and twins that only face the other way."""
+    rows = package("emojibase-data", "en/data.json")
+    return [Concept(plain(row["hexcode"]), row["label"], tuple(row.get("tags", ())))
+            for row in rows if row.get("group") not in (None, 2)
+            and "facing right" not in row["label"] and not row["label"].startswith("flag: ")]
+
+
+def slug(label: str) -> str:
+    """As the icon sets name their drawings."""
+    return re.sub(r"-+", "-", re.sub(r"[^a-z0-9]+", "-", re.sub(r"[’'“”.:]", "", label.lower()))).strip("-")
+
+
+def aliases_of(data: dict) -> dict[str, list[str]]:
+    """An icon set's drawings with all names of each, its own first."""
+    names = {name: [name] for name in data["icons"]}
+    for alias, value in data.get("aliases", {}).items():
+        names[value["parent"]].append(alias)
+    return names
+
+
+def names_of() -> dict[str, list[str]]:
+    """Code points to every name that the sets with code points have for them: older sets keep a concept's older name."""
+    names: dict[str, list[str]] = {}
+    for name in ("noto", "twemoji", "fluent-emoji-flat"):
+        data = package(f"@iconify-json/{name}", "icons.json")
+        aliases = aliases_of(data)
+        for code, icon in package(f"@iconify-json/{name}", "chars.json").items():
+            parent = data.get("aliases", {}).get(icon, {}).get("parent", icon)
+            names.setdefault(plain(code), []).extend([icon, *aliases[parent]])
+    return names
+
+
+def plain(code: str) -> str:
+    """Code points without leading zeros and without the selector that asks for the coloured form."""
+    return "-".join(part.lstrip("0") for part in code.upper().split("-") if part != "FE0F")
+
+
+class IconSet:
+    """The drawings of one package, as SVG."""
+
+    def __init__(self, name: str):
+        self.data = package(f"@iconify-json/{name}", "icons.json")
+        named_as = "fluent-emoji-flat" if name == "fluent-emoji" else name
+        self.by_code = {plain(code): icon for code, icon in package(f"@iconify-json/{named_as}", "chars.json").items()}
+
+    def has(self, name: str) -> bool:
+        icon = self.data["icons"].get(name) or self.data.get("aliases", {}).get(name)
+        return icon is not None and not icon.get("hidden")
+
+    def match(self, concepts: list[Concept], names: dict[str, list[str]]) -> dict[Concept, str]:
+        """Each concept's drawing: by code points, else by the slug of the label, else by a name that no other concept has."""
+        found: dict[Concept, str] = {}
+        for concept in concepts:
+            name = self.by_code.get(concept.code, slug(concept.label))
+            if self.has(name):
+                found[concept] = name
+        for concept in concepts:
+            taken = set(found.values())
+            for name in names.get(concept.code, ()) if concept not in found else ():
+                if self.has(name) and name not in taken:
+                    found[concept] = name
+                    break
+        return found
+
+    def svg(self, name: str, size: int) -> str:
+        """The drawing in the middle of a white square of size x size pixels."""
+        alias = self.data.get("aliases", {}).get(name, {})
+        icon = self.data["icons"][alias.get("parent", name)]
+        left, top = icon.get("left", 0), icon.get("top", 0)
+        width, height = icon.get("width", self.data.get("width", 16)), icon.get("height", self.data.get("height", 16))
+        side = max(width, height)
+        box = f"{left - (side - width) / 2} {top - (side - height) / 2} {side} {side}"
+        flip = f'transform="translate({2 * left + width} 0) scale(-1 1)"' if alias.get("hFlip") else ""
+        return (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="{size}" '
+                f'height="{size}" viewBox="{box}"><g {flip}>{icon["body"]}</g></svg>')
+
+
+def draw(svg: str, size: int, finer: int) -> np.ndarray:
+    """uint8 [3, size, size] of an SVG that is `finer` times as large, averaged over squares of finer x finer pixels."""
+    try:
+        import resvg_py
+    except ImportError:
+        raise SystemExit("drawing the emoji needs resvg-py: pip install resvg-py") from None
+    from io import BytesIO
+
+    from PIL import Image
+    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, background="white", skip_system_fonts=True))
+    pixels = np.asarray(Image.open(BytesIO(png)).convert("RGB"), dtype=np.float32)  # [H, W, 3]
+    blocks = pixels.reshape(size, finer, size, finer, 3).mean(axis=(1, 3))
+    return blocks.round().astype(np.uint8).transpose(2, 0, 1)
+
+
+# ---- the data set ----------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Row:
+    """One picture: its place among the pictures, what it shows, and the icon set it is from."""
+
+    index: int
+    code: str
+    label: str
+    tags: tuple[str, ...]
+    style: str
+
+    @property
+    def split(self) -> str:
+        """"concept" or "pair" where it is held out, else "train". The split is fixed, in heldout.json."""
+        if self.code in HELD_OUT["concepts"]:
+            return "concept"
+        return "pair" if [self.code, self.style] in HELD_OUT["pairs"] else "train"
+
+
+def build(size: int = 64) -> tuple[Tensor, list[Row]]:
+    """All pictures, uint8 [N, 3, size, size] on white, and what they show; drawn once, then read from out/emoji."""
+    path = OUT / f"pictures-{size}.safetensors"
+    if not path.exists():
+        install()
+        pictures, rows = [], []
+        known, names = concepts(), names_of()
+        for style in STYLES:
+            icons = IconSet(style)
+            finer = 4 if style == "fluent-emoji" and size < 128 else 2  # its filters come out jagged otherwise
+            for concept, name in sorted(icons.match(known, names).items(), key=lambda pair: known.index(pair[0])):
+                pictures.append(draw(icons.svg(name, size * finer), size, finer))
+                rows.append(asdict(Row(len(rows), concept.code, concept.label, concept.tags, style)))
+            print(f"{style}: {sum(row['style'] == style for row in rows)} pictures", flush=True)
+        write_safetensors(path, {"pictures": torch.from_numpy(np.stack(pictures))}, {"rows": json.dumps(rows)})
+    tensors = read_tensors(path)
+    rows = [Row(**(row | {"tags": tuple(row["tags"])})) for row in json.loads(tensors.metadata["rows"])]
+    return tensors["pictures"].clone(), rows
+
+
+def caption(row: Row, tags: tuple[str, ...] = (), style: bool = True) -> str:
+    """"{label}, {tags}, {style} style"; the black and white set is not told colours that it cannot draw."""
+    words = [row.label, *tags]
+    if row.style == HIGH_CONTRAST:
+        words = [re.sub(rf"\b({'|'.join(COLOURS)}) ", "", word) for word in words]
+    return ", ".join([*words, f"{STYLES[row.style]} style"] if style else words)
+
+
+def captions(row: Row) -> tuple[str, ...]:
+    """POOL captions: half of them with up to four tags in any order, one tenth without the style; always the same."""
+    seed = hashlib.sha256(f"{row.code} {row.style}".encode()).digest()
+    rng = np.random.default_rng(int.from_bytes(seed[:8], "little"))
+    pool = []
+    for k in range(POOL):
+        chosen = rng.permutation(len(row.tags))[:rng.integers(1, 5)] if k % 2 else ()
+        pool.append(caption(row, tuple(row.tags[i] for i in chosen), style=k >= POOL // 10))
+    return tuple(pool)
+
+
+class EmojiSet:
+    """A data set for `sd.training.train` whose pictures stay uint8 in memory: [N, 3, H, W], with their captions."""
+
+    def __init__(self, pictures: Tensor, captions: list[tuple[str, ...]]):
+        self.pictures, self.captions = pictures, captions
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def picture(self, i: int, variant: int = 0) -> Tensor:
+        """[3, H, W] in [-1, 1]."""
+        return to_float(self.pictures[i])
+
+    def fingerprint(self) -> str:
+        """Differs when a picture or a caption does."""
+        digest = hashlib.sha256(json.dumps(self.captions).encode())
+        digest.update(self.pictures.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def to_float(pictures: Tensor) -> Tensor:
+    """uint8 to fp32 in [-1, 1]."""
+    return pictures.float() / 127.5 - 1
+
+
+def choose(pictures: Tensor, rows: list[Row]) -> EmojiSet:
+    """The data set of some rows."""
+    return EmojiSet(pictures[[row.index for row in rows]], [captions(row) for row in rows])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", type=int, default=64, help="pixels on a side (default 64)")
+    made, described = build(parser.parse_args().size)
+    for split in ("train", "pair", "concept"):
+        inside = [row for row in described if row.split == split]
+        print(f"{split}: {sum(row.style in BASE for row in inside)} of the base, "
+              f"{sum(row.style == HIGH_CONTRAST for row in inside)} of high contrast")

@@ -1,0 +1,243 @@
+"""Train the emoji model and its LoRAs: data/emoji.safetensors and data/loras/emoji-*.safetensors.
+
+    python -m recipes.emoji.train vae         # the autoencoder
+    python -m recipes.emoji.train unet        # text encoder and UNet: has no end, stop it when the pictures are good
+    python -m recipes.emoji.train export      # what `unet` has learned so far, as data/emoji.safetensors
+    python -m recipes.emoji.train style       # the LoRA "high contrast", for the exported model
+    python -m recipes.emoji.train concept     # the LoRA of one emoji that the model has never seen
+
+A stage that was stopped goes on when it is run again. `--run NAME --start FILE` trains a checkpoint further.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recipes.digits.train import fill_untrained_tokens
+from recipes.emoji.data import BASE, HIGH_CONTRAST, OUT, PACKAGES, EmojiSet, Row, build, caption, captions, choose
+from sd.checkpoint import read_tensors
+from sd.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
+from sd.model_loader import (
+    Models,
+    new_models,
+    preload_models_from_standard_weights,
+    save_checkpoint,
+    save_models_lora,
+)
+from sd.training import TrainConfig, train
+from sd.training.data import encode_pictures
+from sd.vae import sample_posterior
+
+MODEL = Path("data/emoji.safetensors")
+LORAS = Path("data/loras")
+START = OUT / "start.safetensors"  # the trained autoencoder beside an untrained UNet and text encoder
+
+# 64 x 64 pixels, latents 16 x 16 x 4. The top level of the UNet is thin and has no attention: its capacity is where it is
+# cheap, at 8 x 8 and 4 x 4. Captions have at most 27 tokens, so the context has 32, not 77.
+EMOJI = ModelConfig(
+    name="emoji",
+    clip=CLIPConfig(max_tokens=32, width=96, layers=3, heads=4, mlp_width=384),
+    vae=VAEConfig(widths=(16, 32, 96), layers_per_block=1, norm_groups=8),
+    unet=UNetConfig(widths=(48, 128, 192), attention=(False, True, True), layers_per_block=1, heads=4, context_width=96,
+                    norm_groups=16),
+    prediction="v",  # weighs noisy timesteps, where the prompt decides, more than eps does
+    image_size=64,
+)
+
+VAE = TrainConfig(train="vae", out=str(OUT / "vae"), steps=1500, batch_size=8, learning_rate=1e-3, schedule="cosine",
+                  warmup=100, ema=0.998, kl_weight=2e-4, weight_decay=0.0, precision="bf16", save_every=400,
+                  progress=False)
+UNET = TrainConfig(train="full", text_encoder=True, out=str(OUT / "unet"), steps=1_000_000, batch_size=32,
+                   learning_rate=8e-4, warmup=200, ema=0.999, caption_dropout=0.1, precision="bf16", save_every=250,
+                   progress=False)
+STYLE = TrainConfig(name="emoji-high-contrast", out=str(OUT / "style"), steps=1500, batch_size=16, rank=8, alpha=8.0,
+                    targets=("full",), learning_rate=2e-3, schedule="cosine", warmup=50, precision="bf16",
+                    progress=False)
+CONCEPT = replace(STYLE, name="emoji-cat-face", out=str(OUT / "concept"), steps=400, rank=4, alpha=4.0,
+                  targets=("kohya",), learning_rate=1e-3)
+CONCEPT_CODE, CONCEPT_STYLES = "1F431", ("noto", "twemoji", "fluent-emoji-flat", "emojione")
+SHIFTS = (-2, 0, 2)  # pixels to the right: four drawings become twelve pictures
+MOST = 200  # pictures of the style LoRA
+
+
+# ---- the autoencoder -------------------------------------------------------------------------------------------------
+
+def train_vae(run: str, start: Path | None) -> None:
+    """The autoencoder on all styles, from scratch or from a checkpoint, and START beside it."""
+    pictures, rows = build(EMOJI.image_size)
+    chosen = choose(pictures, [row for row in rows if row.split == "train"])
+    models = fresh_models(EMOJI)
+    if start is not None:
+        trained = preload_models_from_standard_weights(start, "cpu", dtype=torch.float32)
+        models.update({part: trained[part] for part in ("encoder", "decoder")})
+    train(replace(VAE, out=str(OUT / run)), models, chosen, autoencoder_loss=sharp_loss)
+    fold_statistics(models, EmojiSet(chosen.pictures[::8], chosen.captions[::8]))
+    save_checkpoint(models, START)
+
+
+def fresh_models(config: ModelConfig) -> Models:
+    """Untrained networks that start well: small embeddings, and residual branches of the UNet that start at 0."""
+    models = new_models(config, seed=0)
+    for embedding in (models["clip"].token_embedding, models["clip"].position_embedding):
+        embedding.weight.data.mul_(0.02)  # as CLIP starts them; torch's N(0, 1) drowns what the layers add
+    for path, layer in models["diffusion"].named_modules():
+        if path.endswith(("conv2", "proj_out", "conv_out")):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    return models
+
+
+def sharp_loss(models: Models, pictures: Tensor, noise: Tensor, kl_weight: float) -> Tensor:
+    """As `vae_loss`, with two terms more; pictures: [B, C, H, W].
+
+    A quarter of the absolute error keeps edges sharp. The squared error of the means of 8 x 8 pixels gets the colours of areas
+    right, where those that few emoji have (green, purple) come last.
+    """
+    mean, logvar = models["encoder"](pictures)
+    rebuilt = models["decoder"](sample_posterior(mean, logvar, noise)).float()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).float().mean()
+    areas = F.mse_loss(F.avg_pool2d(rebuilt, 8), F.avg_pool2d(pictures, 8))
+    return F.mse_loss(rebuilt, pictures) + 0.25 * F.l1_loss(rebuilt, pictures) + areas + kl_weight * kl
+
+
+@torch.no_grad()
+def fold_statistics(models: Models, dataset) -> None:
+    """Fold into the VAE's 1x1 convolutions what gives each latent channel mean 0 and, times `config.vae.scale`, variance 1."""
+    scale, z = models.config.vae.scale, models.config.vae.latent_channels
+    mean, std = (latents / scale for latents in encode_pictures(models, dataset))
+    middle = mean.mean(dim=(0, 2, 3))
+    factor = 1 / (scale * (mean.var(dim=(0, 2, 3)) + std.square().mean(dim=(0, 2, 3))).sqrt())
+    quant, post = models["encoder"].quant_conv, models["decoder"].post_quant_conv
+    post.bias += post.weight[:, :, 0, 0] @ middle
+    post.weight /= factor[None, :, None, None]
+    quant.weight[:z] *= factor[:, None, None, None]
+    quant.bias[:z] = (quant.bias[:z] - middle) * factor
+    quant.bias[z:] += 2 * factor.log()  # logvar
+
+
+# ---- text encoder and UNet -------------------------------------------------------------------------------------------
+
+def base_rows(rows: list[Row]) -> list[Row]:
+    """What the base is trained on."""
+    return [row for row in rows if row.split == "train" and row.style in BASE]
+
+
+def train_unet(run: str, start: Path | None) -> None:
+    """Text encoder and UNet from scratch, or from an exported model; the state in out/emoji/`run` goes on where it was."""
+    pictures, rows = build(EMOJI.image_size)
+    models = preload_models_from_standard_weights(start or START, "cpu", dtype=torch.float32)
+    train(replace(UNET, out=str(OUT / run)), models, choose(pictures, base_rows(rows)))
+
+
+def export(run: str, to: Path) -> None:
+    """Write the moving average of the weights in out/emoji/`run` as a checkpoint in fp16."""
+    models, made = latest(run)
+    _, rows = build(models.config.image_size)
+    fill_untrained_tokens(models, sorted({text for row in base_rows(rows) for text in captions(row)} | {""}))
+    to.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(models, to, dtype=torch.float16, metadata=made | LICENCE)
+    print(f"{to}: {to.stat().st_size:,} bytes, {made['sdlora.pictures_seen']} pictures seen")
+
+
+@torch.no_grad()
+def latest(run: str) -> tuple[Models, dict[str, str]]:
+    """The models as `unet` would leave them if it ended at its last save, and how they were made."""
+    models = preload_models_from_standard_weights(START, "cpu", dtype=torch.float32)
+    state = read_tensors(OUT / run / "state.safetensors")
+    for name, value in state.items():
+        if name.startswith("ema/"):
+            component, parameter = name.removeprefix("ema/").split(".", 1)
+            models[component].get_parameter(parameter).copy_(value)
+    steps = json.loads(state.metadata["progress"])["step"]
+    models.source = None  # they are no longer what that file holds
+    return models, {"sdlora.training": state.metadata["facts"], "sdlora.steps": str(steps),
+                    "sdlora.pictures_seen": str(steps * UNET.batch_size)}
+
+
+LICENCE = {
+    "license": "MIT; trained on emoji under Apache-2.0, MIT and CC BY 4.0, see data/NOTICE",
+    "sdlora.provenance": f"recipes/emoji, from {', '.join(PACKAGES)}",
+}
+
+
+# ---- LoRAs -----------------------------------------------------------------------------------------------------------
+
+def style_rows(rows: list[Row]) -> list[Row]:
+    """MOST pictures of the high-contrast set outside the held-out concepts, always the same."""
+    rows = [row for row in rows if row.style == HIGH_CONTRAST and row.split == "train"]
+    chosen = np.random.default_rng(0).permutation(len(rows))[:MOST]
+    return [rows[i] for i in sorted(chosen)]
+
+
+def concept_rows(rows: list[Row]) -> list[Row]:
+    """Drawings of the concept that the base never saw; the other styles are left for the LoRA to find."""
+    return [row for row in rows if row.code == CONCEPT_CODE and row.style in CONCEPT_STYLES]
+
+
+def shifted(pictures: Tensor, pixels: int) -> Tensor:
+    """uint8 [N, 3, H, W] moved to the right, on white."""
+    width = pictures.shape[-1]
+    return F.pad(pictures, (max(pixels, 0), max(-pixels, 0)), value=255)[..., max(-pixels, 0):][..., :width]
+
+
+def train_lora(config: TrainConfig, dataset: EmojiSet, model: Path, to: Path) -> None:
+    """A LoRA on the exported model as it ships, rounded to fp16."""
+    models = preload_models_from_standard_weights(model, "cpu", dtype=torch.float32)
+    models = train(config, models, dataset)
+    made = read_tensors(Path(config.out, f"{config.name}.safetensors")).metadata
+    notes = {key: value for key, value in made.items() if key == "sdlora.training" or key.startswith("ss_")} | LICENCE
+    to.mkdir(parents=True, exist_ok=True)
+    path = to / f"{config.name}.safetensors"
+    save_models_lora(models, path, config.name, dtype=torch.float16, metadata=notes)
+    print(f"{path}: {path.stat().st_size:,} bytes, {len(dataset)} pictures")
+
+
+def train_style(model: Path, to: Path) -> None:
+    """Black and white with hatching; half of the captions name the style, so that the LoRA acts with and without."""
+    pictures, rows = build(EMOJI.image_size)
+    chosen = style_rows(rows)
+    texts = [(caption(row), caption(row, style=False)) for row in chosen]
+    train_lora(STYLE, EmojiSet(pictures[[row.index for row in chosen]], texts), model, to)
+
+
+def train_concept(model: Path, to: Path) -> None:
+    """One emoji that the base never saw, from twelve pictures of it in four styles."""
+    pictures, rows = build(EMOJI.image_size)
+    chosen = concept_rows(rows)
+    drawn = pictures[[row.index for row in chosen]]
+    moved = torch.cat([shifted(drawn, pixels) for pixels in SHIFTS])
+    train_lora(CONCEPT, EmojiSet(moved, [(caption(row),) for row in chosen] * len(SHIFTS)), model, to)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("stage", choices=("vae", "unet", "export", "style", "concept"))
+    parser.add_argument("--run", help="vae, unet, export: folder of the training in out/emoji (default: the stage's name)")
+    parser.add_argument("--start", type=Path, help="vae, unet: checkpoint that a new run starts from")
+    parser.add_argument("--model", type=Path, default=MODEL, help=f"style, concept: the base (default {MODEL})")
+    parser.add_argument("--to", type=Path, help=f"export: the file (default {MODEL}); LoRAs: the folder (default {LORAS})")
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # the sums of several threads differ in the last bit, and small networks gain little
+    match args.stage:
+        case "vae":
+            train_vae(args.run or "vae", args.start)
+        case "unet":
+            train_unet(args.run or "unet", args.start)
+        case "export":
+            export(args.run or "unet", args.to or MODEL)
+        case "style":
+            train_style(args.model, args.to or LORAS)
+        case "concept":
+            train_concept(args.model, args.to or LORAS)
+
+
+if __name__ == "__main__":
+    main()

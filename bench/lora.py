@@ -1,6 +1,7 @@
 """Time and memory of loading a model, and of loading, switching, merging and unmerging LoRAs.
 
     python -m bench.lora --full
+    python -m bench.lora --full --any-module   (tasks on a foreign model, see bench/any_module.py)
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
 
 import torch
 
-from bench import peers
+from bench import any_module, peers
 from bench.common import (
     Options,
     alternate,
@@ -215,7 +216,14 @@ def merging(options: Options, models, pipe, files: list[Path]) -> list[list]:
             [f"unmerge, {layers}", *ratio(times["unmerge"], times["unfuse"]), f"ours {kept:g}, theirs {drift:.1e}"]]
 
 
+@dataclass(frozen=True)
+class LoRAOptions(Options):
+    any_module: bool = False  # measure tasks on a foreign model instead
+
+
 def main(options: Options) -> str:
+    if isinstance(options, LoRAOptions) and options.any_module:
+        return any_module.main(options)
     _, folder = checkpoints(options)
     files = [lora_file(options, seed) for seed in range(max(4, options.n + 1))]
     tables = [loading(options)]
@@ -226,4 +234,4 @@ def main(options: Options) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, LoRAOptions)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from sd.cli import main
 from sd.cli_tools import TOOLS
@@ -67,6 +68,9 @@ CHECKS = [
                and preload_models_from_standard_weights("merged-folder").config.unet == v["deployed"].config.unet),
     lambda v: (v["facts"]["modules"] == {"unet": 56}
                and all(Path(f"{n}.safetensors").exists() for n in ("sum", "best", "small", "found", "diffusers"))),
+    lambda v: (torch.equal(v["same"], v["base"]) and torch.allclose(v["routed"][1], v["base"][1], atol=1e-6)
+               and not torch.allclose(v["routed"][0], v["base"][0]) and type(v["deployed"]) is nn.TransformerEncoder
+               and not adapter_names(v["deployed"])),
 ]
 
 

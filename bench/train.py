@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import statistics
 import tempfile
@@ -24,9 +25,8 @@ from bench import peers
 from bench.common import GIB, Measured, Options, block, checkpoints, isolated, run, synchronize
 from sd.checkpoint import read_tensors
 from sd.config import SD15, TINY, CLIPConfig, ModelConfig, UNetConfig, VAEConfig
-from sd.lora import remove_lora
 from sd.model_loader import preload_models_from_standard_weights
-from sd.training import TrainConfig, train
+from sd.training import TrainConfig
 
 # The topology of SD 1.5 at a size that two cores can train.
 REDUCED = ModelConfig(
@@ -48,10 +48,9 @@ NOTES = """LoRA of rank 4 on q, k, v and out of the UNet's attentions (128 layer
 1, random weights, {pictures} PNG files with a caption each. Theirs is the loop of diffusers'
 train_text_to_image_lora.py on PEFT's adapters, written out without accelerate: every step reads, scales and
 encodes the pictures, tokenises and encodes the captions. "cached" is the same loop with latents and contexts
-from memory, so that little but the UNet is left. Ours is `train()` with its cache on the disk, built before;
-its time is that of a run of {long} steps less that of one of {short}, so opening and saving are in neither.
-Each figure is the median of n fresh processes, in alternating order; peak memory is that of the process,
-loading included."""
+from memory, so that little but the UNet is left. Ours is `train()` with its cache on the disk, built before.
+Of both, {long} steps are timed after {short} that are not. Each figure is the median of n fresh processes, in
+alternating order; peak memory is that of the process, loading included."""
 SHORT, LONG, PICTURES = 2, 8, 32
 HEADER = ("batch", "checkpointing", "ours, img/s", "theirs", "theirs, cached", "ours / theirs", "ours / cached",
           "ours, peak GiB", "theirs", "theirs, cached")
@@ -77,21 +76,24 @@ def make_pictures(folder: Path, size: int) -> Path:
 
 def ours(options: Options, model: Path, root: Path, size: int, batch: int, checkpointing: bool, changes: dict) -> Trained:
     models = preload_models_from_standard_weights(model, options.device, dtype=torch.float32)
-    seconds = []
-    for steps in (SHORT, LONG):
-        with tempfile.TemporaryDirectory() as out:
-            config = TrainConfig(data=str(root / "data"), out=out, cache=str(root / "cache"), size=size, batch_size=batch,
-                                 steps=steps, checkpointing=checkpointing, precision=options.dtype, progress=False,
-                                 save_every=10**6, caption_dropout=0.0, learning_rate=1e-4, **changes)
-            start = time.perf_counter()
-            train(config, models)
-            synchronize(options.device)
-            seconds.append(time.perf_counter() - start)
-            shapes = read_tensors(Path(out, "state.safetensors")).shapes
-            result = Path(out, f"{config.name if config.train == 'lora' else 'model'}.safetensors").stat().st_size
-        remove_lora(models)
+    loop, starts = importlib.import_module("sd.training.train"), []
+    original = loop.set_learning_rate
+
+    def stamped(*args) -> None:
+        synchronize(options.device)
+        starts.append(time.perf_counter())
+        original(*args)
+
+    loop.set_learning_rate = stamped  # each step begins with it
+    with tempfile.TemporaryDirectory() as out:
+        config = TrainConfig(data=str(root / "data"), out=out, cache=str(root / "cache"), size=size, batch_size=batch,
+                             steps=LONG + 1, checkpointing=checkpointing, precision=options.dtype, progress=False,
+                             save_every=10**6, caption_dropout=0.0, learning_rate=1e-4, **changes)
+        loop.train(config, models)
+        shapes = read_tensors(Path(out, "state.safetensors")).shapes
+        result = Path(out, f"{config.name if config.train == 'lora' else 'model'}.safetensors").stat().st_size
     parameters = sum(math.prod(shape) for key, shape in shapes.items() if key.startswith("weights/"))
-    return Trained(batch * (LONG - SHORT) / (seconds[1] - seconds[0]), parameters, result)
+    return Trained(batch * (LONG - SHORT) / (starts[LONG] - starts[SHORT]), parameters, result)
 
 
 def theirs(options: Options, folder: Path, root: Path, size: int, batch: int, checkpointing: bool, cached: bool) -> float:
@@ -164,7 +166,7 @@ def main(options: TrainOptions) -> str:
         for batch, (what, changes) in product(batches, FULL_CASES.items()):
             (speed, parameters, length), peak = isolated(options, ours, options, file, root, size, batch, False, changes)
             full.append((what, f"{parameters:,}", f"{length / 1e6:.1f} MB", batch, f"{speed:.2f}", f"{peak / GIB:.2f}"))
-    note = " ".join(NOTES.split()).format(long=LONG, short=SHORT, pictures=PICTURES)
+    note = " ".join(NOTES.split()).format(long=LONG - SHORT, short=SHORT, pictures=PICTURES)
     return block(f"Training, {size} pixels", options, [note], (HEADER, rows), (FULL_HEADER, full))
 
 

@@ -52,7 +52,7 @@ def write_pictures(folder: Path, thick: torch.Tensor, pictures: torch.Tensor, di
 
 
 def count(models, **options) -> int:
-    apply_lora_to_model({"diffusion": models["diffusion"]}, name="counted", targets=("attn",), **options)
+    apply_lora_to_model({"diffusion": models["diffusion"]}, name="counted", target_modules="attn", **options)
     number = sum(p.numel() for p in get_lora_parameters(models))
     remove_lora(models, "counted")
     return number
@@ -60,7 +60,7 @@ def count(models, **options) -> int:
 
 def equal_rank(models, kind: str, wanted: int) -> int:
     """The rank at which a kind has the number of parameters that is nearest to `wanted`."""
-    return min(range(1, 33), key=lambda rank: abs(count(models, rank=rank, alpha=float(rank), kind=kind) - wanted))
+    return min(range(1, 17), key=lambda rank: abs(count(models, rank=rank, alpha=float(rank), kind=kind) - wanted))
 
 
 def learn(way: str, seed: int, models) -> tuple[int, list[tuple[int, float]]]:

@@ -203,6 +203,7 @@ def lora_state(models, name: str | None = None) -> dict[str, AdapterWeights]:
     return {path: layer.adapter(name).weights() for path, layer in layers.items() if name in layer.adapter_names}
 
 
+@torch.inference_mode(False)
 def attach_state(models, state: Mapping[str, AdapterWeights], name: str, multiplier: float = 1.0,
                  where: str = "the LoRA") -> None:
     """Attach loaded weights as adapter `name`, active; one of that name is replaced. Raises before it changes."""

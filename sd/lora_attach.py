@@ -36,6 +36,7 @@ def names_on(layers: Iterable[LoRALayer]) -> list[str]:
 
 # ---- adding and removing ---------------------------------------------------------------------------------------------
 
+@torch.inference_mode(False)  # whatever the caller is in, what is attached can be trained
 def apply_lora_to_model(models, rank: int | Mapping[str, int] = 4, alpha: float | Mapping[str, float] = 1.0,
                         dropout: float = 0.0, target_modules=None, name: str = "default", *, kind: str = "lora",
                         dora: bool = False, rank_dropout: float = 0.0, module_dropout: float = 0.0, **options):

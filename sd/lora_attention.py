@@ -126,7 +126,16 @@ class LoRAMultiheadAttention(nn.MultiheadAttention):
         return out if self.batch_first else out.transpose(0, 1), weights
 
     def _mask(self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, extra: int) -> Tensor | None:
-        """The sum of both masks, to add to scores [B, H, L, S + extra]; None without any."""
+        """The sum of both masks, to add to scores [B, H, L, S + extra]; None without any. Raises ValueError as torch does."""
+        b, length, sources = len(q), q.shape[1], None if key_padding_mask is None else key_padding_mask.shape[-1]
+        for name, mask, shapes in (("attn_mask", attn_mask, ((length, None), (b * self.num_heads, length, None))),
+                                   ("key_padding_mask", key_padding_mask, ((b, sources),))):
+            if mask is None:
+                continue
+            if not (mask.dtype == torch.bool or mask.is_floating_point()):
+                raise ValueError(f"{name} is of {mask.dtype}; allowed: torch.bool and floating types")
+            if not any(mask.dim() == len(shape) and all(n in (None, m) for n, m in zip(shape, mask.shape)) for shape in shapes):
+                raise ValueError(f"{name} has the shape {list(mask.shape)}, which does not fit {b} samples of {length} queries")
         masks = []
         if attn_mask is not None:
             masks.append(attn_mask.view(len(q), self.num_heads, *attn_mask.shape[1:]) if attn_mask.dim() == 3 else attn_mask)

@@ -136,6 +136,9 @@ def lora_class(layer: nn.Module, path: str) -> type[LoRALayer]:
     if "forward" in vars(layer):
         raise LoRAError(f"{path} has a forward of its own, put there by a hook such as that of offloading, which would bypass "
                         f"the LoRA; remove the hook first")
+    if type(layer) not in _registered and "weight" not in layer._parameters and "weight" not in layer._modules:
+        raise LoRAError(f"{path} has a weight that a hook computes, such as that of weight_norm, spectral_norm or pruning; "
+                        f"remove the hook first")
     if layer.weight is None:
         raise LoRAError(f"{path} has no weight to adapt (affine parameters are off)")
     if getattr(layer, "max_norm", None) is not None:

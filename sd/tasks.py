@@ -177,7 +177,7 @@ class LoRAModel(nn.Module):
                 adapter = layers[path].adapter(task)
                 adapter.load_state_dict(loaded.state_dict())
                 adapter.alpha = loaded.alpha
-                layers[path].drop_derived()
+                layers[path].drop_derived()  # compiled code would not see the write
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         # Only called where this model lies in another, whose state dict has our keys without "model.".

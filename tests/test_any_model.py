@@ -650,3 +650,33 @@ def test_a_quantised_foreign_base_computes_what_its_dequantised_one_does():
     fill(apply_lora_to_model(model, rank=RANK, alpha=ALPHA, target_modules=targets))
     out = run(model, x)
     assert quantized_kinds(model) == ["int8"] and torch.equal(run(dequantize_base(model), x), out)
+
+
+@pytest.mark.parametrize("masks", [
+    {"key_padding_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])}, {"key_padding_mask": torch.zeros(1, 4, dtype=torch.bool)},
+    {"attn_mask": torch.zeros(1, 4, dtype=torch.bool)}, {"attn_mask": torch.zeros(2, 4, 4, dtype=torch.bool)}])
+def test_masks_that_torchs_attention_refuses_are_refused_with_an_adapter_too(masks):
+    bare, x = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(2, 4, 8)
+    with pytest.raises((RuntimeError, AssertionError)):
+        bare(x, x, x, **masks)
+    model = apply_lora_to_model(bare, rank=RANK, target_modules="full")
+    with pytest.raises(ValueError, match=next(iter(masks))):
+        model(x, x, x, **masks)
+
+
+@pytest.mark.parametrize("hook", [torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm])
+def test_a_weight_that_a_hook_computes_is_refused(hook):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model = nn.Sequential(hook(nn.Linear(6, 8)))
+    with pytest.raises(LoRAError, match="0 has a weight that a hook computes"):
+        apply_lora_to_model(model, rank=RANK, target_modules=["0"])
+
+
+def test_an_adapter_attached_in_inference_mode_can_be_trained():
+    model = nn.Sequential(nn.Linear(6, 8))
+    with torch.inference_mode():
+        apply_lora_to_model(model, rank=RANK, target_modules=["0"])
+    fill(model)
+    model(torch.randn(3, 6)).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in get_lora_parameters(model))

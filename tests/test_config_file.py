@@ -93,6 +93,7 @@ def test_loraws_section_is_read(tmp_path):
     ("a.toml", "dora = 1", "dora is 1; it must be true or false"),
     ("a.toml", "alpha = true", "alpha is True; it must be a number"),
     ("a.toml", "betas = 0.9", "betas is 0.9; it must be a list"),
+    ("a.json", '{"betas": [0.9]}', "betas is [0.9]; it must be a list of 2"),
     ("a.toml", "schedule = 'cos'", "schedule is 'cos'; allowed: constant, cosine"),
     ("a.toml", "[lora]\nmultiplier = 'x'", "multiplier is 'x'; it must be a number"),
     ("a.toml", "[lora]\ncomponent_whitelist = 3", "component_whitelist is 3; it must be a list"),

@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,13 +18,14 @@ from sd.cli_tools import TOOLS
 from sd.image_io import read_parameters
 from sd.lora import active_multipliers, adapter_names, lora_layers, remove_lora
 from sd.model_loader import preload_models_from_standard_weights
+from sd.training.sources import read_sources
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ["config", "noise", "checkpoint", "names", "tokenizer", "embeddings", "lora_formats", "lora_legacy",
           "lora_writers", "lora_files", "lora_blocks", "lora_variants", "lora_kinds", "lora_active", "lora_fused",
           "lora_core", "lora_attention", "lora_transformers", "lora_layers", "lora_targets", "lora_attach", "lora",
           "tasks", "quant", "attention", "clip", "vae", "unet", "embedded", "model_saver", "model_loader", "denoiser",
-          "samplers", "image_io", "pipeline"]
+          "samplers", "image_io", "pipeline", "tools", "lora_config"]
 
 
 def blocks(file: str, language: str) -> list[str]:
@@ -71,6 +73,9 @@ CHECKS = [
     lambda v: (torch.equal(v["same"], v["base"]) and torch.allclose(v["routed"][1], v["base"][1], atol=1e-6)
                and not torch.allclose(v["routed"][0], v["base"][0]) and type(v["deployed"]) is nn.TransformerEncoder
                and not adapter_names(v["deployed"])),
+    lambda v: ({group["lr"] for group in v["optimizer"].param_groups} == {1e-4, 1e-3}
+               and not v["wrapped"]["ff"].weight.requires_grad
+               and set(lora_layers(v["wrapped"])) == {"attn.to_q", "attn.to_v"}),
 ]
 
 
@@ -107,8 +112,12 @@ def test_the_commands_of_the_readme_run(elsewhere, capsys):
 
 
 def test_the_commands_of_the_training_guide_run(elsewhere):
-    (config, _) = blocks("docs/training.md", "toml")
+    config, sources = blocks("docs/training.md", "toml")
     Path("train.toml").write_text(config)
+    Path("sources.toml").write_text(sources)
+    for name in ("photos", "drawings"):
+        shutil.copytree(ROOT / "data/digits-thick", name)
+    assert len(read_sources("sources.toml")) == 80
     lines = [line for block in blocks("docs/training.md", "sh") for line in block.splitlines() if line.startswith("python")]
     assert len(lines) > 10
     for line in lines:
@@ -141,7 +150,7 @@ def imports(path: Path) -> set[str]:
 
 def test_a_file_imports_only_from_files_above_it():
     files = {p.stem: p for p in (ROOT / "sd").glob("*.py") if not re.match("__|cli$|cli_", p.stem)}
-    assert set(files) == set(LAYERS)
+    assert set(files) == set(LAYERS) - {"tools"}
     for name, path in files.items():
         below = {i for i in imports(path) if i not in LAYERS or LAYERS.index(i) >= LAYERS.index(name)}
         assert not below, f"sd/{name}.py imports {below}"

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -53,7 +54,8 @@ def tasked(names=("a", "b"), **options):
 
 def ddp_gradients(rank: int, world: int, folder) -> list[torch.Tensor]:
     """Gradients of task a after this process's part of the batch."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store{world}", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store{world}", rank=rank, world_size=world,
+                            timeout=timedelta(seconds=60))
     model, _, x = tasked()
     ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
     part = slice(rank * 4 // world, (rank + 1) * 4 // world)

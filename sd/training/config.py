@@ -219,7 +219,7 @@ class TrainConfig:
             if not ok:
                 raise TrainError(f"{field} is {getattr(self, field)!r}; allowed: {allowed}")
 
-        for field in ("steps", "batch_size", "accumulate", "save_every"):
+        for field in ("steps", "batch_size", "accumulate", "save_every", "rank"):
             require(getattr(self, field) >= 1, field, "1 or more")
         for field in ("caption_dropout", "dropout", "rank_dropout", "module_dropout", "ema"):
             require(0 <= getattr(self, field) < 1, field, f"0 <= {field} < 1")
@@ -231,7 +231,8 @@ class TrainConfig:
         require(len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "betas", "two numbers of 0 <= beta < 1")
         require(self.train in ("lora", "full", "vae", "words"), "train", "lora, full, vae, words")
         require(bool(self.out), "out", "a folder")
-        require(0 < len(self.name) <= 100 and Path(self.name).name == self.name and self.name not in ("..", "state"), "name",
+        require(0 < len(self.name) <= 100 and Path(self.name).name == self.name and self.name not in ("..", "state")
+                and Path(self.name).suffix not in (".safetensors", ".pt"), "name",
                 "a file's name of up to 100 letters, without its ending, and not 'state'")
         require(self.batch_size <= 4096, "batch_size", "1 to 4096")
         require(0 < abs(self.alpha) <= 1e4, "alpha", "a number other than 0, to 10000")

@@ -113,6 +113,8 @@ def _of_kind(value: object, kind, where: str) -> object:
     if get_origin(kind) is tuple:
         one = get_args(kind)[0]
         if isinstance(value, (list, tuple)):
+            if ... not in get_args(kind) and len(value) != len(get_args(kind)):
+                raise TrainError(f"{where} is {value!r}; it must be a list of {len(get_args(kind))}")
             return tuple(_of_kind(v, one, where) for v in value)
         if one is str and isinstance(value, str):
             return (value,)

@@ -170,10 +170,8 @@ def encode_pictures(models, dataset) -> tuple[Tensor, Tensor]:
     """
     encoder, scale = models["encoder"], models.config.vae.scale
     weight, means, stds = encoder.conv_in.weight, [], []
-    batch = max(1, 2**18 // dataset.picture(0)[0].numel())  # one of 512 x 512: more would take more memory than the training
-    for start in range(0, len(dataset), batch):
-        pictures = torch.stack([dataset.picture(i) for i in range(start, min(start + batch, len(dataset)))])
-        mean, logvar = encoder(pictures.to(weight.device, weight.dtype))
+    for i in range(len(dataset)):  # a picture's latents must not depend on what else is encoded
+        mean, logvar = encoder(dataset.picture(i)[None].to(weight.device, weight.dtype))
         means.append(scale * mean.float().cpu())
         stds.append(scale * (0.5 * logvar.float()).exp().cpu())
     return torch.cat(means), torch.cat(stds)

@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from sd.checkpoint import CheckpointError, read_tensors, write_safetensors
 from sd.lora import lora_layers
-from sd.training.data import encode_pictures
 from sd.training.dist import own_first
 from sd.training.sources import DataError
 
@@ -123,10 +122,6 @@ class Posteriors:
         self.kept: dict[tuple[int, int], dict[str, Tensor]] = {}
         self.store = None if folder is None else Store(Path(folder, "latents"))
         variants, self.masked = getattr(dataset, "variants", 1), getattr(dataset, "masked", False)
-        if self.store is None and variants == 1 and not self.masked and len(set(getattr(dataset, "sizes", [0]))) == 1:
-            for i, (mean, std) in enumerate(zip(*encode_pictures(models, dataset))):
-                self.kept[i, 0] = {"mean": mean, "std": std}
-            return
         encoder = models["encoder"]
         self.about = {} if self.store is None else {
             "what": "latents", "vae": network_hash(encoder), "scale": models.config.vae.scale,
@@ -176,7 +171,7 @@ class Posteriors:
 
     @torch.no_grad()
     def _encode(self, models, i: int, variant: int) -> dict[str, Tensor]:
-        """One at a time: a picture's latents must be the same bits whatever else is encoded in this run."""
+        """One at a time: a picture's latents must be the same bits whatever else is encoded, with a folder and without."""
         encoder, vae = models["encoder"], models.config.vae
         weight = encoder.conv_in.weight
         picture = self.dataset.picture(i, variant) if hasattr(self.dataset, "made_of") else self.dataset.picture(i)

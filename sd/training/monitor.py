@@ -37,7 +37,7 @@ from sd.training.run_state import TrainError
 from sd.training.samples import Samples
 
 # Fields of a config that may be others when a run is resumed: they change no bit of what is trained.
-MONITOR_FIELDS = ("validation", "validation_data", "validate_every", "sample_prompts", "sample_every", "sample_seed",
+MONITOR_FIELDS = ("validation_data", "validate_every", "sample_prompts", "sample_every", "sample_seed",
                   "sample_steps", "sample_cfg", "log_to", "dry_run")
 
 
@@ -158,7 +158,8 @@ class Metrics:
         except (ValueError, TypeError, KeyError):
             pass  # a line that was cut short by a kill lies behind the last save, or else is missed now
         if [row["step"] for row in self.rows if "loss" in row] != list(range(step)):
-            raise TrainError(f"{self.path}: its lines are not the steps 0 to {step - 1}; it was changed after the run")
+            raise TrainError(f"{self.path}: its lines are not the steps 0 to {step - 1}; it was changed or removed after "
+                             f"the run; put it back, or choose another out folder")
         if chief():
             with atomic_write(self.path) as file:
                 file.write("".join(json.dumps(row) + "\n" for row in self.rows).encode())
@@ -273,6 +274,7 @@ def monitor_rules(config) -> Iterator[tuple[bool, str, str]]:
     """(whether it is so, field, what is allowed) for the fields of a config that say what is watched."""
     yield 0 <= config.validation < 1, "validation", "0 <= validation < 1, a share of the pictures"
     yield not (config.validation and config.validation_data), "validation", "0 where validation_data is given"
+    yield config.sample_steps <= 1000, "sample_steps", "1 to 1000"
     for field in ("validate_every", "sample_every", "sample_steps"):
         yield getattr(config, field) >= 1, field, "1 or more"
     yield 0 <= config.sample_seed < 2**62, "sample_seed", "0 to 2^62"

@@ -76,7 +76,7 @@ def rewarm_factor(step: int, config) -> float:
     """
     if not config.relora_every or step < config.relora_every:
         return 1.0
-    return min(1.0, (step % config.relora_every + 1) / max(1, config.relora_warmup))
+    return min(1.0, (step % config.relora_every + 1) / max(1, min(config.relora_warmup, config.relora_every)))
 
 
 def fold(config, models) -> None:
@@ -131,7 +131,6 @@ def relora_rules(config) -> Iterator[tuple[bool, str, str]]:
     yield config.relora_rank is None or config.relora_rank >= 1, "relora_rank", "1 or more"
     yield config.relora_warmup >= 0, "relora_warmup", "0 or more steps"
     if config.relora_every:
-        yield config.relora_warmup <= config.relora_every, "relora_warmup", f"up to relora_every, {config.relora_every} steps"
         yield config.train == "lora", "relora_every", "0 unless a LoRA is trained"
         yield config.kind in KINDS_THAT_ADD, "kind", f"{', '.join(KINDS_THAT_ADD)} with relora_every"
         yield not config.dora, "dora", "off with relora_every: the magnitude is that of one whole change"

@@ -220,6 +220,12 @@ def test_text_encoder_up_and_blocks_have_the_rates_that_were_asked(lora):
     assert all(rate == (1e-3 if name.startswith("clip.") else 1e-2) for name, rate in only.items())
 
 
+def test_rates_that_leave_nothing_to_train_are_refused(lora):
+    models, found = lora
+    with pytest.raises(TrainError, match=r"block_rates is \('unet=0', 'text_encoder=0'\), so nothing is trained"):
+        make_optimizer(found, config(block_rates=("unet=0", "text_encoder=0")), modules_of(models))
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_block_with_a_rate_of_0_stays_as_it_is(lora, name):
     models, found = lora

@@ -71,6 +71,8 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], config, modules: Modu
     missing package, a block of which nothing is trained, LoRA+ without a LoRA, and Prodigy with several rates.
     """
     rates = _rates(parameters, config, modules)
+    if not any(rates.values()):
+        raise TrainError(f"block_rates is {config.block_rates!r}, so nothing is trained; allowed: above 0 for some block")
     if config.optimizer == "prodigy" and len(set(rates.values()) - {0.0}) > 1:
         raise TrainError("prodigy estimates one learning rate for all; leave out text_learning_rate, lora_plus and block_rates "
                          "other than 0 and 1, or choose another optimizer")

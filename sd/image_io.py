@@ -267,7 +267,7 @@ def _wrap(label, font, width: float, most: int) -> list[str]:
 def line_plot(series: dict[str, list[tuple[float, float]]], title: str = "", x_label: str = "", y_label: str = "",
               size: tuple[int, int] = (800, 480)) -> Image.Image:
     """Lines of (x, y) points with axes, ticks and a legend; points that are not finite leave a gap."""
-    colours = ["#1f6fb4", "#d9541e", "#2c9a4b", "#8e5bb5", "#b8860b", "#555555"]
+    colours = ["#1f6fb4", "#d9541e", "#2c9a4b", "#8e5bb5", "#b8860b", "#555555", "#d6408f", "#17a2b8"]
     scale = 2  # drawn at twice the size, for smooth lines
     width, height = scale * size[0], scale * size[1]
     sheet = Image.new("RGB", (width, height), "white")

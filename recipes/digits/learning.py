@@ -74,7 +74,8 @@ def learn(way: str, seed: int, models) -> tuple[int, list[tuple[int, float]]]:
         train(config)
     shapes = read_tensors(out / "state.safetensors").shapes
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return (sum(torch.Size(shape).numel() for key, shape in shapes.items() if key.startswith("weights/")),
+    return (sum(torch.Size(shape).numel() for key, shape in shapes.items()
+                if key.startswith("weights/") and ".merged." not in key),  # ReLoRA's frozen part
             [(row["step"], row["validation"]) for row in rows if "validation" in row])
 
 

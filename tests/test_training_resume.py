@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sd.checkpoint import read_tensors
+from sd.checkpoint import read_tensors, write_safetensors
 from sd.lora import adapter_names
 from sd.model_loader import new_models
 from sd.training import PictureSet, TrainConfig, TrainError, train
@@ -153,6 +153,19 @@ def test_other_pictures_or_another_base_are_refused_and_what_does_not_matter_may
     moved = tmp_path.with_name("moved")
     train(replace(config, out=str(moved), save_every=5, checkpointing=True), models, pictures())
     assert json.loads(read_tensors(moved / "state.safetensors").metadata["progress"])["step"] == 7
+
+
+def test_a_run_of_a_program_that_lacked_an_option_goes_on_with_the_options_default(tmp_path, models, monkeypatch):
+    config = replace(LORA, out=str(tmp_path))
+    stopped(config, models, monkeypatch)
+    file = read_tensors(tmp_path / "state.safetensors")
+    facts = json.loads(file.metadata["facts"])
+    del facts["betas"]
+    tensors = {name: tensor.clone() for name, tensor in file.items()}
+    write_safetensors(tmp_path / "state.safetensors", tensors, file.metadata | {"facts": json.dumps(facts)})
+    with pytest.raises(TrainError, match=r"betas was \[0.9, 0.99\], now \[0.8, 0.9\]"):
+        train(replace(config, betas=(0.8, 0.9)), models, pictures())
+    train(config, models, pictures())
 
 
 def test_a_damaged_state_or_changed_metrics_are_a_sentence(tmp_path, models, monkeypatch):

@@ -96,10 +96,11 @@ def _numbers(values: Mapping[str, object]) -> dict[str, float]:
 
 @torch.no_grad()
 def load_state(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer,
-               ema: dict[str, Tensor], facts: Mapping[str, object]) -> Progress:
+               ema: dict[str, Tensor], facts: Mapping[str, object], defaults: Mapping[str, object] | None = None) -> Progress:
     """Take up the run where its last save left it; a folder without one starts at step 0.
 
-    Raises TrainError when the saved run is another one, with everything that differs.
+    defaults: facts that a run had whose program did not know them yet. Raises TrainError when the saved run is another one,
+    with everything that differs.
     """
     path = folder / STATE
     if not path.exists():
@@ -111,7 +112,7 @@ def load_state(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: 
     except (CheckpointError, KeyError, ValueError, TypeError) as error:
         raise TrainError(f"{path}: is not the state of a training ({error}); remove it, or choose another out "
                          f"folder") from None
-    facts = json.loads(json.dumps(facts))
+    facts, saved = json.loads(json.dumps(facts)), json.loads(json.dumps(defaults or {})) | saved
     differs = [f"{key} was {saved.get(key)!r}, now {facts.get(key)!r}" for key in {**saved, **facts}
                if saved.get(key) != facts.get(key)]
     if differs:

@@ -102,7 +102,7 @@ def train(config: TrainConfig, models: Models | None = None, dataset=None, *, he
         layers = lora_layers(models) if config.max_norm else {}
         ema = {name: p.detach().clone() for name, p in parameters.items()} if config.ema else {}
         weights = parameters | frozen_parts(config, models)
-        done = load_state(folder, weights, optimizer, ema, facts)
+        done = load_state(folder, weights, optimizer, ema, facts, run_facts(TrainConfig(), FREE))
         check_same(weights, **facts, step=done.step)
         if chief():
             with atomic_write(folder / "config.json") as file:

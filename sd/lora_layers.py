@@ -92,9 +92,9 @@ def lora_classes() -> dict[type[nn.Module], type[LoRALayer]]:
 def register_lora_layer(module_type: type[nn.Module], lora_class: type[LoRALayer]) -> None:
     """Let modules of exactly this type carry adapters, as one layer: what lies inside them is no target any more.
 
-    `lora_class` is a class LoRAMine(LoRALayer, Mine) that defines op(x, weight, bias), linear in weight and bias; of a type
-    without a bias it has the class attribute `bias = None`, and where the parameter has another name, a property `weight`.
-    It may replace one of torch's. Raises LoRAError where it is no such class.
+    `lora_class` is a class LoRAMine(LoRALayer, Mine) that defines op(x, weight, bias), linear in weight and bias, with the
+    outputs on the weight's first axis: `down` is such a weight too. Mine has a parameter `weight`; of a type without a bias
+    the class has the attribute `bias = None`. It may replace one of torch's. Raises LoRAError where it is no such class.
     """
     if not (isinstance(lora_class, type) and issubclass(lora_class, LoRALayer) and issubclass(lora_class, module_type)):
         raise LoRAError(f"{lora_class!r} cannot carry the adapters of {module_type.__name__}; "

@@ -151,7 +151,12 @@ class LoRAModel(nn.Module):
             raise LoRAError(f"what is given does not fit {what}: {' and '.join(counts)}")
         given = {k: v for k, v in given.items() if k in own}
         if task is None:
-            self.model.load_state_dict(given, strict=False, assign=assign)
+            misfits = [key for key, value in given.items() if value.shape != own[key].shape]
+            if misfits:  # torch would copy the others before it says so
+                key = misfits[0]
+                raise LoRAError(f"{len(misfits)} of {len(given)} tensors do not fit the base, first {key!r}: it has the shape "
+                                f"{list(own[key].shape)}, what is given {list(given[key].shape)}")
+            self.model.load_state_dict(given, strict=False, assign=assign)  # what may be missing was said above; adapters stay
         else:
             self._write(given, task)
         return _IncompatibleKeys(missing, unexpected)

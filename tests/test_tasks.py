@@ -276,6 +276,16 @@ def test_the_state_of_the_base_goes_back_under_the_bare_models_keys():
     assert model.load_state_dict(state, strict=False, task=None) == (["out.bias"], ["extra"])
 
 
+def test_a_base_state_with_a_wrong_shape_is_refused_before_anything_is_copied():
+    model, bare, _ = tasked()
+    state = {key: value + 1 for key, value in bare.state_dict().items()}
+    state["out.bias"] = torch.zeros(1)
+    before = {key: value.clone() for key, value in model.state_dict(task=None).items()}
+    with pytest.raises(LoRAError, match="1 of .* tensors do not fit the base, first 'out.bias'"):
+        model.load_state_dict(state, task=None)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict(task=None).items())
+
+
 def test_a_state_that_does_not_fit_is_refused_whole():
     model, _, x = tasked()
     before = model(x, task="a").detach()

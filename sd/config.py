@@ -34,7 +34,10 @@ class CLIPConfig:
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """KL autoencoder; the defaults are KL-f8 of SD 1.x. One width a resolution, so the factor is 2^(len(widths) - 1)."""
+    """KL autoencoder; the defaults are KL-f8 of SD 1.x. One width a resolution, so the factor is 2^(len(widths) - 1).
+
+    Without widths there is none, and the UNet's latents are the pixels: see `pixels`.
+    """
 
     image_channels: int = 3
     latent_channels: int = 4
@@ -45,12 +48,19 @@ class VAEConfig:
 
     def __post_init__(self):
         _require(self.image_channels in (1, 3), f"image_channels is {self.image_channels}; allowed: 1 (grey), 3 (RGB)")
+        _require(bool(self.widths) or self.latent_channels == self.image_channels,
+                 f"without widths latents are the {self.image_channels} channels of images, not {self.latent_channels}")
         _check_groups("VAE", self.widths, self.norm_groups)
+
+    @classmethod
+    def pixels(cls, channels: int) -> VAEConfig:
+        """No autoencoder: diffusion on the pixels themselves."""
+        return cls(image_channels=channels, latent_channels=channels, widths=(), scale=1.0)
 
     @property
     def factor(self) -> int:
         """Pixels a latent, on each side."""
-        return 2 ** (len(self.widths) - 1)
+        return 2 ** max(len(self.widths) - 1, 0)
 
 
 @dataclass(frozen=True)
@@ -82,7 +92,11 @@ def _check_groups(name: str, widths: tuple[int, ...], groups: int) -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A whole Stable Diffusion model. `prediction`: what the UNet returns, "eps" or "v"."""
+    """A whole Stable Diffusion model. `prediction`: what the UNet returns, "eps" or "v".
+
+    `beta_schedule` "cosine" is continuous (sd/noise.py: cosine_angle) and has no use for the betas. `zero_terminal_snr`: the
+    betas are rescaled so that the last timestep is nothing but noise (Lin et al. 2024).
+    """
 
     name: str = "sd15"
     clip: CLIPConfig = field(default_factory=CLIPConfig)
@@ -93,12 +107,15 @@ class ModelConfig:
     beta_start: float = 0.00085
     beta_end: float = 0.012
     train_timesteps: int = 1000
+    zero_terminal_snr: bool = False
     image_size: int = 512  # what generate() makes when no size is asked for, pixels
 
     def __post_init__(self):
         _require(self.prediction in ("eps", "v"), f"prediction {self.prediction!r} is unknown; allowed: 'eps', 'v'")
-        _require(self.beta_schedule in ("linear", "scaled_linear"),
-                 f"beta_schedule {self.beta_schedule!r} is unknown; allowed: 'linear', 'scaled_linear'")
+        _require(self.beta_schedule in ("linear", "scaled_linear", "cosine"),
+                 f"beta_schedule {self.beta_schedule!r} is unknown; allowed: 'linear', 'scaled_linear', 'cosine'")
+        _require(not self.zero_terminal_snr or (self.prediction == "v" and self.beta_schedule != "cosine"),
+                 "zero_terminal_snr needs a model that predicts v (eps at an SNR of 0 is its input) and a schedule of betas")
         _require(self.clip.width == self.unet.context_width,
                  f"the UNet expects a context of width {self.unet.context_width}, the text encoder gives {self.clip.width}")
         _require(self.vae.latent_channels == self.unet.out_channels,

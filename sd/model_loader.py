@@ -56,7 +56,7 @@ from sd.names import (
 )
 from sd.tokenizer import data_dir, load_tokenizer
 from sd.unet import UNet
-from sd.vae import VAEDecoder, VAEEncoder
+from sd.vae import build_vae
 
 log = logging.getLogger("sd")
 
@@ -142,8 +142,7 @@ def default_model() -> Path:
 
 def build_networks(config: ModelConfig) -> dict[str, nn.Module]:
     """The four networks with torch's random initial weights (on the meta device inside `with torch.device("meta")`)."""
-    return {"clip": CLIP(config.clip), "encoder": VAEEncoder(config.vae), "decoder": VAEDecoder(config.vae),
-            "diffusion": UNet(config.unet)}
+    return {"clip": CLIP(config.clip), **build_vae(config.vae), "diffusion": UNet(config.unet)}
 
 
 class _NoInitialValues(TorchFunctionMode):
@@ -254,6 +253,8 @@ def _state_for(network: nn.Module, source: TensorFile, ema: bool) -> tuple[dict[
     component, shapes = network.component, {k: tuple(p.shape) for k, p in network.state_dict().items()}
     given = {modern_key(key, FOLDERS[component]): key for key in source}
     names = component_names(component, network.config)
+    if not names:  # no autoencoder
+        return {}, set()
     spell = max((_ldm, _ldm_flat_clip, _bare_ldm, _diffusers), key=lambda s: sum(s(n) + ".weight" in given for n in names))
     if not any(spell(n) + ".weight" in given for n in names):
         raise CheckpointError(f"{source.path}: has no {FOLDERS[component]} in it{_hint(component)} "
@@ -371,6 +372,7 @@ def _config_of_folder(configs: Mapping[str, dict], path: Path) -> ModelConfig:
             prediction={"epsilon": "eps", "v_prediction": "v"}.get(scheduler.get("prediction_type", "epsilon"), "?"),
             beta_schedule=scheduler.get("beta_schedule", "scaled_linear"), beta_start=scheduler.get("beta_start", 0.00085),
             beta_end=scheduler.get("beta_end", 0.012), train_timesteps=scheduler.get("num_train_timesteps", 1000),
+            zero_terminal_snr=scheduler.get("rescale_betas_zero_snr", False),
             image_size=_image_size(unet, vae),
         )
     except (ConfigError, TypeError, ArithmeticError) as error:

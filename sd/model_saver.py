@@ -20,6 +20,7 @@ from sd.checkpoint import CheckpointError, Lazy, all_finite, atomic_folder, atom
 from sd.config import CONFIG_KEY, ModelConfig
 from sd.lora import LoRAError, LoRALayer, adapter_names, exact, exclusive, lora_layers
 from sd.names import Name, component_names
+from sd.noise import alphas_cumprod
 from sd.quant import quantized_kinds
 from sd.tokenizer import data_dir
 
@@ -141,6 +142,8 @@ def _save(models, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, 
 
 
 def _save_folder(models, path: Path, dtype: torch.dtype | None, read: Reader) -> None:
+    if not models.config.vae.widths:
+        raise CheckpointError(f"{path}: a diffusers folder has a VAE, this model of pixels has none; save it as .safetensors")
     with atomic_folder(path) as new:
         for folder, file, networks in (("unet", "diffusion_pytorch_model", ("diffusion",)),
                                        ("vae", "diffusion_pytorch_model", ("encoder", "decoder")),
@@ -157,8 +160,21 @@ def _save_folder(models, path: Path, dtype: torch.dtype | None, read: Reader) ->
                 file.write(text.encode("utf-8"))
 
 
+def _scheduler_config(c: ModelConfig) -> dict[str, object]:
+    """PNDM, as in SD 1.x; with a zero terminal SNR the one that can begin there."""
+    betas = {"beta_start": c.beta_start, "beta_end": c.beta_end, "beta_schedule": c.beta_schedule}
+    if c.beta_schedule == "cosine":  # which theirs has not; the betas that it amounts to take precedence over the name
+        abar = alphas_cumprod(c)
+        betas["trained_betas"] = (1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])).tolist()
+    kind = {"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return {**(kind if c.zero_terminal_snr else {"_class_name": "PNDMScheduler", "skip_prk_steps": True}), **betas,
+            "num_train_timesteps": c.train_timesteps, "set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False,
+            "prediction_type": {"eps": "epsilon", "v": "v_prediction"}[c.prediction]}
+
+
 def _folder_configs(c: ModelConfig) -> dict[str, dict]:
     """The JSON files with which StableDiffusionPipeline.from_pretrained loads the folder."""
+    scheduler = _scheduler_config(c)
     down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in c.unet.attention]
     up = ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in c.unet.attention[::-1]]
     n = len(c.vae.widths)
@@ -167,7 +183,7 @@ def _folder_configs(c: ModelConfig) -> dict[str, dict]:
         "model_index.json": {
             "_class_name": "StableDiffusionPipeline", **version, "feature_extractor": [None, None],
             "image_encoder": [None, None], "requires_safety_checker": False, "safety_checker": [None, None],
-            "scheduler": ["diffusers", "PNDMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
+            "scheduler": ["diffusers", scheduler["_class_name"]], "text_encoder": ["transformers", "CLIPTextModel"],
             "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
             "vae": ["diffusers", "AutoencoderKL"]},
         "unet/config.json": {
@@ -188,11 +204,7 @@ def _folder_configs(c: ModelConfig) -> dict[str, dict]:
             "num_attention_heads": c.clip.heads, "max_position_embeddings": c.clip.max_tokens,
             "hidden_act": c.clip.activation, "projection_dim": c.clip.width, "layer_norm_eps": 1e-5,
             "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407},
-        "scheduler/scheduler_config.json": {
-            "_class_name": "PNDMScheduler", **version, "beta_start": c.beta_start, "beta_end": c.beta_end,
-            "beta_schedule": c.beta_schedule, "num_train_timesteps": c.train_timesteps, "set_alpha_to_one": False,
-            "skip_prk_steps": True, "steps_offset": 1, "clip_sample": False,
-            "prediction_type": {"eps": "epsilon", "v": "v_prediction"}[c.prediction]},
+        "scheduler/scheduler_config.json": version | scheduler,
         "tokenizer/tokenizer_config.json": {
             "tokenizer_class": "CLIPTokenizer", "model_max_length": c.clip.max_tokens, "bos_token": "<|startoftext|>",
             "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},

@@ -52,6 +52,8 @@ def component_names(component: str, config) -> list[Name]:
     rows = {"clip": _clip, "encoder": _encoder, "decoder": _decoder, "diffusion": _unet}[component](config)
     prefix = LDM_PREFIX[component]
     vae = component in ("encoder", "decoder")
+    if vae and not config.widths:
+        return []
     return [Name(component, ours, prefix + ldm, diffusers, ldm_conv=vae and "attention." in ours)
             for ours, ldm, diffusers in rows]
 

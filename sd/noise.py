@@ -8,6 +8,7 @@ VE ("variance exploding") is that of the samplers: x_ve = x_vp / sqrt(abar) = x0
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import atan, exp
 
 import numpy as np
 import torch
@@ -18,18 +19,41 @@ from sd.config import ModelConfig
 SPACINGS = ("leading", "trailing", "linspace", "karras", "exponential", "lcm")
 LCM_STEPS = 50  # timesteps on which LCM models are distilled; sampling takes some of them
 KARRAS_RHO = 7.0
+LOG_SNR = 20.0  # of the cosine schedule at t = 0; at its end the negative
 
 
 def betas(config: ModelConfig) -> Tensor:
-    """Variances of the forward process, Ho et al. 2020; returns [T] in fp64."""
+    """Variances of the forward process, Ho et al. 2020, of a schedule that is made of them; returns [T] in fp64."""
     power = 2 if config.beta_schedule == "scaled_linear" else 1  # latent diffusion has them linear in sqrt(beta)
     start, end = config.beta_start ** (1 / power), config.beta_end ** (1 / power)
     return torch.linspace(start, end, config.train_timesteps, dtype=torch.float64) ** power
 
 
 def alphas_cumprod(config: ModelConfig) -> Tensor:
-    """abar_t = prod_{s <= t} (1 - beta_s), Ho et al. 2020, equation 4; returns [T] in fp64."""
-    return torch.cumprod(1 - betas(config), dim=0)
+    """abar_t = prod_{s <= t} (1 - beta_s), Ho et al. 2020, equation 4, or of the cosine schedule; returns [T] in fp64.
+
+    With zero_terminal_snr the last is 2^-24 instead of 0, so that sigma stays a number.
+    """
+    if config.beta_schedule == "cosine":
+        return cosine_angle(torch.arange(config.train_timesteps, dtype=torch.float64), config.train_timesteps).cos().square()
+    abar = torch.cumprod(1 - betas(config), dim=0)
+    return zero_terminal(abar).clamp(min=2**-24) if config.zero_terminal_snr else abar
+
+
+def zero_terminal(alphas_cumprod: Tensor) -> Tensor:
+    """sqrt(abar) [T] shifted and scaled so that the last is 0 and the first stays, Lin et al. 2024, algorithm 1; [T]."""
+    root = alphas_cumprod.sqrt()
+    return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()
+
+
+def cosine_angle(t: Tensor, T: int) -> Tensor:
+    """The angle whose cosine is sqrt(abar) and whose sine is sqrt(1 - abar), at any real t of 0..T-1.
+
+    log SNR = -2 log tan(angle) falls from LOG_SNR to -LOG_SNR: Kingma et al. 2021 with the cosine of Nichol and Dhariwal 2021,
+    as Hoogeboom et al. 2023, section 3.1, have it.
+    """
+    first, last = atan(exp(-LOG_SNR / 2)), atan(exp(LOG_SNR / 2))
+    return first + (last - first) * t / (T - 1)
 
 
 def t_to_sigma(t: Tensor, alphas_cumprod: Tensor) -> Tensor:

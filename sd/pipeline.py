@@ -29,7 +29,7 @@ from sd.noise import Schedule, alphas_cumprod, cut
 from sd.quant import quantized_kinds
 from sd.samplers import SAMPLERS, sampler_schedule
 from sd.tokenizer import find_words, tokenize
-from sd.vae import sample_posterior
+from sd.vae import placed_for, sample_posterior
 
 MAX_IMAGES = 4096  # in one call
 
@@ -187,7 +187,7 @@ class Placement:
         if name is None:
             return None
         network, wanted = self.models[name], self.device
-        there = next(network.parameters()).device
+        there = placed_for(network, torch.empty(0, device=wanted)).device
         # A network that is there already is not touched: a move drops merged weights. "cuda" means any of its devices.
         if there.type != wanted.type or wanted.index not in (None, there.index):
             network.to(wanted)
@@ -313,13 +313,12 @@ def _keep_outside(denoise, mask: Tensor, known: Tensor, noise: Tensor):
 
 def _encode(encoder, picture: Tensor, noise: Tensor, config) -> Tensor:
     """Latents of pictures [B, C, H, W], sampled from the posterior with `noise`, in the UNet's scale and fp32."""
-    weight = encoder.conv_in.weight
-    mean, logvar = encoder(picture.to(weight.device, weight.dtype))
-    return sample_posterior(mean.float(), logvar.float(), noise.to(weight.device)) * config.vae.scale
+    mean, logvar = encoder(placed_for(encoder, picture))
+    return sample_posterior(mean.float(), logvar.float(), noise.to(mean.device)) * config.vae.scale
 
 
 def _decode(decoder, latents: Tensor, config) -> Tensor:
-    return decoder((latents / config.vae.scale).to(decoder.conv_in.weight.dtype)).float()
+    return decoder(placed_for(decoder, latents / config.vae.scale)).float()
 
 
 def _why_not_finite(models: Models) -> str:

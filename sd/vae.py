@@ -1,9 +1,11 @@
-"""The KL autoencoder: pictures to latents and back.
+"""The KL autoencoder, or none: pictures to latents and back.
 
 Legend: B batch, C channels, H, W pixels; latents are [B, 4, H/f, W/f] with f = config.factor.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn as nn
@@ -150,6 +152,30 @@ class Upsampler(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Pixels(nn.Module):
+    """Stands for encoder or decoder where there is no autoencoder: latents are pixels, exactly."""
+
+    def __init__(self, component: str, config: VAEConfig):
+        super().__init__()
+        self.component, self.config = component, config
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor] | Tensor:
+        return (x, torch.full_like(x, -math.inf)) if self.component == "encoder" else x
+
+
+def build_vae(config: VAEConfig) -> dict[str, nn.Module]:
+    """The networks "encoder" and "decoder"."""
+    if not config.widths:
+        return {component: Pixels(component, config) for component in ("encoder", "decoder")}
+    return {"encoder": VAEEncoder(config), "decoder": VAEDecoder(config)}
+
+
+def placed_for(network: nn.Module, x: Tensor) -> Tensor:
+    """x on the device and in the dtype of the network's weights; as it is for a network without weights."""
+    weight = next(network.parameters(), x)
+    return x.to(weight.device, weight.dtype)
 
 
 def sample_posterior(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:

@@ -1,12 +1,14 @@
+import math
+
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, EulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sd.config import SD15, ModelConfig
-from sd.noise import SPACINGS, add_noise, alphas_cumprod, betas, cut, schedule, sigma_to_t, t_to_sigma, velocity
+from sd.config import SD15, ConfigError, ModelConfig
+from sd.noise import SPACINGS, add_noise, alphas_cumprod, betas, cosine_angle, cut, schedule, sigma_to_t, t_to_sigma, velocity
 
 ABAR = alphas_cumprod(SD15)
 
@@ -149,3 +151,38 @@ def test_add_noise_keeps_the_dtype_and_leaves_its_arguments_alone():
     x0, noise = torch.ones(2, 4, 2, 2, dtype=torch.bfloat16), torch.ones(2, 4, 2, 2, dtype=torch.bfloat16)
     assert add_noise(x0, noise, torch.tensor([1, 2]), ABAR).dtype == torch.bfloat16
     assert (x0 == 1).all() and (noise == 1).all()
+
+
+# ---- schedules that SD 1.x does not have ---------------------------------------------------------------------------------
+
+COSINE = ModelConfig(prediction="v", beta_schedule="cosine")
+ZERO_SNR = ModelConfig(prediction="v", zero_terminal_snr=True)
+
+
+def test_the_cosine_schedule_has_the_log_snr_of_hoogeboom_2023():
+    t_min, t_max = math.atan(math.exp(-0.5 * 20)), math.atan(math.exp(-0.5 * -20))
+    for t in (0.0, 0.4, 250.75, 500.0, 998.6, 999.0):
+        log_snr = -2 * math.log(math.tan(t_min + t / 999 * (t_max - t_min)))
+        angle = cosine_angle(torch.tensor(t, dtype=torch.float64), 1000)
+        assert math.log(math.cos(angle) ** 2 / math.sin(angle) ** 2) == pytest.approx(log_snr, abs=1e-9)
+        if t == int(t):
+            assert float(alphas_cumprod(COSINE)[int(t)]) == pytest.approx(1 / (1 + math.exp(-log_snr)), rel=1e-9)
+
+
+@pytest.mark.parametrize("spacing, theirs", [("linspace", {"timestep_spacing": "linspace"}),
+                                             ("trailing", {"timestep_spacing": "trailing"})])
+def test_a_zero_terminal_snr_has_the_sigmas_of_diffusers(spacing, theirs):
+    peer = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                                  rescale_betas_zero_snr=True, **theirs)
+    peer.set_timesteps(12)
+    ours = schedule(spacing, 12, alphas_cumprod(ZERO_SNR), fractional=True)
+    np.testing.assert_allclose(ours.sigmas.numpy(), peer.sigmas.numpy(), rtol=2e-4)
+    assert float(ours.sigmas[0]) > 4000
+
+
+@pytest.mark.parametrize("change, message", [({"prediction": "eps", "zero_terminal_snr": True}, "predicts v"),
+                                             ({"beta_schedule": "cosine", "zero_terminal_snr": True, "prediction": "v"},
+                                              "schedule of betas")])
+def test_a_zero_terminal_snr_that_cannot_be_is_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig(**change)

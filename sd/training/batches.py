@@ -41,7 +41,7 @@ def diffusion_batches(config: TrainConfig, models: Models, dataset):
 
 def vae_batches(config: TrainConfig, models: Models, dataset, loss):
     """micro-batch number -> loss, for the autoencoder."""
-    vae, device, batches = models.config.vae, models["encoder"].conv_in.weight.device, Batches(dataset, config)
+    vae, device, batches = models.config.vae, models.device, Batches(dataset, config)
 
     def micro_loss(number: int) -> torch.Tensor:
         indices = batches(number)

@@ -21,6 +21,7 @@ from sd.training.captions import caption_options, fixed_captions, seen_caption
 from sd.training.dist import own_first
 from sd.training.pictures import PictureFolder, Pictures, open_data  # noqa: F401
 from sd.training.sources import DataError
+from sd.vae import placed_for
 
 STREAMS = ("init", "order", "caption", "caption dropout", "posterior", "timestep", "noise", "layers", "batch order", "words",
            "variant", "new words")
@@ -169,9 +170,9 @@ def encode_pictures(models, dataset) -> tuple[Tensor, Tensor]:
     Both are kept, not a sample of them, so that each use of a picture draws its latents anew.
     """
     encoder, scale = models["encoder"], models.config.vae.scale
-    weight, means, stds = encoder.conv_in.weight, [], []
+    means, stds = [], []
     for i in range(len(dataset)):  # a picture's latents must not depend on what else is encoded
-        mean, logvar = encoder(dataset.picture(i)[None].to(weight.device, weight.dtype))
+        mean, logvar = encoder(placed_for(encoder, dataset.picture(i)[None]))
         means.append(scale * mean.float().cpu())
         stds.append(scale * (0.5 * logvar.float()).exp().cpu())
     return torch.cat(means), torch.cat(stds)

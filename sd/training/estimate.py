@@ -27,6 +27,7 @@ from sd.training.loss import diffusion_loss, vae_loss
 from sd.training.monitor import size_text
 from sd.training.optim import OPTIMIZERS, autocast
 from sd.training.trained import training
+from sd.vae import placed_for
 
 log = logging.getLogger("sd")
 
@@ -127,9 +128,9 @@ def one_step(config: TrainConfig, models, size: tuple[int, int]) -> Callable[[],
 
 def _encode(models, size: tuple[int, int], n: int) -> Callable[[], None]:
     def step() -> None:
-        weight = models["encoder"].conv_in.weight
+        pictures = torch.zeros(n, models.config.vae.image_channels, size[1], size[0])
         with torch.no_grad():
-            models["encoder"](torch.zeros(n, weight.shape[1], size[1], size[0], dtype=weight.dtype, device=weight.device))
+            models["encoder"](placed_for(models["encoder"], pictures))
     return step
 
 

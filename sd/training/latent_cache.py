@@ -22,6 +22,7 @@ from sd.checkpoint import CheckpointError, read_tensors, write_safetensors
 from sd.lora import lora_layers
 from sd.training.dist import own_first
 from sd.training.sources import DataError
+from sd.vae import placed_for
 
 log = logging.getLogger("sd")
 
@@ -125,7 +126,7 @@ class Posteriors:
         encoder = models["encoder"]
         self.about = {} if self.store is None else {
             "what": "latents", "vae": network_hash(encoder), "scale": models.config.vae.scale,
-            "dtype": str(encoder.conv_in.weight.dtype)}
+            "dtype": str(placed_for(encoder, torch.empty(0)).dtype)}
         pictures = range(len(dataset)) if self.store is None else own_first(range(len(dataset)))
         for i in tqdm(pictures, "latents", len(dataset), unit="picture", disable=not progress, dynamic_ncols=True):
             for variant in range(variants):
@@ -173,9 +174,8 @@ class Posteriors:
     def _encode(self, models, i: int, variant: int) -> dict[str, Tensor]:
         """One at a time: a picture's latents must be the same bits whatever else is encoded, with a folder and without."""
         encoder, vae = models["encoder"], models.config.vae
-        weight = encoder.conv_in.weight
         picture = self.dataset.picture(i, variant) if hasattr(self.dataset, "made_of") else self.dataset.picture(i)
-        mean, logvar = encoder(picture[None].to(weight.device, weight.dtype))
+        mean, logvar = encoder(placed_for(encoder, picture[None]))
         found = {"mean": vae.scale * mean[0].float().cpu(), "std": vae.scale * (0.5 * logvar[0].float()).exp().cpu()}
         if self.masked:
             found["mask"] = F.avg_pool2d(self.dataset.mask(i, variant), vae.factor)

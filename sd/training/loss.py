@@ -9,10 +9,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sd.noise import add_noise, alphas_cumprod, velocity
+from sd.noise import LOG_SNR, add_noise, alphas_cumprod, cosine_angle, velocity, zero_terminal
 from sd.training.run_state import TrainError
 from sd.vae import sample_posterior
 
@@ -60,9 +61,10 @@ def diffusion_loss(models, latents: Tensor, context: Tensor, t: Tensor, noise: T
     """Mean error of the UNet's eps or v at x_t (Ho et al. 2020, equation 14, and `objective`); a scalar in fp32.
 
     latents: [B, C, H, W] in the UNet's scale (VAE latents times `config.vae.scale`), noise: the same shape,
-    context: [B, L, D], t: [B] whole timesteps, one for each image. input_noise: of which x_t is made, where it is not
-    the target's noise. weights: [B], a factor for each image; mask: [B, 1, H, W], a factor for each place.
-    Raises ValueError when t, noise, weights or mask do not fit the latents, and TrainError as `noise_levels`.
+    context: [B, L, D], t: [B] timesteps, one for each image, whole ones unless the schedule is the cosine.
+    input_noise: of which x_t is made, where it is not the target's noise. weights: [B], a factor for each image;
+    mask: [B, 1, H, W], a factor for each place.
+    Raises ValueError when t, noise, weights or mask do not fit the latents or the schedule, and TrainError as `noise_levels`.
     """
     b, _, h, w = latents.shape
     for name, value, shape in (("t", t, (b,)), ("noise", noise, latents.shape), ("input_noise", input_noise, latents.shape),
@@ -71,9 +73,15 @@ def diffusion_loss(models, latents: Tensor, context: Tensor, t: Tensor, noise: T
             raise ValueError(f"latents are {list(latents.shape)}, so {name} must be {list(shape)}; it is {list(value.shape)}")
     unet, abar = models["diffusion"], noise_levels(models.config, objective.zero_terminal_snr)
     dtype = unet.conv_in.weight.dtype  # the network may be half; noise levels and the loss are fp32
-    x_t = add_noise(latents.float(), (noise if input_noise is None else input_noise).float(), t, abar)
+    at = t  # where in abar the images' levels are
+    if t.is_floating_point():
+        if models.config.beta_schedule != "cosine":
+            raise ValueError(f"t is {t.dtype}; with the schedule {models.config.beta_schedule} timesteps are whole numbers")
+        abar = cosine_angle(t, models.config.train_timesteps).cos().square().clamp(max=1 - 2**-24)  # below 1 in fp32 too
+        at = torch.arange(b, device=t.device)
+    x_t = add_noise(latents.float(), (noise if input_noise is None else input_noise).float(), at, abar)
     out = unet(x_t.to(dtype), t, context.to(dtype)).float()
-    target = noise.float() if models.config.prediction == "eps" else velocity(latents.float(), noise.float(), t, abar)
+    target = noise.float() if models.config.prediction == "eps" else velocity(latents.float(), noise.float(), at, abar)
 
     if objective.loss == "mse" and objective.weighting == "none" and weights is None and mask is None:
         return F.mse_loss(out, target)  # what the lines below would give, in one kernel
@@ -81,7 +89,7 @@ def diffusion_loss(models, latents: Tensor, context: Tensor, t: Tensor, noise: T
     each = (error if mask is None else error * mask).flatten(1).mean(1)
     if objective.weighting != "none":
         table = snr_weights(abar, models.config.prediction, objective)
-        each = each * table.float().to(t.device)[t]
+        each = each * table.float().to(t.device)[at]
     return (each if weights is None else each * weights).mean()
 
 
@@ -90,14 +98,15 @@ def noise_levels(config, zero_terminal_snr: bool = False) -> Tensor:
 
     Raises TrainError for a model that predicts eps: at the last timestep its input would be its target.
     """
-    abar = alphas_cumprod(config)
-    if not zero_terminal_snr:
-        return abar
+    if config.zero_terminal_snr or not zero_terminal_snr:
+        return alphas_cumprod(config)
+    if config.beta_schedule == "cosine":
+        raise TrainError(f"zero_terminal_snr rescales betas; this model's schedule is the cosine, which ends at a log SNR of "
+                         f"-{LOG_SNR:g}")
     if config.prediction == "eps":
         raise TrainError("zero_terminal_snr needs a model that predicts v; this one predicts eps, which at an SNR of 0 "
                          "is its input")
-    root = abar.sqrt()
-    return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()
+    return zero_terminal(alphas_cumprod(config))
 
 
 def snr_weights(abar: Tensor, prediction: str, objective: Objective) -> Tensor:

@@ -51,9 +51,13 @@ def draw_timesteps(n: int, model_config, config, number: int) -> Tensor:
     """Whole timesteps [n] of min_timestep <= t < max_timestep: each as likely, or with the density of T u^timestep_bias.
 
     A bias above 1 prefers small t, which hold the details; one below 1 large t, which hold the composition.
+    Of the cosine schedule they are real numbers in fp32, from the first to the last of these.
     """
     rng = torch_rng(config.seed, "timestep", number)
     low, high = config.min_timestep, config.max_timestep or model_config.train_timesteps
+    if model_config.beta_schedule == "cosine":
+        u = torch.rand(n, generator=rng, dtype=torch.float64)
+        return (low + (high - 1 - low) * u**config.timestep_bias).float()
     if config.timestep_bias == 1:
         return torch.randint(low, high, (n,), generator=rng)
     u = torch.rand(n, generator=rng, dtype=torch.float64)

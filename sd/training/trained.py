@@ -89,6 +89,8 @@ def trained_parameters(config, models: Models) -> dict[str, nn.Parameter]:
             raise TrainError(f"the model carries the adapters {', '.join(map(repr, adapter_names(models)))}; merge or "
                              f"remove them before all of its weights are trained")
         vae = config.train == "vae"
+        if vae and not models.config.vae.widths:
+            raise TrainError("train is 'vae', and this model works on pixels: it has no autoencoder")
         on = {"encoder": vae, "decoder": vae, "diffusion": config.unet and not vae,
               "clip": config.text_encoder and not vae}
         chosen = {key: models[key] for key in on if on[key]}

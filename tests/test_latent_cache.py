@@ -5,7 +5,10 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from safetensors.torch import load_file
 
 from sd.lora import apply_lora_to_model, get_lora_parameters, lora_layers, set_lora_enabled, use_adapters
 from sd.model_loader import new_models
+from sd.training import PictureSet, TrainConfig, train
 from sd.training.data import Contexts, encode_pictures
 from sd.training.latent_cache import Posteriors, Store, TextStore, cached_pictures, network_hash, placed
 from sd.training.pictures import open_data
@@ -170,6 +174,7 @@ import torch
 torch.set_num_threads(1)
 from pathlib import Path
 from sd.model_loader import new_models
+from sd.training import PictureSet, TrainConfig, train
 from sd.training.latent_cache import Posteriors
 from tests.test_latent_cache import opened
 from tests.tiny_training import SMALL
@@ -346,15 +351,59 @@ def test_a_hash_of_a_network_is_of_its_values_and_not_of_its_place_in_memory(mod
     assert network_hash(models["encoder"]) != network_hash(untrained["encoder"])
 
 
-def test_networks_leave_the_device_inside_the_block_and_come_back_after_an_error(models, monkeypatch):
-    moves = []
-    for key in ("encoder", "clip"):
-        original = models[key].to
-        monkeypatch.setattr(models[key], "to", lambda d, key=key, to=original: moves.append((key, str(d))) or to(d))
-    with pytest.raises(KeyError), placed(models, ("encoder", "clip"), "cpu"):
-        assert moves == [("encoder", "cpu"), ("clip", "cpu")]
+def test_networks_leave_the_device_inside_the_block_and_come_back_after_an_error():
+    class Network:
+        def __init__(self, device):
+            self.weight, self.moves = torch.empty(1, device=device), 0
+
+        def parameters(self):
+            return iter([self.weight])
+
+        def to(self, device):
+            self.weight, self.moves = torch.empty(1, device=device), self.moves + 1
+
+    def devices():
+        return [str(network.weight.device) for network in models.values()]
+
+    models = {"encoder": Network("meta"), "clip": Network("meta"), "diffusion": Network("meta"), "decoder": Network("cpu")}
+    with pytest.raises(KeyError), placed(models, ("encoder", "clip", "decoder"), "cpu"):
+        assert devices() == ["cpu", "cpu", "meta", "cpu"]
+        with placed(models, models, torch.device("meta")):
+            assert devices() == ["meta"] * 4
+        assert devices() == ["cpu", "cpu", "meta", "cpu"]
         raise KeyError
-    assert moves[2:] == [("encoder", "cpu"), ("clip", "cpu")]
+    assert devices() == ["meta", "meta", "meta", "cpu"]
+    assert models["diffusion"].moves == 0  # a move drops merged weights
+
+
+@pytest.mark.parametrize("change, idle", [
+    ({}, ("encoder", "decoder", "clip")), ({"train": "full"}, ("encoder", "decoder", "clip")),
+    ({"shuffle_tags": True}, ("encoder", "decoder")), ({"text_encoder": True}, ("encoder", "decoder")), ({"train": "vae"}, ())])
+def test_steps_do_without_the_networks_that_leave_the_device(change, idle, models, tmp_path, monkeypatch):
+    @contextmanager
+    def away(models, keys, device):
+        assert tuple(keys) == idle and device == "cpu"
+        for key in keys:
+            monkeypatch.setattr(models[key], "forward", None)
+        yield
+
+    @contextmanager
+    def back(models, keys, device):
+        assert set(keys) == set(models) and device == models.device
+        with monkeypatch.context() as inside:
+            for network in models.values():
+                inside.setattr(network, "forward", partial(type(network).forward, network))
+            yield
+
+    data = PictureSet(pictures(4).pictures, [("a, b", "c, d")] * 4)
+    config = TrainConfig(steps=3, batch_size=2, rank=2, progress=False, validate_every=1, sample_every=2, sample_steps=2,
+                         sample_prompts=("a",) if change.get("train") != "vae" else (), out=str(tmp_path / "plain"), **change)
+    train(config, copy_of(models), data, held_out=pictures(2))
+    monkeypatch.setattr(import_module("sd.training.train"), "placed", away)
+    monkeypatch.setattr(import_module("sd.training.samples"), "placed", back)
+    train(replace(config, out=str(tmp_path / "away")), copy_of(models), data, held_out=pictures(2))
+    kept = [(tmp_path / run / "state.safetensors").read_bytes() for run in ("plain", "away")]
+    assert kept[0] == kept[1]
 
 
 def test_two_stores_of_one_folder_do_not_disturb_each_other(tmp_path):

@@ -6,11 +6,29 @@ import torch
 
 from sd.model_loader import Models
 from sd.training.config import TrainConfig
-from sd.training.data import Batches, Contexts, all_captions, batch_captions, batch_noise, batch_variants, batch_weights
+from sd.training.data import (
+    CONTEXT_BYTES,
+    Batches,
+    Contexts,
+    all_captions,
+    batch_captions,
+    batch_noise,
+    batch_variants,
+    batch_weights,
+)
 from sd.training.embedding import check_words_shown
 from sd.training.latent_cache import Posteriors, TextStore
 from sd.training.loss import check_objective, diffusion_loss
 from sd.training.noise import draw_noise, draw_timesteps
+
+
+def idle_networks(config: TrainConfig, models: Models, dataset) -> tuple[str, ...]:
+    """Those of which all that the steps need is computed before the first: they leave the device while the steps run."""
+    if config.train == "vae":
+        return ()
+    captions, clip = None if config.trains_text else all_captions(dataset, config), models.config.clip
+    kept = captions is not None and len(captions) * clip.max_tokens * clip.width * 4 <= CONTEXT_BYTES
+    return ("encoder", "decoder", "clip") if kept else ("encoder", "decoder")
 
 
 def diffusion_batches(config: TrainConfig, models: Models, dataset):

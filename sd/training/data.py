@@ -25,6 +25,7 @@ from sd.vae import placed_for
 
 STREAMS = ("init", "order", "caption", "caption dropout", "posterior", "timestep", "noise", "layers", "batch order", "words",
            "variant", "new words")
+CONTEXT_BYTES = 1 << 30  # of contexts that are kept in memory
 
 
 # ---- randomness ------------------------------------------------------------------------------------------------------
@@ -186,7 +187,7 @@ class Contexts:
     if there is one: the least recently used is encoded, or read, again.
     """
 
-    def __init__(self, models, *, trained: bool, store=None, clip_skip: int = 1, limit: int = 1 << 30):
+    def __init__(self, models, *, trained: bool, store=None, clip_skip: int = 1, limit: int = CONTEXT_BYTES):
         self.models, self.trained, self.store, self.clip_skip = models, trained, store, clip_skip
         self.kept: OrderedDict[str, Tensor] = OrderedDict()
         self.limit, self.bytes = limit, 0

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from sd.lora import adapter_names, remove_lora
+from sd.training.batches import idle_networks
 from sd.training.config import TrainConfig
 from sd.training.data import Batches, describe_data
 from sd.training.dist import devices, world
@@ -39,6 +40,7 @@ class Estimate:
     """Bytes at the peak of a step and before the first one, and seconds of a step."""
 
     weights: int
+    idle: int  # of these, what leaves the device before the first step
     gradients: int
     optimizer: int
     average: int  # the moving one of the weights
@@ -52,14 +54,14 @@ class Estimate:
     @property
     def step(self) -> int:
         """Bytes at the peak of a step; Python, libraries and the device's own buffers come on top."""
-        return self.weights + self.gradients + self.optimizer + self.average + self.activations
+        return self.weights - self.idle + self.gradients + self.optimizer + self.average + self.activations
 
     @property
     def peak(self) -> int:
         return max(self.step, self.weights + self.average + self.encoding)
 
     def __str__(self) -> str:
-        parts = {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer,
+        parts = {"weights": self.weights - self.idle, "gradients": self.gradients, "optimizer": self.optimizer,
                  "moving average": self.average, "activations": self.activations}
         lines = [f"{name:<16}{size_text(n):>9}" for name, n in parts.items() if n]
         other = "" if self.other_activations is None else (
@@ -88,8 +90,9 @@ def estimate(config: TrainConfig, models, dataset, parameters: Mapping[str, nn.P
         return max(0, peak_bytes(models, one_step(config, models, largest), checkpointing=checkpointing) - gradients)
 
     encoded = 0 if config.train == "vae" else min(16, len(dataset)) if len(set(sizes)) == 1 and not config.cache else 1
+    idle = () if models.device.type == "cpu" else idle_networks(config, models, dataset)
     return Estimate(
-        weights=sum({s.data_ptr(): s.nbytes() for s in _storages(models)}.values()), gradients=gradients,
+        weights=_bytes(models.values()), idle=_bytes(models[key] for key in idle), gradients=gradients,
         optimizer=optimizer_bytes(config, parameters.values()), average=gradients if config.ema else 0,
         activations=activations(config.checkpointing), checkpointing=config.checkpointing,
         other_activations=activations(not config.checkpointing) if compare and config.train != "vae" and config.unet else None,
@@ -209,8 +212,12 @@ def optimizer_bytes(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> 
     return total
 
 
-def _storages(models) -> list[torch.UntypedStorage]:
-    return [t.untyped_storage() for network in models.values() for t in (*network.parameters(), *network.buffers())]
+def _bytes(networks: Iterable[nn.Module]) -> int:
+    return sum({s.data_ptr(): s.nbytes() for s in _storages(networks)}.values())
+
+
+def _storages(networks: Iterable[nn.Module]) -> list[torch.UntypedStorage]:
+    return [t.untyped_storage() for network in networks for t in (*network.parameters(), *network.buffers())]
 
 
 def free_memory(device: torch.device) -> int | None:

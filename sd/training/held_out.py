@@ -98,6 +98,7 @@ class Validation:
         self.posteriors = Posteriors(models, held_out, config.cache, progress=config.progress)
         store = TextStore(config.cache, models) if config.cache and not config.trains_text else None
         self.contexts = Contexts(models, trained=config.trains_text, store=store)
+        self.contexts.fill(self._caption(i) for i in range(len(held_out)))
 
     @torch.no_grad()
     def __call__(self) -> float:

@@ -215,7 +215,7 @@ class TextStore:
 @contextmanager
 def placed(models, keys: Iterable[str], device) -> Iterator[None]:
     """Networks on another device inside the block: frozen ones leave it when all that is needed of them is cached."""
-    before = {key: next(models[key].parameters()).device for key in keys}
+    before = {key: placed_for(models[key], torch.empty(0)).device for key in keys}
     try:
         _move(models, dict.fromkeys(before, torch.device(device)))
         yield
@@ -225,6 +225,7 @@ def placed(models, keys: Iterable[str], device) -> Iterator[None]:
 
 def _move(models, places: Mapping[str, torch.device]) -> None:
     for key, device in places.items():
-        models[key].to(device)
+        if placed_for(models[key], torch.empty(0)).device != device:
+            models[key].to(device)  # which drops merged weights
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -17,6 +17,7 @@ from PIL import Image
 from sd.image_io import contact_sheet, load_image, save_image
 from sd.pipeline import NotFiniteError, generate
 from sd.training.dist import chief, of_chief
+from sd.training.latent_cache import placed
 from sd.training.optim import autocast
 from sd.training.relora import adapters_in_training
 
@@ -64,7 +65,7 @@ class Samples:
         # Half precision would overflow in the autoencoder of many models.
         precision = "bf16" if self.config.precision == "bf16" else "fp32"
         try:
-            with autocast(precision, self.models.device):
+            with placed(self.models, self.models, self.models.device), autocast(precision, self.models.device):
                 picture = generate(models=self.models, merged=False, **about, **which)
         except NotFiniteError as error:
             log.warning("step %d: no sample of %r: %s", step, about["prompt"], error)

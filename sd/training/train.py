@@ -7,6 +7,7 @@ N steps are the same bits as k steps, a kill at any instant and N - k steps (wit
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 
 import torch
@@ -16,7 +17,7 @@ from sd.checkpoint import atomic_write
 from sd.lora import lora_layers, modules_of
 from sd.model_loader import Models, preload_models_from_standard_weights
 from sd.quant import quantize_base, quantized_kinds
-from sd.training.batches import diffusion_batches, vae_batches
+from sd.training.batches import diffusion_batches, idle_networks, vae_batches
 from sd.training.config import TrainConfig
 from sd.training.data import seed_of
 from sd.training.dist import (
@@ -34,6 +35,7 @@ from sd.training.dist import (
 from sd.training.estimate import announce, dry_run
 from sd.training.held_out import open_pictures
 from sd.training.interrupt import asked_to_stop
+from sd.training.latent_cache import placed
 from sd.training.loss import vae_loss
 from sd.training.monitor import MONITOR_FIELDS, Monitor, as_result, finite
 from sd.training.optim import (
@@ -93,7 +95,7 @@ def train(config: TrainConfig, models: Models | None = None, dataset=None, *, he
             print(text)
         return models
     with alone_in(folder), torch.random.fork_rng(devices()), asked_to_stop() as stop, \
-            training(config, models) as parameters, run_as(config, models):
+            training(config, models) as parameters, run_as(config, models), ExitStack() as stack:
         facts = run_facts(config, FREE, dataset=dataset.fingerprint(), base=fingerprint(models, parameters),
                           held_out=held_out and held_out.fingerprint(), from_lora=start_hash(config, models))
         if config.shard:
@@ -114,6 +116,7 @@ def train(config: TrainConfig, models: Models | None = None, dataset=None, *, he
         micro_loss = (vae_batches(config, models, dataset, autoencoder_loss) if config.train == "vae" else
                       diffusion_batches(config, models, dataset))
         watch = Monitor(config, models, folder, done.step, held_out, autoencoder_loss)
+        stack.enter_context(placed(models, idle_networks(config, models, dataset), "cpu"))
         unread: list[Tensor] = []  # (loss, norm of the gradient, whether they were bad) of steps, on the device
 
         stopping = False

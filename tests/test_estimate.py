@@ -19,7 +19,7 @@ from sd.training import PictureSet, TrainConfig, train
 from sd.training.estimate import duration, estimate, one_step, optimizer_bytes, peak_bytes
 from sd.training.optim import OPTIMIZERS, make_optimizer
 from sd.training.trained import training
-from tests.tiny_training import SMALL, copy_of, pictures
+from tests.tiny_training import SMALL, changed, copy_of, pictures
 
 measure = importlib.import_module("sd.training.estimate")  # `sd.training.estimate.estimate` is a function
 
@@ -57,7 +57,7 @@ def allocated(step, folder: Path) -> int:
     ({"train": "vae"}, 0.1)],  # large convolutions, which have buffers of their own
     ids=["checkpointing", "bf16", "full", "int8", "vae"])
 def test_the_peak_of_a_step_is_what_the_allocator_gave(tmp_path, models, change, error):
-    config = replace(LORA, **change)
+    config = changed(LORA, **change)
     if config.quantize != "none":
         quantize_base(models, config.quantize)
     with training(config, models) as parameters:

@@ -27,16 +27,16 @@ from sd.training.monitor import Metrics, Monitor, as_result, peak_memory, size_t
 from sd.training.optim import make_optimizer
 from sd.training.sources import read_folder
 from sd.training.trained import training
-from tests.tiny_training import SMALL, copy_of, metrics, pictures
+from tests.tiny_training import SMALL, changed, copy_of, metrics, pictures
 
 loop = importlib.import_module("sd.training.train")
 
 WATCHED = TrainConfig(rank=2, alpha=3.0, steps=4, batch_size=2, save_every=2, progress=False, dropout=0.3, learning_rate=0.02,
                       ema=0.9, validate_every=2, sample_every=2, sample_prompts=("number 1", "4"), sample_steps=2,
                       sample_cfg=2.0)
-FULL = replace(WATCHED, train="full", text_encoder=True)
+FULL = changed(WATCHED, train="full", text_encoder=True)
 FREE = replace(WATCHED, optimizer="schedule_free", ema=0.0, text_encoder=True)
-VAE = replace(WATCHED, train="vae", sample_prompts=())
+VAE = changed(WATCHED, train="vae", sample_prompts=())
 HELD_OUT = PictureSet(pictures(7).pictures[5:], ["number 1", "2"])
 
 
@@ -83,7 +83,7 @@ def power_cut(config: TrainConfig, models, monkeypatch, k: int, data=None, held_
 @pytest.mark.parametrize("config", [WATCHED, FREE, FULL, VAE], ids=["lora", "schedule_free", "full", "vae"])
 def test_watching_changes_no_bit_of_what_is_trained(tmp_path, untrained, config):
     seen = train(replace(config, out=str(tmp_path / "seen")), copy_of(untrained), pictures(), held_out=HELD_OUT)
-    alone = train(replace(config, out=str(tmp_path / "alone"), sample_prompts=()), copy_of(untrained), pictures())
+    alone = train(changed(config, out=str(tmp_path / "alone"), sample_prompts=()), copy_of(untrained), pictures())
     for key in seen:
         for (name, a), b in zip(seen[key].state_dict().items(), alone[key].state_dict().values(), strict=True):
             assert torch.equal(a, b), f"{key}.{name}"
@@ -182,7 +182,7 @@ def test_pictures_are_held_out_by_their_content_and_more_pictures_move_none(tmp_
 
 def test_held_out_pictures_are_in_no_batch_and_regularisation_is_balanced_without_them(tmp_path, models, monkeypatch):
     data, regular = write_pictures(tmp_path / "data", 20), write_pictures(tmp_path / "reg", 8, start=50)
-    config = replace(WATCHED, data=str(data), reg_data=str(regular), validation=0.3, out=str(tmp_path / "out"),
+    config = changed(WATCHED, data=str(data), reg_data=str(regular), validation=0.3, out=str(tmp_path / "out"),
                      sample_prompts=())
     seen, original = [], loop.diffusion_batches
 
@@ -203,7 +203,7 @@ def test_held_out_pictures_are_in_no_batch_and_regularisation_is_balanced_withou
 
 def test_a_folder_may_be_held_out_and_the_wrong_pictures_are_refused(tmp_path, models):
     data, other = write_pictures(tmp_path / "data", 4), write_pictures(tmp_path / "other", 2, start=10)
-    config = replace(WATCHED, data=str(data), out=str(tmp_path / "out"), sample_prompts=())
+    config = changed(WATCHED, data=str(data), out=str(tmp_path / "out"), sample_prompts=())
     train(replace(config, validation_data=str(other)), models)
     rows = [row["validation"] for row in metrics(tmp_path / "out") if "validation" in row]
     remove_lora(models, "lora")
@@ -273,7 +273,7 @@ def test_a_picture_that_is_not_finite_is_a_gap_and_a_warning(tmp_path, models, m
 def test_the_plot_has_the_validation_loss_and_is_renewed_at_every_save(tmp_path, models, monkeypatch):
     plots = []
     monkeypatch.setattr("sd.training.monitor.line_plot", lambda curves, *rest: plots.append(curves) or Image.new("L", (8, 8)))
-    train(replace(WATCHED, out=str(tmp_path), sample_prompts=()), models, pictures(), held_out=HELD_OUT)
+    train(changed(WATCHED, out=str(tmp_path), sample_prompts=()), models, pictures(), held_out=HELD_OUT)
     assert [len(curves["training"]) for curves in plots] == [2, 4]
     rows = metrics(tmp_path)
     assert plots[-1]["validation"] == [(row["step"], row["validation"]) for row in rows if "validation" in row]
@@ -294,7 +294,7 @@ def test_lines_from_the_resumed_step_on_are_cut_off_with_their_validation(tmp_pa
 
 
 def test_the_bar_shows_loss_speed_and_memory_and_the_clock_has_a_file_of_its_own(tmp_path, models, capfd):
-    train(replace(WATCHED, out=str(tmp_path), sample_prompts=(), steps=40, save_every=20, progress=True), models, pictures())
+    train(changed(WATCHED, out=str(tmp_path), sample_prompts=(), steps=40, save_every=20, progress=True), models, pictures())
     shown = capfd.readouterr().err
     for part in ("loss=", "images/s=", "peak=", "40/40", "step/s"):
         assert part in shown, shown[-500:]

@@ -21,7 +21,7 @@ from sd.training.optim import lr_factor, make_optimizer
 from sd.training.relora import KINDS_THAT_ADD, OPTIMIZERS_THAT_FORGET, attach_merged, fold, restart
 from sd.training.trained import adapters_in_training, frozen_parts, training
 from tests.test_training_resume import LORA, files, stopped
-from tests.tiny_training import SMALL, copy_of, metrics, pictures
+from tests.tiny_training import SMALL, changed, copy_of, metrics, pictures
 
 loop = importlib.import_module("sd.training.train")  # `sd.training.train` is the function
 
@@ -223,7 +223,7 @@ RUNS = {"relora": {}, "relora on nf4": {"quantize": "nf4"}, "adafactor": {"optim
 def test_a_run_that_was_stopped_ends_as_if_it_had_never_been(tmp_path, untrained, case, k, monkeypatch):
     config = replace(LORA, accumulate=1, ema=0.0, relora_every=3, relora_warmup=2, **RUNS[case])
     if config.from_lora:
-        old = replace(EVERY, steps=1, relora_every=0, text_encoder=True, out=str(tmp_path / "old"))
+        old = changed(EVERY, steps=1, relora_every=0, text_encoder=True, out=str(tmp_path / "old"))
         train(old, copy_of(untrained), pictures())
         config = replace(config, from_lora=str(tmp_path / "old/lora.safetensors"))
     whole, broken = tmp_path / "whole", tmp_path / "broken"

@@ -19,7 +19,7 @@ from sd.training import DataError, PictureFolder, PictureSet, TrainConfig, Train
 from sd.training.data import Batches, Contexts, batch_captions, batch_noise, encode_pictures
 from sd.training.noise import draw_timesteps
 from sd.training.optim import lr_factor, update_ema
-from tests.tiny_training import SMALL, copy_of, metrics, pictures
+from tests.tiny_training import SMALL, changed, copy_of, metrics, pictures
 
 loop = importlib.import_module("sd.training.train")  # `sd.training.train` is the function
 batches = importlib.import_module("sd.training.batches")
@@ -193,7 +193,7 @@ def test_a_bad_line_of_metadata_is_named(tmp_path, line, message):
 
 @pytest.mark.parametrize("what", ["lora", "full"])
 def test_steps_are_those_of_a_bare_torch_loop(tmp_path, models, what):
-    config = replace(QUICK, train=what, out=str(tmp_path), steps=4, accumulate=2, weight_decay=0.1, warmup=3,
+    config = changed(QUICK, train=what, out=str(tmp_path), steps=4, accumulate=2, weight_decay=0.1, warmup=3,
                      schedule="cosine", learning_rate=1e-2, clip_norm=0.05, text_encoder=True)
     data, bare = pictures(), copy_of(models)
     train(config, models, data)
@@ -234,7 +234,7 @@ def test_steps_are_those_of_a_bare_torch_loop(tmp_path, models, what):
 
 def test_accumulated_micro_batches_are_one_big_batch(tmp_path, models, monkeypatch):
     small, big = copy_of(models), models
-    config = replace(QUICK, train="full", steps=2, learning_rate=1e-3)
+    config = changed(QUICK, train="full", steps=2, learning_rate=1e-3)
     train(replace(config, out=str(tmp_path / "a"), accumulate=2), small, pictures())
 
     half = config  # draws of the micro-batches 2n and 2n + 1, side by side
@@ -373,7 +373,7 @@ def test_the_saved_lora_gives_the_output_of_the_trained_one(tmp_path, models, un
 
 
 def test_a_model_trained_from_scratch_is_the_average_and_loads_again(tmp_path, models):
-    train(replace(QUICK, train="full", text_encoder=True, out=str(tmp_path), ema=0.9), models, pictures())
+    train(changed(QUICK, train="full", text_encoder=True, out=str(tmp_path), ema=0.9), models, pictures())
     loaded = preload_models_from_standard_weights(tmp_path / "model.safetensors", "cpu")
     assert all(torch.equal(a, b) for a, b in zip(weights(models).values(), weights(loaded).values()))
     state = read_tensors(tmp_path / "state.safetensors")
@@ -383,18 +383,18 @@ def test_a_model_trained_from_scratch_is_the_average_and_loads_again(tmp_path, m
 
 def test_the_tiny_model_overfits_one_picture(tmp_path, models):
     data = PictureSet(pictures(1).pictures, ["one"])
-    train(replace(QUICK, train="full", out=str(tmp_path), steps=150, batch_size=8, learning_rate=5e-3), models, data)
+    train(changed(QUICK, train="full", out=str(tmp_path), steps=150, batch_size=8, learning_rate=5e-3), models, data)
     losses = [row["loss"] for row in metrics(tmp_path)]
     assert np.mean(losses[-20:]) < 0.25 * np.mean(losses[:5])
 
 
 def test_the_autoencoder_learns_through_the_same_loop(tmp_path, models):
     before = weights(models)
-    train(replace(QUICK, train="vae", out=str(tmp_path), steps=40, learning_rate=5e-3), models, pictures(2))
+    train(changed(QUICK, train="vae", out=str(tmp_path), steps=40, learning_rate=5e-3), models, pictures(2))
     losses = [row["loss"] for row in metrics(tmp_path)]
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
-    changed = {name.split(".")[0] for name, p in weights(models).items() if not torch.equal(p, before[name])}
-    assert changed == {"encoder", "decoder"}
+    touched = {name.split(".")[0] for name, p in weights(models).items() if not torch.equal(p, before[name])}
+    assert touched == {"encoder", "decoder"}
 
 
 def test_other_adapters_are_off_while_one_is_trained_and_back_afterwards(tmp_path, models, untrained):
@@ -440,7 +440,7 @@ def test_training_nothing_and_a_bad_rank_are_refused(tmp_path, models):
     assert adapter_names(models) == []
     train(replace(QUICK, out=str(tmp_path)), models, pictures())
     with pytest.raises(TrainError, match="carries the adapters 'lora'"):
-        train(replace(QUICK, out=str(tmp_path / "b"), train="full"), models, pictures())
+        train(changed(QUICK, train="full", out=str(tmp_path / "b")), models, pictures())
     with pytest.raises(LoRAError, match="'lora' is there already"):
         train(replace(QUICK, out=str(tmp_path)), models, pictures())
 

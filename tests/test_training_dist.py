@@ -26,7 +26,7 @@ from sd.training import TrainConfig, TrainError, train, vae_loss
 from sd.training.data import Contexts, batch_noise
 from sd.training.dist import ProcessError, add_up, check_accumulate, own_first, own_numbers, processes, world
 from sd.training.latent_cache import Posteriors
-from tests.tiny_training import SMALL, copy_of, metrics, pictures
+from tests.tiny_training import SMALL, changed, copy_of, metrics, pictures
 
 ROOT = Path(__file__).parents[1]
 LORA = TrainConfig(rank=2, alpha=1.0, steps=4, batch_size=2, accumulate=2, save_every=3, progress=False, dropout=0.3,
@@ -34,9 +34,9 @@ LORA = TrainConfig(rank=2, alpha=1.0, steps=4, batch_size=2, accumulate=2, save_
                    learning_rate=0.01, clip_norm=0.05)
 CACHED = replace(LORA, text_encoder=False)
 WATCHED = {"sample_prompts": ("a",), "sample_steps": 2, "sample_every": 3, "validate_every": 3}
-FULL = replace(LORA, train="full", learning_rate=1e-3, dropout=0.0, rank_dropout=0.0, module_dropout=0.0)
+FULL = changed(LORA, train="full", learning_rate=1e-3, dropout=0.0, rank_dropout=0.0, module_dropout=0.0)
 SHARD = replace(FULL, shard=True)
-VAE = replace(SHARD, train="vae", accumulate=4, learning_rate=1e-4)
+VAE = changed(SHARD, train="vae", accumulate=4, learning_rate=1e-4)
 RUNS = {"lora": replace(LORA, **WATCHED), "lora in four, one then two": replace(LORA, accumulate=4, max_norm=0.1),
         "lora in fp16, two then one": replace(LORA, precision="fp16"), "full": FULL,
         "sharded, one then two": replace(SHARD, checkpointing=True, **WATCHED),

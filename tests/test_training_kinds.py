@@ -14,7 +14,7 @@ from sd.model_loader import load_lora_into_models, new_models, save_checkpoint
 from sd.pipeline import generate
 from sd.quant import dequantize_base, quantize_base, quantized_kinds
 from sd.training import TrainConfig, TrainError, diffusion_loss, train
-from tests.tiny_training import SMALL, copy_of, metrics, pictures
+from tests.tiny_training import SMALL, changed, copy_of, metrics, pictures
 
 batches = importlib.import_module("sd.training.batches")
 
@@ -42,7 +42,7 @@ def base_of(models):
 def test_every_kind_learns_and_its_file_does_what_the_trained_model_does(untrained, tmp_path, kind):
     models = copy_of(untrained)
     before, plain = base_of(models), output(models)
-    train(replace(QUICK, kind=kind, out=str(tmp_path)), models, pictures())
+    train(changed(QUICK, kind=kind, out=str(tmp_path)), models, pictures())
     assert {w.kind for w in lora_state(models, "lora").values()} == {kind} and not torch.equal(output(models), plain)
     after = base_of(models)
     assert after.keys() == before.keys() and all(torch.equal(before[key], after[key]) for key in before)
@@ -100,7 +100,7 @@ def test_a_run_on_a_quantised_base_is_resumed_bit_for_bit(untrained, tmp_path, m
 def test_the_weights_of_a_quantised_base_are_not_trained(untrained, tmp_path):
     models = quantize_base(copy_of(untrained))
     with pytest.raises(TrainError, match=r"quantised \(nf4\), so its weights cannot be trained"):
-        train(replace(QUICK, train="full", out=str(tmp_path)), models, pictures())
+        train(changed(QUICK, train="full", out=str(tmp_path)), models, pictures())
 
 
 def test_pictures_of_a_quantised_base_are_made_without_whole_merged_weights(untrained, tmp_path):

@@ -16,15 +16,15 @@ from sd.checkpoint import read_tensors, write_safetensors
 from sd.lora import adapter_names
 from sd.model_loader import new_models
 from sd.training import PictureSet, TrainConfig, TrainError, train
-from tests.tiny_training import SMALL, copy_of, pictures
+from tests.tiny_training import SMALL, changed, copy_of, pictures
 
 loop = importlib.import_module("sd.training.train")
 
 LORA = TrainConfig(rank=2, alpha=2.0, steps=7, batch_size=2, accumulate=2, save_every=2, progress=False,
                    dropout=0.3, rank_dropout=0.2, module_dropout=0.1, text_encoder=True, ema=0.9,
                    schedule="cosine", warmup=2, learning_rate=0.01)
-FULL = replace(LORA, train="full", accumulate=1, checkpointing=True)
-VAE = replace(LORA, train="vae", accumulate=1)
+FULL = changed(LORA, train="full", accumulate=1, checkpointing=True)
+VAE = changed(LORA, train="vae", accumulate=1)
 RUNS = {"lora": LORA, "full": FULL, "vae": VAE}
 
 
@@ -112,6 +112,19 @@ def test_a_finished_run_started_again_gives_its_result_at_once(tmp_path, untrain
     assert files(tmp_path) == before
     a, b = (dict(m["diffusion"].named_parameters()) for m in (first, second))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("what, between", [("lora", 4), ("lora", 5), ("full", 4)])
+def test_a_finished_run_with_a_constant_rate_goes_on_with_more_steps(tmp_path, untrained, what, between):
+    config = replace(RUNS[what], schedule="constant", out=str(tmp_path / "whole"))
+    train(config, copy_of(untrained), pictures())
+    for steps in (between, 7):
+        train(replace(config, steps=steps, out=str(tmp_path / "broken")), copy_of(untrained), pictures())
+    whole, broken = files(tmp_path / "whole"), files(tmp_path / "broken")
+    assert whole == broken
+    with pytest.raises(TrainError, match="steps is 6, and .*broken has done 7; allowed: 7 or more"):
+        train(replace(config, steps=6, out=str(tmp_path / "broken")), copy_of(untrained), pictures())
+    assert files(tmp_path / "broken") == broken
 
 
 def test_a_run_killed_at_random_instants_and_inside_writes_loses_nothing(tmp_path):

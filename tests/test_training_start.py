@@ -28,7 +28,7 @@ from sd.quant import dequantize_base, quantize_base
 from sd.training import TrainConfig, TrainError, train, trained
 from sd.training.trained import start_with_principal, trained_parameters
 from tests.test_training_resume import LORA, files, stopped
-from tests.tiny_training import SMALL, copy_of, metrics, pictures
+from tests.tiny_training import SMALL, changed, copy_of, metrics, pictures
 
 QUICK = TrainConfig(rank=2, alpha=3.0, steps=2, batch_size=2, save_every=100, progress=False, learning_rate=1e-2)
 FROM = replace(QUICK, rank=TrainConfig.rank, alpha=TrainConfig.alpha)  # what a file says is left out
@@ -372,9 +372,9 @@ def test_each_option_works_with_a_kind_or_is_refused_and_nothing_is_changed_at_f
     options = {"kind": kind, "rank": 4 if kind == "boft" else 2, "targets": ("mid_block",), **OPTIONS[option]}
     if kind in REFUSED.get(option, ()):
         with pytest.raises(TrainError, match=r"(kind|rslora|dora|rank_dropout|max_norm|block_ranks) is .*; allowed: "):
-            replace(QUICK, **options)
+            changed(QUICK, **options)
         return
-    models = train(replace(QUICK, out=str(tmp_path), **options), copy_of(untrained), pictures())
+    models = train(changed(QUICK, out=str(tmp_path), **options), copy_of(untrained), pictures())
     rows = metrics(tmp_path)
     if "nf4" not in option:
         assert rows[0]["loss"] == first_loss

@@ -19,7 +19,7 @@ from sd.training.embedding import parse_word
 from sd.training.optim import make_optimizer
 from sd.training.trained import training
 from tests.test_training_resume import files, stopped
-from tests.tiny_training import SMALL, copy_of, pictures
+from tests.tiny_training import SMALL, changed, copy_of, pictures
 from tests.twins import twins
 
 WORDS = TrainConfig(train="words", new_words=("<toy>:2=number",), prefix="<toy>", steps=4, batch_size=2, accumulate=2,
@@ -27,7 +27,7 @@ WORDS = TrainConfig(train="words", new_words=("<toy>:2=number",), prefix="<toy>"
 LORA = replace(WORDS, train="lora", rank=2, alpha=3.0, new_words=("<toy>:2=number", "my.style"), suffix="my.style", ema=0.9,
                dropout=0.2, word_learning_rate=0.05)
 RUNS = {"words": WORDS, "LoRA": LORA, "LoRA of both": replace(LORA, text_encoder=True, checkpointing=True),
-        "full": replace(LORA, train="full", text_encoder=True, dropout=0.0)}
+        "full": changed(LORA, train="full", text_encoder=True, dropout=0.0)}
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 from sd.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 from sd.model_loader import Models
-from sd.training import PictureSet
+from sd.training import PictureSet, TrainConfig
+from sd.training.effects import EFFECTS
 
 SMALL = ModelConfig(
     name="small", clip=CLIPConfig(width=8, layers=1, heads=2, mlp_width=16),
@@ -32,3 +34,12 @@ def pictures(n: int = 5) -> PictureSet:
 
 def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+
+
+def changed(config: TrainConfig, **changes) -> TrainConfig:
+    """`replace`, with what has no effect then as it is by default."""
+    values = vars(config) | changes
+    for names, has_effect, _ in EFFECTS:
+        if not has_effect(SimpleNamespace(**values)):
+            values |= {name: getattr(TrainConfig(), name) for name in names}
+    return TrainConfig(**values)

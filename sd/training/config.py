@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from sd.training.dist import shard_rules
+from sd.training.effects import effect_rules
 from sd.training.embedding import word_rules
 from sd.training.loss import objective_rules
 from sd.training.monitor import monitor_rules
@@ -240,6 +241,8 @@ class TrainConfig:
         require(self.size is None or self.size >= 8, "size", "8 or more pixels")
         if self.train != "vae" and not (self.unet or self.text_encoder):
             raise TrainError("nothing is trained: unet and text_encoder are both off")
+        for ok, field, allowed in effect_rules(self):
+            require(ok, field, allowed)
 
     @property
     def trains_text(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from sd.model_loader import Models, save_checkpoint, save_embedding, save_models_lora
@@ -22,6 +23,8 @@ def save_result(config: TrainConfig, models: Models, folder: Path, facts: dict, 
     words = word_files(config)
     if config.train in ("full", "vae"):
         models.source = None  # they are no longer what that file holds
+        if config.zero_terminal_snr:
+            models.config = replace(models.config, zero_terminal_snr=True)  # sampled as they were trained
         save_checkpoint(models, folder / "model.safetensors", metadata=metadata)
     for word, file in words.items():
         save_embedding(models, folder / file, word, metadata=metadata)
@@ -34,7 +37,7 @@ def save_result(config: TrainConfig, models: Models, folder: Path, facts: dict, 
              "ss_optimizer": config.optimizer, "ss_lr_scheduler": config.schedule, "ss_lr_warmup_steps": config.warmup,
              "ss_max_grad_norm": config.clip_norm, "ss_caption_dropout_rate": config.caption_dropout,
              "ss_network_dropout": config.dropout, "ss_num_train_images": pictures,
-             "ss_scale_weight_norms": config.max_norm or None,
+             "ss_scale_weight_norms": config.max_norm or None, "ss_zero_terminal_snr": config.zero_terminal_snr,
              "ss_mixed_precision": "no" if config.precision == "fp32" else config.precision}
     metadata |= {key: str(value) for key, value in kohya.items()}
     metadata |= {"modelspec.trigger_phrase": ", ".join(words)} if words else {}

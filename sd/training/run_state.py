@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from itertools import chain
@@ -96,11 +96,12 @@ def _numbers(values: Mapping[str, object]) -> dict[str, float]:
 
 @torch.no_grad()
 def load_state(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer,
-               ema: dict[str, Tensor], facts: Mapping[str, object], defaults: Mapping[str, object] | None = None) -> Progress:
+               ema: dict[str, Tensor], facts: Mapping[str, object], defaults: Mapping[str, object] | None = None,
+               free: Collection[str] = ()) -> Progress:
     """Take up the run where its last save left it; a folder without one starts at step 0.
 
-    defaults: facts that a run had whose program did not know them yet. Raises TrainError when the saved run is another one,
-    with everything that differs.
+    defaults: facts that a run had whose program did not know them yet; free: those that may have changed. Raises TrainError
+    when the saved run is another one, with everything that differs.
     """
     path = folder / STATE
     if not path.exists():
@@ -114,7 +115,7 @@ def load_state(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: 
                          f"folder") from None
     facts, saved = json.loads(json.dumps(facts)), json.loads(json.dumps(defaults or {})) | saved
     differs = [f"{key} was {saved.get(key)!r}, now {facts.get(key)!r}" for key in {**saved, **facts}
-               if saved.get(key) != facts.get(key)]
+               if saved.get(key) != facts.get(key) and key not in free]
     if differs:
         raise TrainError(f"{folder}: holds another training ({'; '.join(differs)}); go on with its values, "
                          f"or choose another out folder")
@@ -136,7 +137,10 @@ def load_state(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: 
 def fingerprint(models: Models, trained: Mapping[str, nn.Parameter]) -> str:
     """Hash of the config and of all weights that stay as they are: a resumed run must stand on the same ones."""
     digest, skip = hashlib.sha256(), {id(p) for p in trained.values()}
-    digest.update(json.dumps(models.config.to_dict(), sort_keys=True).encode())
+    config = models.config.to_dict()
+    if not config["zero_terminal_snr"]:
+        del config["zero_terminal_snr"]  # which older programs did not know: their runs go on
+    digest.update(json.dumps(config, sort_keys=True).encode())
     for component in sorted(models):
         for name, p in chain(models[component].named_parameters(), models[component].named_buffers()):  # quantised: buffers
             if id(p) not in skip and ".adapters." not in name and not name.endswith(("merged_weight", "merged_bias")):

@@ -94,8 +94,8 @@ def train(config: TrainConfig, models: Models | None = None, dataset=None, *, he
         if chief():
             print(text)
         return models
-    with alone_in(folder), torch.random.fork_rng(devices()), asked_to_stop() as stop, \
-            training(config, models) as parameters, run_as(config, models), ExitStack() as stack:
+    with alone_in(folder), torch.random.fork_rng(devices()), training(config, models) as parameters, \
+            run_as(config, models), ExitStack() as stack:
         facts = run_facts(config, FREE, dataset=dataset.fingerprint(), base=fingerprint(models, parameters),
                           held_out=held_out and held_out.fingerprint(), from_lora=start_hash(config, models))
         if config.shard:
@@ -104,7 +104,10 @@ def train(config: TrainConfig, models: Models | None = None, dataset=None, *, he
         layers = lora_layers(models) if config.max_norm else {}
         ema = {name: p.detach().clone() for name, p in parameters.items()} if config.ema else {}
         weights = parameters | frozen_parts(config, models)
-        done = load_state(folder, weights, optimizer, ema, facts, run_facts(TrainConfig(), FREE))
+        done = load_state(folder, weights, optimizer, ema, facts, run_facts(TrainConfig(), FREE),
+                          ("steps",) if config.schedule == "constant" else ())
+        if done.step > config.steps:
+            raise TrainError(f"steps is {config.steps}, and {folder} has done {done.step}; allowed: {done.step} or more")
         check_same(weights, **facts, step=done.step)
         if chief():
             with atomic_write(folder / "config.json") as file:
@@ -117,6 +120,7 @@ def train(config: TrainConfig, models: Models | None = None, dataset=None, *, he
                       diffusion_batches(config, models, dataset))
         watch = Monitor(config, models, folder, done.step, held_out, autoencoder_loss)
         stack.enter_context(placed(models, idle_networks(config, models, dataset), "cpu"))
+        stop = stack.enter_context(asked_to_stop())  # until now Ctrl-C ends at once: what is cached is kept
         unread: list[Tensor] = []  # (loss, norm of the gradient, whether they were bad) of steps, on the device
 
         stopping = False

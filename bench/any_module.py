@@ -113,4 +113,4 @@ def main(options: Options) -> str:
     width, layers = SIZES[options.full]
     notes = NOTES.format(width=width, layers=layers, batch=BATCH, tokens=tokens(options))
     header = ["any module", "rank", "tasks", "ours", "PEFT's", "ours / PEFT's", "ours / bare", "/ one task", "difference"]
-    return block("Tasks on any model", options, [notes], (header, rows))
+    return block("Tasks on any model", options, [notes], (header, rows), model=f"BERT {width}x{layers}")

@@ -200,17 +200,17 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 Table = tuple[Sequence[str], Sequence[Sequence[object]]]  # header, rows
 
 
-def block(title: str, options: Options, notes: Sequence[str], *tables: Table) -> str:
-    """A markdown section: title, environment, notes, tables."""
-    parts = [f"## {title}", environment(options), *notes, *(table(*t) for t in tables)]
+def block(title: str, options: Options, notes: Sequence[str], *tables: Table, model: str | None = None) -> str:
+    """A markdown section: title, environment, notes, tables. `model` None is that of the options."""
+    parts = [f"## {title}", environment(options, model), *notes, *(table(*t) for t in tables)]
     return "\n\n".join(parts) + "\n"
 
 
-def environment(options: Options) -> str:
+def environment(options: Options, model: str | None = None) -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "peft"))
     device = isolated(options, _device_name, options.device).result
     return (f"{date.today()}, commit {_commit()}, Python {platform.python_version()}, {packages}; {device}, threads: "
-            f"{options.threads}, {options.dtype}, model {options.config.name}, n = {options.n} after a warm-up.")
+            f"{options.threads}, {options.dtype}, model {model or options.config.name}, n = {options.n} after a warm-up.")
 
 
 def _device_name(device: str) -> str:

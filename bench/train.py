@@ -38,6 +38,7 @@ REDUCED = ModelConfig(
 @dataclass(frozen=True)
 class TrainOptions(Options):
     tiny: bool = False  # the model of the tests, to try the program
+    peers: bool = True  # diffusers' loop as well, not only what ours takes for whole networks and for LoRAs
 
     @property
     def config(self) -> ModelConfig:
@@ -149,13 +150,13 @@ def theirs(options: Options, folder: Path, root: Path, size: int, batch: int, ch
 def main(options: TrainOptions) -> str:
     size = options.size or (512 if options.full else options.config.image_size)
     file, folder = checkpoints(options)
-    batches = (1, 4, 8, 16) if options.device.startswith("cuda") else (1, 4)
+    batches = (1, 4, 8, 16) if options.device.startswith("cuda") else (1,) if options.full else (1, 4)
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         make_pictures(root / "data", size)
         isolated(options, ours, options, file, root, size, 1, False, {})  # fills the cache
         rows, full = [], []
-        for batch, checkpointing in product(batches, (False, True)):
+        for batch, checkpointing in product(batches, (False, True)) if options.peers else ():
             speed, peak = compared(options, {
                 "ours": (ours, options, file, root, size, batch, checkpointing, {}),
                 "theirs": (theirs, options, folder, root, size, batch, checkpointing, False),
@@ -167,7 +168,8 @@ def main(options: TrainOptions) -> str:
             (speed, parameters, length), peak = isolated(options, ours, options, file, root, size, batch, False, changes)
             full.append((what, f"{parameters:,}", f"{length / 1e6:.1f} MB", batch, f"{speed:.2f}", f"{peak / GIB:.2f}"))
     note = " ".join(NOTES.split()).format(long=LONG - SHORT, short=SHORT, pictures=PICTURES)
-    return block(f"Training, {size} pixels", options, [note], (HEADER, rows), (FULL_HEADER, full))
+    tables = [(HEADER, rows), (FULL_HEADER, full)] if options.peers else [(FULL_HEADER, full)]
+    return block(f"Training, {size} pixels", options, [note], *tables)
 
 
 def compared(options: Options, cases: dict[str, tuple]) -> tuple[dict[str, float], dict[str, float]]:

@@ -49,6 +49,7 @@ def apply_lora_to_model(models, rank: int | Mapping[str, int] = 4, alpha: float 
     Returns `models`. Raises LoRAError, before anything changes, for a name in use, a rank below 1 or above
     min(in, out) of a layer, a target that matches nothing, or a layer without a LoRA form or without one of this kind.
     """
+    _check_name(name)
     targets = find_targets(models, target_modules)
     if kind not in KINDS:
         raise LoRAError(f"adapter kind {kind!r} is unknown; allowed: {', '.join(KINDS)}")
@@ -60,9 +61,6 @@ def apply_lora_to_model(models, rank: int | Mapping[str, int] = 4, alpha: float 
         raise LoRAError(f"kind {kind!r} has no option {unknown[0]!r}; it has {', '.join(KINDS[kind].options) or 'none'}")
     ranks, alphas = (value if isinstance(value, Mapping) else dict.fromkeys(targets, value) for value in (rank, alpha))
     targets = {path: layer for path, layer in targets.items() if not isinstance(rank, Mapping) or ranks[path] != 0}
-    for value in {alphas[path]: None for path in targets}:
-        if not math.isfinite(value):
-            raise LoRAError(f"alpha is {value}; a finite number is needed")
     if name in adapter_names(models):
         raise LoRAError(f"an adapter named {name!r} is there already; remove_lora it first, or choose another name")
     refuse_bypassed(models, targets)
@@ -71,6 +69,8 @@ def apply_lora_to_model(models, rank: int | Mapping[str, int] = 4, alpha: float 
         norm, shape = isinstance(layer, NORMS), shape_of(layer, path)
         if KINDS[kind].low_rank and not norm:
             check_rank(ranks[path], shape, path)
+        if not _is_finite(alphas[path]):
+            raise LoRAError(f"alpha is {alphas[path]!r}; a finite number is needed")
         try:
             if norm:  # it has no ranks to drop
                 new[path] = Full(shape, dropout=dropout, module_dropout=module_dropout)
@@ -86,9 +86,22 @@ def apply_lora_to_model(models, rank: int | Mapping[str, int] = 4, alpha: float 
     return models
 
 
+def _check_name(name: str) -> None:
+    if not isinstance(name, str):
+        raise LoRAError(f"the name of an adapter is {name!r}; a string is needed")
+
+
+def _is_finite(value: object) -> bool:
+    try:
+        return math.isfinite(value)
+    except TypeError:
+        return False
+
+
 def attach_adapters(models, layers: Mapping[str, nn.Module], adapters: Mapping[str, Adapter], name: str,
                     multiplier: float) -> None:
     """Put the adapters on the layers of the same paths, as `name`, active; one of that name is replaced."""
+    _check_name(name)
     with exclusive(models), torch.inference_mode(False):
         enabled = all(layer.lora_enabled for layer in lora_layers(models).values())
         if name in adapter_names(models):
@@ -261,7 +274,7 @@ def _active_set(models, layers: Iterable[LoRALayer], multipliers: Mapping[str, f
     if rows is not None and lengths and not 0 <= int(rows.min()) <= int(rows.max()) < min(lengths):
         raise LoRAError(f"rows name images {int(rows.min())} to {int(rows.max())}, the batch has {min(lengths)}")
     for path, module in named_layers(models) if lengths else ():
-        if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
+        if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and not module.batch_first:
             raise LoRAError(f"{path} is made with batch_first=False, so the rows around it are positions and not images; "
                             f"multipliers that differ from image to image need batch_first=True")
     values = {n: v for n, v in values.items() if (any(v) if isinstance(v, tuple) else v)}  # at 0 a layer is its base

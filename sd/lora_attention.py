@@ -153,6 +153,10 @@ class LoRATransformerEncoderLayer(nn.TransformerEncoderLayer):
     def activation_relu_or_gelu(self) -> int:  # 0: there is no fast path for it
         return 0 if any_on(self) else self.__dict__["activation_relu_or_gelu"]
 
+    @activation_relu_or_gelu.setter
+    def activation_relu_or_gelu(self, value: int) -> None:
+        self.__dict__["activation_relu_or_gelu"] = value
+
 
 class LoRATransformerEncoder(nn.TransformerEncoder):
     """Hands its layers nested tensors, which only their fast path understands, only while no adapter is on in it."""
@@ -160,6 +164,10 @@ class LoRATransformerEncoder(nn.TransformerEncoder):
     @property
     def use_nested_tensor(self) -> bool:
         return self.__dict__["use_nested_tensor"] and not any_on(self)
+
+    @use_nested_tensor.setter
+    def use_nested_tensor(self, value: bool) -> None:
+        self.__dict__["use_nested_tensor"] = value
 
 
 HOSTS: dict[type[nn.Module], type[nn.Module]] = {

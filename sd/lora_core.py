@@ -143,12 +143,15 @@ class LoRALayer:
     def forward(self, x: Tensor) -> Tensor:
         if not (self._is_on and self.lora_enabled):
             return self.base_forward(x)
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self._sources()) \
-                or self.training and any(adapter.drops for adapter in self._on):
+        if self._is_trained():
             return self._trained_forward(x)
         if self.is_merged():
             return self.op(x, self.merged_weight, self.bias if self.merged_bias is None else self.merged_bias)
         return self._fused_forward(x)
+
+    def _is_trained(self) -> bool:
+        return torch.is_grad_enabled() and any(p.requires_grad for p in self._sources()) \
+            or self.training and any(adapter.drops for adapter in self._on)
 
     def _trained_forward(self, x: Tensor) -> Tensor:
         self.drop_fused()  # an optimizer may write next, and fused ones raise no version counter
@@ -170,6 +173,11 @@ class LoRALayer:
     def _fused_forward(self, x: Tensor) -> Tensor:
         """base + up((down x) · m): one pair of products for any number of low-rank adapters and any routing."""
         return self._fused_for(self.compute_dtype(x)).add_to(self.base_forward(x), x, self)
+
+    def prepare(self) -> None:
+        """Make what inference with the present active set needs, so that code compiled as one graph finds it made."""
+        if self._is_on and self.lora_enabled and not self._is_trained() and not self.is_merged():
+            self._fused_for(self.weight.dtype)
 
     def _fused_for(self, dtype: torch.dtype) -> Fused:
         if self._fused is None or not (torch.compiler.is_compiling() or self._fused.state == (self._state(), dtype)):

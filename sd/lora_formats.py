@@ -19,10 +19,11 @@ from torch import Tensor
 
 from sd.checkpoint import all_finite
 from sd.embeddings import EmbeddingError, words_in
+from sd.lora_active import LoRAError
 from sd.names import LDM_PREFIX, Name
 
 
-class LoRAFormatError(ValueError):
+class LoRAFormatError(LoRAError):
     """A LoRA file that cannot be read or written as asked; the message names the file's offenders."""
 
 

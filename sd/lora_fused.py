@@ -29,9 +29,8 @@ class Fused:
 
     def add_to(self, out: Tensor, x: Tensor, layer) -> Tensor:
         """out + what the adapters add to layer(x)."""
-        if self.rows is not None and self.rows != out.shape[0]:
-            raise LoRAError(f"multipliers are given for {self.rows} rows, but the layer got {out.shape[0]} rows; "
-                            f"say with use_rows() which image each row belongs to")
+        if self.rows is not None:
+            out, x = self._by_row(out), self._by_row(x)
         if self.index is not None:
             down, up = self.down[self.index], self.up[self.index] * self.multipliers[:, None, None]
             h = torch.bmm(x.reshape(self.rows, -1, x.shape[-1]), down.mT)
@@ -54,6 +53,15 @@ class Fused:
         for weight, bias, multiplier in self.deltas:
             out = out + times(layer.op(x, weight, bias), multiplier)
         return out
+
+    def _by_row(self, t: Tensor) -> Tensor:
+        """One row for each multiplier. A single one, such as the positions [1, T] of a table, is that of all."""
+        if t.shape[0] == self.rows:
+            return t
+        if t.shape[0] != 1:
+            raise LoRAError(f"multipliers are given for {self.rows} rows, but the layer got {t.shape[0]} rows; "
+                            f"say with use_rows() which image each row belongs to")
+        return t.expand(self.rows, *t.shape[1:])
 
 
 def is_pair(adapter: Adapter) -> bool:

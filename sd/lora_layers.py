@@ -148,6 +148,6 @@ def lora_class(layer: nn.Module, path: str) -> type[LoRALayer]:
 
 def check_rank(rank: int, shape: LayerShape, path: str) -> None:
     limit = min(shape.fan_in * shape.groups, shape.fan_out)  # each group of a convolution has its share of the rank
-    if not (isinstance(rank, int) and 1 <= rank <= limit):
-        raise LoRAError(f"rank {rank} does not fit {path}, which maps {shape.fan_in * shape.groups} to {shape.fan_out} values; "
-                        f"allowed: 1 to {limit}")
+    if type(rank) is not int or not 1 <= rank <= limit:  # True is an int too
+        raise LoRAError(f"rank {rank!r} does not fit {path}, which maps {shape.fan_in * shape.groups} to {shape.fan_out} "
+                        f"values; allowed: 1 to {limit}")

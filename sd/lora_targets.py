@@ -80,7 +80,10 @@ def find_targets(models, target_modules: str | Iterable[str] | None = None) -> d
     has under several names is found by each, and stands in the result once.
     Raises LoRAError for a target that matches nothing.
     """
-    targets = [target_modules or "attn"] if target_modules is None or isinstance(target_modules, str) else list(target_modules)
+    several = isinstance(target_modules, Iterable) and not isinstance(target_modules, str)
+    targets = list(target_modules) if several else ["attn" if target_modules in (None, "") else target_modules]
+    if unfit := [target for target in targets if not isinstance(target, str)]:
+        raise LoRAError(f"target {unfit[0]!r} is no preset (attn, kohya, full), module name or regular expression")
     if not targets:
         raise LoRAError("target_modules is empty; name a preset (attn, kohya, full), module names or regular expressions")
     layers, networks = adaptable_layers(models), components(models)

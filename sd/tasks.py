@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn as nn
@@ -14,7 +14,7 @@ from sd.lora import (
     LoadReport,
     LoRAError,
     LoRAFormatError,
-    LoRALayer,
+    active_multipliers,
     adapter_names,
     apply_lora_to_model,
     check_known,
@@ -33,7 +33,7 @@ from sd.lora import (
     use_adapters,
 )
 from sd.lora_files import read_lora
-from sd.lora_formats import write_kohya
+from sd.lora_formats import AdapterWeights, read_entries, write_kohya
 
 ALL = object()  # base and tasks together, as nn.Module has it; None is the base
 
@@ -52,6 +52,8 @@ class LoRAModel(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
+        if not isinstance(model, nn.Module):
+            raise LoRAError(f"the model is {model!r}; an nn.Module is needed")
         self.model = model
         self.requires_grad_(False, task=None)
 
@@ -74,6 +76,9 @@ class LoRAModel(nn.Module):
 
     def forward(self, *args, task: Task = None, tasks: Sequence[str] | Mapping[str, float] | None = None, **kwargs):
         with self.using(task, tasks):
+            if self.model._compiled_call_impl is not None:
+                for layer in lora_layers(self.model).values():
+                    layer.prepare()
             return self.model(*args, **kwargs)
 
     def using(self, task: Task = None, tasks: Sequence[str] | Mapping[str, float] | None = None):
@@ -87,8 +92,13 @@ class LoRAModel(nn.Module):
     # ---- merging and files --------------------------------------------------------------------------------------------
 
     def merge(self, task: str | None = None, tasks: Sequence[str] | Mapping[str, float] | None = None) -> None:
-        """Compute merged weights beside the base's; calls with exactly these tasks use them. Undone by `unmerge`."""
+        """Compute merged weights beside the base's; calls with exactly these tasks use them. Undone by `unmerge`.
+
+        Raises LoRAError where no task is named, and where samples have tasks of their own.
+        """
         with self.using(task, tasks):
+            if not active_multipliers(self.model):
+                raise LoRAError("there is nothing to merge: no task is named, or all have the weight 0")
             merge(self.model)
 
     def unmerge(self) -> None:
@@ -128,21 +138,28 @@ class LoRAModel(nn.Module):
         """Of the base (task=None) with the bare model's keys, of a task as its file holds it, or of all with adapters' keys."""
         if task is ALL:
             return self.model.state_dict(*args, **kwargs)
-        if task is None:
-            adapters = tuple(f"{name}.adapters." if name else "adapters." for name, module in self.model.named_modules()
-                             if isinstance(module, LoRALayer))
-            return {k: v for k, v in self.model.state_dict(*args, **kwargs).items() if not k.startswith(adapters)}
+        if task is None:  # by identity: under a LoRAModel inside of this one keys are not module paths
+            adapters = {id(t) for layer in lora_layers(self.model).values()
+                        for t in layer.adapters.state_dict(keep_vars=True).values()}
+            state = self.model.state_dict(*args, **kwargs | {"keep_vars": True})
+            return {k: v.detach() if isinstance(v, Tensor) and not kwargs.get("keep_vars") else v
+                    for k, v in state.items() if id(v) not in adapters}
         return write_kohya(lora_state(self.model, task), modules_of(self.model).names)
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False, *, task=ALL):
         """Inverse of `state_dict`, in place. A task must be there; its rank is that of the tensors.
 
-        Not `strict`, what only one of both has is left alone and returned: keys of the base, module paths of a task. Raises
-        LoRAError for a key or module that is missing or too many, and for what does not fit.
+        Not `strict`, what only one of both has is left alone and returned: keys of the base, module paths of a task; a module
+        that the model does not have as the file spells it. Raises LoRAError for a key or module that is missing or too many,
+        and for what does not fit.
         """
         if task is ALL:
             return self.model.load_state_dict(state_dict, strict, assign)
-        what, given = ("the base", state_dict) if task is None else (f"task {task!r}", self._read(state_dict, task))
+        if not isinstance(state_dict, Mapping):
+            raise LoRAError(f"the state is {state_dict!r}; a dict of tensors is needed")
+        what, given, unknown = "the base", state_dict, []
+        if task is not None:
+            what, (given, unknown) = f"task {task!r}", self._read(state_dict, task, strict)
         own = self.state_dict(task=None) if task is None else lora_state(self.model, task)
         missing, unexpected = ([k for k in a if k not in b] for a, b in ((own, given), (given, own)))
         if strict and (missing or unexpected):
@@ -159,11 +176,21 @@ class LoRAModel(nn.Module):
             self.model.load_state_dict(given, strict=False, assign=assign)  # what may be missing was said above; adapters stay
         else:
             self._write(given, task)
-        return _IncompatibleKeys(missing, unexpected)
+        return _IncompatibleKeys(missing, unexpected + unknown)
 
-    def _read(self, state_dict: Mapping[str, Tensor], task: str):
+    def _read(self, state_dict: Mapping[str, Tensor], task: str, strict: bool) -> tuple[dict[str, AdapterWeights], list[str]]:
+        """Its adapters by module path, and what the model has no place for."""
         check_known(lora_layers(self.model).values(), [task])
-        return read_lora(state_dict, modules_of(self.model)).state
+        modules = modules_of(self.model)
+        try:
+            return read_lora(state_dict, modules).state, []
+        except LoRAFormatError:
+            if strict:
+                raise
+        entries, strange, _ = read_entries(state_dict)
+        left = {key: key for key in strange} | {entry.key: entry.module for entry in entries if not modules.find(entry.module)}
+        rest = {key: tensor for key, tensor in state_dict.items() if key not in left}
+        return read_lora(rest, modules).state if rest else {}, list(dict.fromkeys(left.values()))
 
     @torch.no_grad()
     def _write(self, state, task: str) -> None:
@@ -194,7 +221,7 @@ class LoRAModel(nn.Module):
 def _multipliers(task: Task, tasks: Sequence[str] | Mapping[str, float] | None) -> dict[str, float | Tensor]:
     """What `use_adapters` takes."""
     if tasks is not None:
-        if task is not None or isinstance(tasks, str):
+        if task is not None or isinstance(tasks, str | bytes) or not isinstance(tasks, Iterable):
             raise LoRAError(f"task is {task!r} and tasks is {tasks!r}; one of them is needed, and tasks is a list of names or "
                             f"a dict of their weights")
         return dict(tasks) if isinstance(tasks, Mapping) else dict.fromkeys(tasks, 1.0)
@@ -202,8 +229,10 @@ def _multipliers(task: Task, tasks: Sequence[str] | Mapping[str, float] | None) 
         return {}
     if isinstance(task, str):
         return {task: 1.0}
-    if isinstance(task, Mapping) or not task:
-        raise LoRAError(f"task is {task!r}; a name, None, or a list with one entry for each sample is needed")
-    samples = [{} if t is None else {t: 1.0} if isinstance(t, str) else t for t in task]
+    given = [] if isinstance(task, Mapping) or not isinstance(task, Iterable) else list(task)
+    if not given or not all(isinstance(t, str | Mapping | None) for t in given):
+        raise LoRAError(f"task is {task!r}; a name, None, or a list with one entry for each sample is needed: a name, None or "
+                        f"a dict of weights")
+    samples = [{} if t is None else {t: 1.0} if isinstance(t, str) else t for t in given]
     return {name: torch.tensor([float(sample.get(name, 0.0)) for sample in samples])
             for name in dict.fromkeys(name for sample in samples for name in sample)}

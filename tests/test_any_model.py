@@ -84,7 +84,7 @@ ZOO = {
     "BERT": (lambda: BertModel(BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
                                           intermediate_size=16)),
              lambda: tokens(4, 5), ["full", "word_embeddings", "LayerNorm"]),
-    "GPT-2": (lambda: gpt2(1), lambda: tokens(4, 5), ["transformer.h", "wte"]),
+    "GPT-2": (lambda: gpt2(1), lambda: tokens(4, 5), ["transformer.h", "wte", "wpe"]),
 }
 
 
@@ -441,12 +441,40 @@ def test_a_class_of_ones_own_made_from_torchs_attention_is_refused():
     apply_lora_to_model(model, rank=2, target_modules=["plain"])
 
 
-def test_multipliers_by_image_are_refused_where_rows_are_positions():
-    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16))
-    apply_lora_to_model(model, rank=2, target_modules=["linear1"])
-    with pytest.raises(LoRAError, match="0.self_attn is made with batch_first=False"), \
-            use_adapters(model, {"default": torch.ones(4)}):
+@pytest.mark.parametrize("layer", [nn.TransformerEncoderLayer(8, 2, 16), nn.LSTM(8, 8), nn.GRU(8, 8), nn.RNN(8, 8)])
+def test_multipliers_by_image_are_refused_where_rows_are_positions(layer):
+    model = nn.Sequential(nn.Linear(8, 8), layer)
+    apply_lora_to_model(model, rank=2, target_modules=["0"])
+    with pytest.raises(LoRAError, match="^1.* is made with batch_first=False"), use_adapters(model, {"default": torch.ones(4)}):
         pass
+    with use_adapters(model, {"default": 0.5}):
+        model(torch.randn(5, 4, 8))
+
+
+@pytest.mark.parametrize("options", [{}, {"dora": True}, {"kind": "loha"}])
+def test_one_row_that_all_samples_share_parts_into_theirs(options):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 8)).requires_grad_(False), torch.randn(1, 5, 6)
+    for i, name in enumerate("abc"):  # c has another form, so that layers hold both at once
+        apply_lora_to_model(model, rank=RANK, alpha=ALPHA, target_modules=["0"], name=name, **options if name != "c" else {})
+        fill(model, name, seed=i)
+    table = {"a": [1.0, 0, 0.5], "b": [0, 0, -1], "c": [0, 0.7, 0]}
+    for names in ("ab", "abc"):
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad), use_adapters(model, {n: torch.tensor(table[n]) for n in names}):
+                out = model(x).detach()
+            for i in range(3):
+                with torch.no_grad(), use_adapters(model, {n: table[n][i] for n in names}):
+                    assert_near(out[i:i + 1], model(x))
+
+
+@pytest.mark.parametrize("holder, name", [("", "use_nested_tensor"), ("layers.0", "activation_relu_or_gelu")])
+def test_what_decides_on_the_fast_path_may_be_set_while_adapters_lie_in_the_encoder(holder, name):
+    model = apply_lora_to_model(encoder(), rank=2, target_modules="full")
+    module = model.get_submodule(holder)
+    setattr(module, name, False)
+    remove_lora(model)
+    assert module.__dict__[name] is False
 
 
 # ---- transformers' Conv1D ----------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch.nn as nn
 from safetensors.torch import load_file, save_file
 
 from bench.any_module import time_rank
-from bench.common import Options
+from bench.common import Options, environment
 from sd.lora import LoRAError, LoRAFormatError, active_multipliers, lora_layers, recomputation
 from sd.tasks import LoRAModel
 from tests.test_any_model import ZOO, assert_near, changed, gpt2, made, run
@@ -114,11 +114,36 @@ def test_an_unknown_name_is_an_error_that_tells_the_known_ones(call):
 
 @pytest.mark.parametrize("given, sentence", [
     ({"task": "a", "tasks": ["b"]}, "one of them is needed"), ({"tasks": "a"}, "tasks is a list of names"),
-    ({"task": []}, r"task is \[\]"), ({"task": {"a": 1.0}}, "a name, None, or a list with one entry for each sample")])
+    ({"task": []}, r"task is \[\]"), ({"task": {"a": 1.0}}, "a name, None, or a list with one entry for each sample"),
+    ({"task": 3}, "task is 3;"), ({"task": [1, 2, None, "a"]}, r"task is \[1, 2, None, 'a'\];"),
+    ({"task": b"a"}, "task is b'a';"), ({"tasks": 3}, "tasks is 3;"), ({"tasks": b"a"}, "tasks is b'a';")])
 def test_what_is_no_choice_of_tasks_is_one_sentence(given, sentence):
     model, _, x = tasked()
     with pytest.raises(LoRAError, match=sentence):
         model(x, **given)
+
+
+@pytest.mark.parametrize("given, sentence", [
+    ({"name": None}, "the name of an adapter is None; a string"), ({"name": b"c"}, "the name of an adapter is b'c'"),
+    ({"rank": True}, "rank True does not fit"), ({"rank": 2.0}, "rank 2.0 does not fit"),
+    ({"rank": "x"}, "rank 'x' does not fit"), ({"alpha": "x"}, "alpha is 'x'; a finite number"),
+    ({"targets": 3}, "target 3 is no preset"), ({"targets": ["out", 3]}, "target 3 is no preset")])
+def test_what_makes_no_task_is_one_sentence_and_changes_nothing(given, sentence):
+    model, _, x = tasked()
+    with pytest.raises(LoRAError, match=sentence):
+        model.add_task(**{"name": "c"} | given)
+    with pytest.raises(LoRAError, match="name of an adapter is 3"):
+        model.load_task(model.state_dict(task="a"), 3)
+    assert model.tasks == ["a", "b"]
+
+
+def test_what_is_no_model_and_what_is_no_state_are_refused():
+    model, _, _ = tasked()
+    with pytest.raises(LoRAError, match="the model is 3; an nn.Module is needed"):
+        LoRAModel(3)
+    for task in ("a", None):
+        with pytest.raises(LoRAError, match="the state is 3; a dict of tensors is needed"):
+            model.load_state_dict(3, task=task)
 
 
 def test_a_name_that_is_in_use_is_refused_and_changes_nothing():
@@ -276,6 +301,19 @@ def test_the_state_of_the_base_goes_back_under_the_bare_models_keys():
     assert model.load_state_dict(state, strict=False, task=None) == (["out.bias"], ["extra"])
 
 
+def test_the_base_of_a_model_with_tasks_inside_another_has_no_adapters_keys():
+    model, bare, _ = tasked()
+    outer = LoRAModel(nn.ModuleDict({"inner": model, "own": nn.Linear(5, 5)}))
+    outer.add_task("c", rank=RANK, targets=["own"])
+    plain = nn.ModuleDict({"inner": bare, "own": nn.Linear(5, 5)})
+    assert list(outer.state_dict(task=None)) == list(plain.state_dict())
+    assert list(outer.state_dict(task=None, prefix="x.")) == [f"x.{key}" for key in plain.state_dict()]
+    assert not any(v.requires_grad for v in outer.requires_grad_(True, task=None).state_dict(task=None).values())
+    assert all(p is q for p, q in zip(outer.state_dict(task=None, keep_vars=True).values(), outer.parameters(task=None)))
+    assert outer.load_state_dict(plain.state_dict(), task=None) == ([], [])
+    assert all(torch.equal(v, plain.state_dict()[k]) for k, v in outer.state_dict(task=None).items())
+
+
 def test_a_base_state_with_a_wrong_shape_is_refused_before_anything_is_copied():
     model, bare, _ = tasked()
     state = {key: value + 1 for key, value in bare.state_dict().items()}
@@ -300,8 +338,31 @@ def test_a_state_that_does_not_fit_is_refused_whole():
         model.load_state_dict(state, task="small")
     with pytest.raises(LoRAError, match="of task 'small' holds"):
         model.load_state_dict(state, strict=False, task="small")
+    strange = {"elsewhere.lora_down.weight": torch.zeros(2, 4), "elsewhere.alpha": torch.tensor(2.0), "odd": torch.zeros(2)}
+    with pytest.raises(LoRAFormatError, match="odd"):
+        model.load_state_dict(strange | state, task="a")
+    del strange["odd"]
     with pytest.raises(LoRAFormatError, match="elsewhere"):
-        model.load_state_dict({"elsewhere.lora_down.weight": torch.zeros(2, 4)} | state, task="a")
+        model.load_state_dict(strange | state, task="a")
+    with pytest.raises(LoRAError, match="elsewhere"):  # one class to catch for all that a LoRA can be refused for
+        model.load_task(strange | state, "new")
+
+
+def test_not_strict_what_the_model_does_not_know_is_left_and_told():
+    model, _, x = tasked()
+    state, before = model.state_dict(task="b"), model(x, task="a").detach()
+    strange = {"elsewhere.lora_down.weight": torch.zeros(2, 4), "elsewhere.alpha": torch.tensor(2.0), "odd": torch.zeros(2)}
+    assert model.load_state_dict(strange, strict=False, task="a") == (["embed", "conv", "out"], ["odd", "elsewhere"])
+    assert torch.equal(model(x, task="a"), before)
+    part = {k: v for k, v in state.items() if not k.startswith("conv.")}
+    assert model.load_state_dict(strange | part, strict=False, task="a") == (["conv"], ["odd", "elsewhere"])
+    with torch.no_grad():
+        assert not torch.equal(model(x, task="a"), before)
+        model.load_state_dict(strange | state, strict=False, task="a")
+        assert torch.equal(model(x, task="a"), model(x, task="b"))
+    half = {k: v for k, v in state.items() if k != "out.lora_up.weight"}
+    with pytest.raises(LoRAFormatError, match="out"):
+        model.load_state_dict(half, strict=False, task="a")
 
 
 def test_a_file_brings_its_alpha_to_a_task_that_had_another(tmp_path):
@@ -327,6 +388,23 @@ def test_merged_tasks_are_used_by_calls_with_exactly_these():
         plain = model.merge_for_good(tasks={"a": 0.5, "b": 1.0})
     assert type(plain) is Net and list(plain.state_dict()) == list(bare.state_dict())
     assert_near(plain(x), expected["ab"])
+
+
+@pytest.mark.parametrize("given", [{}, {"tasks": []}, {"tasks": {"a": 0.0}}, {"task": [None, None]}])
+def test_a_merge_of_no_task_is_refused(given):
+    model, _, _ = tasked()
+    with pytest.raises(LoRAError, match="there is nothing to merge"):
+        model.merge(**given)
+
+
+def test_inference_is_compiled_as_one_graph_whatever_the_tasks():
+    model, _, x = tasked(("a", "b", "c"))
+    torch._dynamo.reset()
+    compiled = copy.deepcopy(model)
+    compiled.compile(backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for choice in (*CHOICES, {"task": "b"}, {"tasks": {"c": 0.3}}):
+            assert_near(compiled(x, **choice), model(x, **choice))
 
 
 def test_copies_pickles_and_compiled_calls_do_as_the_model_does():
@@ -357,6 +435,7 @@ def test_processes_of_ddp_share_the_gradients_of_the_whole_batch(world, tmp_path
 
 
 def test_what_the_benchmark_compares_with_peft_is_equal():
+    assert "model BERT 64x2, n" in environment(Options(), "BERT 64x2") and "model tiny, n" in environment(Options())
     rows = time_rank(Options(n=1, threads=1), 4)
     assert [row[:3] for row in rows] == [[what, 4, case] for what in ("forward", "forward + backward")
                                          for case in ("one task", "four at once", "routed over four")]

@@ -9,7 +9,7 @@ from peft.utils import merge_utils
 
 from sd.checkpoint import read_tensors
 from sd.config import TINY
-from sd.lora import LoRAError, load_lora_weights, use_adapters
+from sd.lora import LoRAError, attach_state, load_lora_weights, use_adapters
 from sd.lora_files import read_lora
 from sd.lora_formats import AdapterWeights
 from sd.lora_variants import LayerShape
@@ -332,15 +332,54 @@ def test_files_for_different_models_are_refused(method):
         merge_loras([{"linear": other}, two_files()[0]], (1, 1), method, shapes=SHAPES)
 
 
-def test_a_grouped_convolution_is_refused_by_concat_and_summed_by_full():
-    shapes = {"conv": LayerShape((12, 4, 3, 3), groups=2)}
-    grouped = {"conv": AdapterWeights("lora", {"down": random(4, 4, 3, 3), "up": random(12, 2, 1, 1)}, alpha=2.0)}
-    with pytest.raises(LoRAError, match="conv: .* grouped convolution"):
-        merge_loras([grouped, grouped], (1, 1), shapes=shapes)
-    merged, _ = merge_loras([grouped, grouped], (1, 2), "full", shapes=shapes)
-    down, up = (t.numpy() for t in grouped["conv"].tensors.values())
-    blocks = [up[6 * g:6 * g + 6, :, 0, 0] @ down[2 * g:2 * g + 2].reshape(2, -1) for g in range(2)]
-    assert np.allclose(merged["conv"].tensors["diff"].numpy(), 3 * 0.5 * np.concatenate(blocks).reshape(12, 4, 3, 3), atol=1e-5)
+def grouped(groups, rank, alpha, seed=0):
+    down, up = random(rank, 12 // groups, 3, seed=seed), random(24, rank // groups, 1, seed=seed + 1)
+    return {"conv": AdapterWeights("lora", {"down": down, "up": up}, alpha=alpha)}
+
+
+def blocks(state, groups):
+    """ΔW of a grouped convolution in fp64, each group by itself."""
+    weights = state["conv"]
+    up, down = (np.split(weights.tensors[name].double().numpy(), groups) for name in ("up", "down"))
+    products = [u[:, :, 0] @ d.reshape(len(d), -1) for u, d in zip(up, down)]
+    return np.concatenate(products).reshape(24, -1, 3) * weights.alpha / weights.rank
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("groups", [2, 3, 12])
+def test_concat_and_full_sum_a_grouped_convolution_group_by_group(groups, given):
+    shapes = {"conv": LayerShape((24, 12 // groups, 3), groups=groups)}
+    files = grouped(groups, groups, 5.0, 1), grouped(groups, 2 * groups, 3.0, 2)
+    expected = 0.7 * blocks(files[0], groups) - 0.4 * blocks(files[1], groups)
+    merged, report = merge_loras(files, (0.7, -0.4), shapes=shapes if given else None)
+    assert merged["conv"].rank == merged["conv"].alpha == 3 * groups and report.error == 0
+    assert np.abs(blocks(merged, groups) - expected).max() < 1e-14 * np.abs(expected).max()
+    assert report.modules["conv"].norm == pytest.approx(np.linalg.norm(expected), rel=1e-12)
+    conv = torch.nn.Conv1d(12, 24, 3, groups=groups).double()
+    x = random(2, 12, 5)
+    base = conv(x)
+    attach_state(conv, {"layer": merged["conv"]}, "merged")
+    change = torch.nn.functional.conv1d(x, torch.from_numpy(expected), groups=groups)
+    assert torch.allclose(conv(x) - base, change, rtol=1e-5, atol=1e-4)
+    if given:
+        full, _ = merge_loras(files, (0.7, -0.4), "full", shapes=shapes)
+        assert np.allclose(full["conv"].tensors["diff"].numpy(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["svd", "ties"])
+def test_a_rank_for_a_grouped_convolution_is_refused(method):
+    shapes = {"conv": LayerShape((24, 6, 3), groups=2)}
+    with pytest.raises(LoRAError, match="conv: no rank is chosen for a convolution of 2 groups; the methods concat and full"):
+        merge_loras([grouped(2, 4, 2.0)] * 2, (1, 1), method, rank=2, shapes=shapes)
+
+
+def test_what_is_no_grouped_convolution_is_not_taken_for_one():
+    with pytest.raises(LoRAError, match="conv: LoRAs of 2 and 3 groups meet"):
+        merge_loras([{"conv": AdapterWeights("lora", {"down": random(6, 4, 3), "up": random(24, 6 // g, 1)}, alpha=2.0)}
+                     for g in (2, 3)], (1, 1))
+    half = {"linear": AdapterWeights("lora", {"down": random(4, 20), "up": random(24, 2)}, alpha=2.0)}
+    with pytest.raises(LoRAError, match=r"linear: up \[24, 2\] and down \[4, 20\]"):
+        merge_loras([half, half], (1, 1))
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

@@ -144,6 +144,8 @@ class _Module:
         if self.rank is None or D.dim() == 1:
             norm = float(torch.linalg.vector_norm(D, dtype=torch.float64))
             return AdapterWeights("full", {"diff": D, **extra}), Row(None, norm, 0.0)
+        if self.shape.groups > 1:
+            raise self.grouped(self.shape.groups)
         embedding = self.shape.embedding
         flat, inner = (D.T, D.shape[:1]) if embedding else (D.flatten(1), D.shape[1:])
         found = truncated_svd(flat, RankRule(rank=self.rank), randomized=self.randomized, seed=seed_of(self.seed, self.path))
@@ -154,19 +156,34 @@ class _Module:
         """Plain LoRAs stacked: [w₁ s₁ up₁, w₂ s₂ up₂, ...] · [down₁; down₂; ...] is Σ wᵢ ΔWᵢ, whatever the ranks."""
         ups, downs, inners = [], [], []
         for p in parts:
-            up, down, inner = flat_factors(p.adapter, self.path)
+            up, down, inner = by_group(p.adapter, self.path)
             ups.append(up * (p.weight * p.adapter.alpha / p.adapter.rank))
             downs.append(down)
             inners.append(inner)
         layer = self.layer and (self.layer.weight[::-1] if self.layer.embedding else self.layer.weight)
         inner = self.common([(up.shape[0], *inner) for up, inner in zip(ups, inners)], layer)[1:]
-        up, down = torch.cat(ups, 1), torch.cat(downs)
-        rank = down.shape[0]
+        groups = {len(down) for down in downs}
+        if len(groups) > 1:
+            raise LoRAError(f"{self.path}: LoRAs of {' and '.join(map(str, sorted(groups)))} groups meet; they are for "
+                            f"different models")
+        up, down = torch.cat(ups, 1), torch.cat(downs, 1)  # each group keeps its ranks
+        rank = len(down) * down.shape[1]
+        if len(down) > 1:
+            if self.method == "svd":
+                raise self.grouped(len(down))
+            ones, norms = (1,) * (len(inner) - 1), map(product_norm, up.chunk(len(down)), down)
+            tensors = {"down": down.reshape(rank, *inner), "up": up.reshape(*up.shape, *ones), **extra}
+            return AdapterWeights("lora", tensors, alpha=rank), Row(rank, math.hypot(*norms), 0.0, rank)
+        down = down[0]
         if self.method == "concat":
             return lora_weights(up, down, inner, **extra), Row(rank, product_norm(up, down), 0.0, rank)
         found = svd_of_product(up, down, RankRule(rank=self.rank))
         row = Row(found.down.shape[0], found.norm, found.error, rank)
         return lora_weights(found.up, found.down, inner, **extra), row
+
+    def grouped(self, groups: int) -> LoRAError:
+        return LoRAError(f"{self.path}: no rank is chosen for a convolution of {groups} groups; the methods concat and full "
+                         f"are exact, and the others do without a rank")
 
     @property
     def shape(self) -> LayerShape:
@@ -220,6 +237,15 @@ class _Module:
                 D = D * dare_mask(D.shape, self.density, self.seed, p.file, self.path, what) / self.density
             total = total + p.weight * D
         return total
+
+
+def by_group(weights: AdapterWeights, path: str) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """As `flat_factors`, also of a grouped convolution: up [out, R/g], down [g, R/g, in/g·k], (in/g, *k)."""
+    up, down = (at_least_fp32(weights.tensors[name]) for name in ("up", "down"))
+    if down.dim() < 3 or "mid" in weights.tensors or up.shape[1] == down.shape[0] or down.shape[0] % up.shape[1]:
+        up, down, inner = flat_factors(weights, path)
+        return up, down[None], inner
+    return up.flatten(1), down.flatten(1).unflatten(0, (-1, up.shape[1])), tuple(down.shape[1:])
 
 
 def keep_largest(D: Tensor, density: float) -> Tensor:

@@ -31,7 +31,7 @@ CONFIG = replace(LORA, text_encoder=False, optimizer="adamw", steps=24, save_eve
 
 
 def make_data(folder: Path, n: int = 12) -> Path:
-    folder.mkdir()
+    folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for i in range(n):
         Image.fromarray(rng.integers(0, 256, (20, 24), dtype=np.uint8)).save(folder / f"{i}.png")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import MISSING
 
-LORA = ("name", "kind", "rank", "alpha", "dropout", "rank_dropout", "module_dropout", "dora", "targets", "lora_plus",
+LORA = ("kind", "rank", "alpha", "dropout", "rank_dropout", "module_dropout", "dora", "targets", "lora_plus",
         "max_norm", "relora_every")
 CAPTIONS = ("caption_dropout", "shuffle_tags", "prefix", "suffix", "trigger", "wildcards")
 DIFFUSION = ("loss", "weighting", "zero_terminal_snr", "min_timestep", "max_timestep", "timestep_bias", "noise_offset",

@@ -17,7 +17,7 @@ from typing import Annotated
 
 import tyro
 
-from sd.cli_args import ModelArgs, load
+from sd.cli_args import ModelArgs, load, shipped
 from sd.cli_tools import TOOLS, Positional
 
 NO_MEMORY = "there is not enough memory for pictures of this size and number; make fewer or smaller ones"
@@ -268,8 +268,11 @@ def train(args) -> None:
     from sd.training import train as run
     from sd.training.dist import chief, processes
     from sd.training.result import result_files
+    options = {f.name: getattr(args, f.name) for f in fields(TrainConfig)}
+    if args.from_lora:
+        options["from_lora"] = str(shipped(Path(args.from_lora)))
     with processes():
-        run(TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)}))
+        run(TrainConfig(**options))
         for file in () if args.dry_run or not chief() else result_files(args):
             print(Path(args.out) / file)
 

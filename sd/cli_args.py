@@ -47,7 +47,6 @@ def load(on: ModelArgs, embeddings: tuple[str, ...] = ()):
 
 def lora(text: str) -> tuple[Path, float, str | None]:
     """(file, multiplier, block weights) of PATH[:MULTIPLIER[:BLOCKS]]; a bare name is looked up in data/loras."""
-    from sd.tokenizer import data_dir
     number = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|nan|[-+]?inf"  # what is no number belongs to the path
     match = re.fullmatch(rf"(.+?)(?::({number})(?::([^:/\\]*[,=][^:/\\]*))?)?", text, re.S)
     if not text:
@@ -55,11 +54,18 @@ def lora(text: str) -> tuple[Path, float, str | None]:
     if Path(text).exists():  # a colon may belong to the name
         return Path(text), 1.0, None
     path, multiplier, blocks = (Path(match[1]), float(match[2] or 1), match[3]) if match else (Path(text), 1.0, None)
-    shipped = data_dir() / "loras" / f"{path.name}.safetensors"
-    if not path.exists() and not shipped.exists() and ":" in path.name:
+    found = shipped(path)
+    if not found.exists() and ":" in path.name:
         raise ValueError(f"{path}: no such file; a LoRA is named as PATH, PATH:MULTIPLIER or PATH:MULTIPLIER:BLOCKS, with "
                          f"BLOCKS as 17, 25 or 26 numbers or as in text_encoder=0.5,mid_block=0")
-    return (shipped if not path.exists() and path.parent == Path(".") and shipped.exists() else path), multiplier, blocks
+    return found, multiplier, blocks
+
+
+def shipped(path: Path) -> Path:
+    """The file in data/loras for a bare name that is no file itself; else the path."""
+    from sd.tokenizer import data_dir
+    file = data_dir() / "loras" / f"{path.name}.safetensors"
+    return file if not path.exists() and path.parent == Path(".") and file.exists() else path
 
 
 def embedding(text: str) -> tuple[Path, str | None]:

@@ -26,7 +26,7 @@ def read_config(path: str | Path) -> dict[str, object]:
     name, a field in two places, a value of another kind.
     """
     values: dict[str, object] = {}
-    for key, value in _parse(Path(path)).items():
+    for key, value in parse(path).items():
         section = value if isinstance(value, dict) else {key: value}
         if isinstance(value, dict) and key not in SECTIONS:
             raise TrainError(f"{path}: has a section {key!r}; allowed: {', '.join(SECTIONS)}")
@@ -34,13 +34,18 @@ def read_config(path: str | Path) -> dict[str, object]:
             if name in values:
                 raise TrainError(f"{path}: {name} is given twice")
             values[name] = one
-    kinds = get_type_hints(TrainConfig)
+    return train_options(values, path)
+
+
+def train_options(values: Mapping[str, object], where: str | Path) -> dict[str, object]:
+    """The same with values as the fields of TrainConfig have them. Raises TrainError that begins with `where`."""
+    kinds, found = get_type_hints(TrainConfig), {}
     for name, value in values.items():
         if name not in kinds:
             near = get_close_matches(name, kinds, n=1)
-            raise TrainError(f"{path}: {name!r} is no option of a training" + (f"; is it {near[0]!r}?" if near else ""))
-        values[name] = _of_kind(value, kinds[name], f"{path}: {name}")
-    return values
+            raise TrainError(f"{where}: {name!r} is no option of a training" + (f"; is it {near[0]!r}?" if near else ""))
+        found[name] = _of_kind(value, kinds[name], f"{where}: {name}")
+    return found
 
 
 def config_flags(values: Mapping[str, object]) -> list[str]:
@@ -57,7 +62,9 @@ def config_flags(values: Mapping[str, object]) -> list[str]:
     return words
 
 
-def _parse(path: Path) -> dict[str, object]:
+def parse(path: str | Path) -> dict[str, object]:
+    """Name -> value of a TOML, JSON or YAML file, as its ending says. Raises TrainError that names file and fault."""
+    path = Path(path)
     readers = {".toml": _toml, ".json": json.loads, ".yaml": _yaml, ".yml": _yaml}
     if path.suffix.lower() not in readers:
         raise TrainError(f"{path}: a config is a {', '.join(readers)} file")

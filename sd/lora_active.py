@@ -26,6 +26,8 @@ class ActiveSet:
     def only(self, names: Iterable[str]) -> ActiveSet:
         """The part of it that concerns a layer with these adapters, in an order that does not depend on loading."""
         names = tuple(names)
+        if self._sorted and self.multipliers.keys() <= set(names):
+            return self  # and not a copy, of which each would keep the next one
         if names not in self._parts:  # the layers of a model have mostly the same
             self._parts[names] = ActiveSet({n: self.multipliers[n] for n in sorted(self.multipliers) if n in names}, self.rows)
         return self._parts[names]
@@ -36,6 +38,10 @@ class ActiveSet:
             return self
         return ActiveSet({n: tuple(v * factors[n] for v in m) if isinstance(m, tuple) else m * factors[n]
                           for n, m in self.multipliers.items() if factors[n]}, self.rows)
+
+    @cached_property
+    def _sorted(self) -> bool:
+        return list(self.multipliers) == sorted(self.multipliers)
 
     @cached_property
     def fingerprint(self) -> int:

@@ -40,7 +40,7 @@ from sd.lora import (
 )
 from sd.lora_files import read_lora
 from sd.lora_formats import AdapterWeights
-from sd.lora_variants import Adapter, LowRank, at_least_fp32
+from sd.lora_variants import Adapter, LayerShape, LowRank, at_least_fp32
 from sd.tools.decompose import RankRule, Row
 from sd.tools.extract import ExtractReport, Layer, extract
 from sd.tools.merge import merge_loras
@@ -69,6 +69,13 @@ class ScaledLowRank(LowRank):
         """Give a LoRA the factor, in place."""
         adapter.__class__ = ScaledLowRank
         adapter.trained_scale = nn.Parameter(torch.full((), scale, device=adapter.up.device))
+
+    @torch.no_grad()
+    def restart(self, shape: LayerShape) -> None:
+        """The factor stays: at 0 neither it nor `up`, which begins at 0, would ever learn."""
+        scale = self.trained_scale.clone()
+        super().restart(shape)
+        self.trained_scale.copy_(scale)
 
     def whole_up(self, dtype: torch.dtype) -> Tensor:
         return super().whole_up(dtype) * self.trained_scale.to(dtype)
@@ -148,6 +155,11 @@ def _apply_wrapper(models, config: Mapping, name: str) -> AppliedConfig:
     ranks = {path: options[key]["r"] for path, key in owners.items()}
     scales = {path: options[key]["scale"] for path, key in owners.items()}
     trained = {path for path, key in owners.items() if options[key]["trainable_scale"]}
+    targets = find_targets(models, _exactly(owners))
+    for path in sorted(owners):
+        if isinstance(targets[path], NORMS) and (path in trained or scales[path] != 1):
+            raise LoRAError(f"{owners[path]!r} is a norm, whose change is a full difference without a factor; "
+                            f"trainable_scale must be 0 and scale 1")
     alphas = {path: float(r) if path in trained else r * scales[path] for path, r in ranks.items()}
     apply_lora_to_model(models, ranks, alphas, target_modules=_exactly(owners), name=name)
     layers = lora_layers(models)
@@ -337,8 +349,13 @@ def extract_diff(tuned, base, rank: int | None = None, *, skip: str | None = Non
     Raises LoRAError where shapes differ, `tuned` has LoRAs beside its weights, nothing differs, or something does that
     no adapter can change.
     """
-    if isinstance(base, nn.Module) and not isinstance(tuned, nn.Module):
+    if isinstance(base, nn.Module) and isinstance(tuned, Mapping):
         tuned = _with_weights(base, tuned)
+    for what, given in (("tuned", tuned), ("base", base)):
+        networks = given.values() if isinstance(given, Mapping) else [given]
+        if not all(isinstance(network, nn.Module) for network in networks):
+            raise LoRAError(f"{what} is no model; {'a model, or the state dict of one,' if what == 'tuned' else 'a model'} is "
+                            f"needed")
     if adapter_names(tuned):
         raise LoRAError(f"the tuned model has the LoRAs {', '.join(map(repr, adapter_names(tuned)))} beside its weights; "
                         f"merge_lora_weights, or remove_lora, first")

@@ -491,3 +491,36 @@ def test_what_may_differ_is_left_out_on_request_only_and_equal_models_are_an_err
         extract_diff(copy.deepcopy(base), base)
     with pytest.raises(LoRAError, match="do not fit the base"):
         extract_diff({"gain": torch.ones(8)}, base)
+
+
+# ---- what users stumbled over ------------------------------------------------------------------------------------------
+
+def test_a_trained_scale_stays_when_relora_begins_the_adapter_anew():
+    model = Net()
+    apply_lora_config(model, {"q": {"r": 2, "scale": 3, "trainable_scale": 1}})
+    layer = lora_layers(model)["blocks.0.q"]
+    adapter = layer.adapter("default")
+    fill(model)
+    before = adapter.trained_scale.item()
+    adapter.restart(layer.lora_shape())
+    assert adapter.trained_scale.item() == before != 0 and not adapter.up.any() and adapter.down.any()
+    layer(torch.ones(1, 8)).sum().backward()
+    assert adapter.up.grad.any()  # it can learn again
+
+
+@pytest.mark.parametrize("options", [{"trainable_scale": 1}, {"scale": 3}])
+def test_a_norm_has_no_factor_and_is_refused_before_anything_changes(options):
+    model = Net()
+    with pytest.raises(LoRAError, match="'blocks.0.norm' is a norm, whose change is a full difference without a factor"):
+        apply_lora_config(model, {"blocks.0.norm": {"r": 4} | options})
+    assert not lora_layers(model)
+    apply_lora_config(model, {"blocks.0.norm": {"r": 4}})
+    assert [w.kind for w in lora_state(model, "default").values()] == ["full"]
+
+
+@pytest.mark.parametrize("tuned, base", [("state", "state"), ("model", "state"), (None, "model"), ("model", 3)])
+def test_a_difference_is_one_of_models(tuned, base):
+    model = Net()
+    given = {"model": model, "state": model.state_dict(), None: None, 3: 3}
+    with pytest.raises(LoRAError, match="(tuned|base) is no model; a model.* is needed"):
+        extract_diff(given[tuned], given[base])

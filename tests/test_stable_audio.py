@@ -411,3 +411,9 @@ def test_a_command_that_cannot_run_says_why_and_writes_nothing(words, said, tmp_
     assert main(shlex.split(words)) == 1
     assert said in capsys.readouterr().err
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == there
+
+
+def test_a_trained_base_that_would_be_lost_is_refused():
+    config = read_config(CONFIG) | {"lora": {"transformer_blocks": {"r": 2}, "trainable_model": 1}}
+    with pytest.raises(ValueError, match="trainable_model is on in the section `lora`; allowed: 0"):
+        train_lora(audio.new_model(config), config)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from bench.any_module import time_rank
 from bench.common import Options, environment
 from sd.lora import LoRAError, LoRAFormatError, active_multipliers, lora_layers, recomputation
+from sd.lora_active import NOTHING
 from sd.tasks import LoRAModel
 from tests.test_any_model import ZOO, assert_near, changed, gpt2, made, run
 from tests.tiny_tasks import ALPHA, RANK, SAMPLES, Net, ddp_gradients, fill, net, tasked, tokens
@@ -440,3 +441,16 @@ def test_what_the_benchmark_compares_with_peft_is_equal():
     assert [row[:3] for row in rows] == [[what, 4, case] for what in ("forward", "forward + backward")
                                          for case in ("one task", "four at once", "routed over four")]
     assert all(float(row[-1]) < 1e-5 and float(row[5]) > 0 for row in rows)
+
+
+def test_calls_leave_nothing_behind_that_copies_and_files_would_carry():
+    model, x = LoRAModel(nn.Linear(4, 4)), torch.ones(1, 4)
+    model.add_task("a")
+    with torch.no_grad():
+        for choice in ({"task": "a"}, {}, {"tasks": {"a": 0.5}}) * 400:  # deeper than Python's stack
+            model(x, **choice)
+        model.remove_task("a")
+        model.add_task("a", rank=2)
+        assert torch.equal(copy.deepcopy(model)(x, task="a"), model(x, task="a"))
+        assert torch.equal(pickle.loads(pickle.dumps(model))(x, task="a"), model(x, task="a"))
+    assert not NOTHING._parts

@@ -75,8 +75,8 @@ def new_model(config: Mapping, seed: int = 0) -> nn.Module:
     try:
         model = LIBRARIES[library](**config.get("model", {}))
     except ImportError as error:
-        raise ValueError(f"library is {library!r}, which cannot be imported ({error}); run: "
-                         f"pip install {library.replace('_', '-')}") from None
+        package = {"stable_audio_tools": "--no-deps stable-audio-tools"}.get(library, library)
+        raise ValueError(f"library is {library!r}, which cannot be imported ({error}); run: pip install {package}") from None
     except TypeError as error:
         raise ValueError(f"the model's options do not fit {library}: {error}") from None
     model.config = {"library": library, "model": dict(config.get("model", {}))}

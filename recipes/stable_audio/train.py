@@ -104,6 +104,8 @@ def train_lora(model: nn.Module, config: Mapping, name: str = "default") -> list
     if options.quantize != "none":
         quantize_base(model, options.quantize)
     torch.manual_seed(options.seed)
+    if lora.get("trainable_model"):
+        raise ValueError("trainable_model is on in the section `lora`; allowed: 0, since only the LoRA is saved")
     applied = apply_lora_config(model, lora, name)
     groups = prepare_for_training(model, name)
     if options.relora_every:

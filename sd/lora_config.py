@@ -121,6 +121,8 @@ def apply_lora_config(models, config: str | os.PathLike | Mapping, name: str = "
 def _read(config: str | os.PathLike | Mapping) -> tuple[str, Mapping]:
     if isinstance(config, Mapping):
         return "the LoRA config", config
+    if not isinstance(config, str | os.PathLike):
+        raise LoRAError(f"the LoRA config is {config!r}; a JSON file or its content, a dict, is needed")
     where = os.fspath(config)
     try:
         with open(where, encoding="utf-8") as file:

@@ -224,7 +224,12 @@ def _multipliers(task: Task, tasks: Sequence[str] | Mapping[str, float] | None) 
         if task is not None or isinstance(tasks, str | bytes) or not isinstance(tasks, Iterable):
             raise LoRAError(f"task is {task!r} and tasks is {tasks!r}; one of them is needed, and tasks is a list of names or "
                             f"a dict of their weights")
-        return dict(tasks) if isinstance(tasks, Mapping) else dict.fromkeys(tasks, 1.0)
+        if isinstance(tasks, Mapping):
+            return dict(tasks)
+        names = list(tasks)
+        if any(name in names[:i] for i, name in enumerate(names)):
+            raise LoRAError(f"tasks is {names!r}, which names one twice; give a dict of weights, such as {{{names[0]!r}: 2.0}}")
+        return dict.fromkeys(names, 1.0)
     if task is None:
         return {}
     if isinstance(task, str):

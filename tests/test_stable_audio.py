@@ -417,3 +417,19 @@ def test_a_trained_base_that_would_be_lost_is_refused():
     config = read_config(CONFIG) | {"lora": {"transformer_blocks": {"r": 2}, "trainable_model": 1}}
     with pytest.raises(ValueError, match="trainable_model is on in the section `lora`; allowed: 0"):
         train_lora(audio.new_model(config), config)
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["sample", "--multiplier", "3"], "multiplier and scale are those of a LoRA; name one with --lora"),
+    (["sample", "--seed", "9" * 25], "allowed: 0 to 2^63 - 1"), (["train", "--config", "@"], "the section `training` is []")])
+def test_what_a_command_would_not_do_is_one_sentence(tmp_path, capsys, words, sentence):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(read_config(CONFIG) | {"training": []}))
+    assert main([word.replace("@", str(config)) for word in words]) == 1
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_training_that_diverges_ends_with_a_sentence():
+    config = CONFIGS | {"lora": {**LORA, "lr": 1e30}, "training": {"steps": 50, "batch_size": 2}}
+    with pytest.raises(ValueError, match="the training has diverged"):
+        train_lora(audio.new_model(config), config)

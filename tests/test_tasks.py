@@ -454,3 +454,10 @@ def test_calls_leave_nothing_behind_that_copies_and_files_would_carry():
         assert torch.equal(copy.deepcopy(model)(x, task="a"), model(x, task="a"))
         assert torch.equal(pickle.loads(pickle.dumps(model))(x, task="a"), model(x, task="a"))
     assert not NOTHING._parts
+
+
+def test_a_task_named_twice_is_refused():
+    model = LoRAModel(nn.Linear(4, 4))
+    model.add_task("a")
+    with pytest.raises(LoRAError, match="which names one twice; give a dict of weights"):
+        model(torch.ones(1, 4), tasks=["a", "a"])

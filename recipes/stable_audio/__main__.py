@@ -47,6 +47,10 @@ def sample(model: Path = BASE, out: Path = OUT / "tone.wav", *, lora: Path | Non
         raise ValueError(f"pitch is {pitch}; allowed: {PITCHES.start} to {PITCHES.stop - 1}")
     if not PATCH / RATE <= seconds <= 60:
         raise ValueError(f"seconds is {seconds}; allowed: {PATCH / RATE} to 60")
+    if lora is None and (multiplier, scale) != (1.0, 1.0):
+        raise ValueError("multiplier and scale are those of a LoRA; name one with --lora")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed}; allowed: 0 to 2^63 - 1")
     _ready(out, model, *([] if lora is None else [lora]))
     network = audio.load_model(model)
     if lora is not None:
@@ -71,6 +75,8 @@ def _prepared(config: Path, out: Path, section: str, *sources: Path, **given) ->
     """The config with what the command line gives in one section."""
     _ready(out, config, *sources)
     options = read_config(config)
+    if not isinstance(options.get(section, {}), dict):
+        raise ValueError(f"{config}: the section `{section}` is {options[section]!r}; names with values are needed")
     options[section] = options.get(section, {}) | {key: value for key, value in given.items() if value is not None}
     return options
 

@@ -68,15 +68,16 @@ def learn(model: nn.Module, groups: list[dict], sound: str, config: TrainConfig)
     """AdamW on the v-objective; returns the loss of each step."""
     groups = [{"initial_lr": group.get("lr", config.learning_rate), **group} for group in groups]
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
-    losses = []
+    parameters, losses = [p for group in groups for p in group["params"]], []
     model.train()
     for step in range(config.steps):
         restart(step, config, model, optimizer)
         set_learning_rate(optimizer, lr_factor(step, config))
         loss = v_loss(model, *micro_batch(sound, config, step))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], config.clip_norm or float("inf"),
-                                       error_if_nonfinite=True)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm or float("inf"))
+        if not norm.isfinite():
+            raise ValueError(f"step {step}: the gradient is not finite: the training has diverged; use a lower learning rate")
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())

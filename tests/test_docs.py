@@ -21,8 +21,8 @@ from sd.model_loader import preload_models_from_standard_weights
 from sd.training.sources import read_sources
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS = ["config", "noise", "checkpoint", "names", "tokenizer", "embeddings", "lora_formats", "lora_legacy",
-          "lora_writers", "lora_files", "lora_blocks", "lora_variants", "lora_kinds", "lora_active", "lora_fused",
+LAYERS = ["config", "noise", "checkpoint", "names", "tokenizer", "embeddings", "lora_active", "lora_formats", "lora_legacy",
+          "lora_writers", "lora_files", "lora_blocks", "lora_variants", "lora_kinds", "lora_fused",
           "lora_core", "lora_attention", "lora_transformers", "lora_layers", "lora_targets", "lora_attach", "lora",
           "tasks", "quant", "attention", "clip", "vae", "unet", "embedded", "model_saver", "model_loader", "denoiser",
           "samplers", "image_io", "pipeline", "tools", "lora_config"]

@@ -23,10 +23,10 @@ from sd.tokenizer import data_dir
 from sd.training import TrainConfig, train
 
 OUT = Path("out/demo")
-INVERTED = data_dir() / "loras" / "digits-inverted.safetensors"
-EXAMPLES = data_dir() / "digits-thick"
-PROMPTS = [f"a handwritten {word}" for word in
-           ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")]
+CONTRAST = data_dir() / "loras" / "emoji-high-contrast.safetensors"
+EXAMPLES = data_dir() / "emoji-delft"
+PROMPTS = ["red apple, twemoji style", "grinning face, noto style", "rocket, fluent flat style", "snail, emojione style",
+           "blue book, fluent flat style", "yellow heart, noto style", "pizza, twemoji style", "cat, fluent 3d style"]
 HOW = dict(sampler_name="dpmpp_2m", n_inference_steps=20, cfg_scale=3.0)
 
 
@@ -44,54 +44,64 @@ def main() -> None:
     remove_lora(models, "default")  # training further down makes its own
 
     step("2. With and without a LoRA: one batch, the same noise in both columns")
-    load_lora_into_models(models, INVERTED, name="inverted")
-    say(models.lora_reports["inverted"])
+    load_lora_into_models(models, CONTRAST, name="contrast")
+    say(models.lora_reports["contrast"])
     start = time.perf_counter()
-    save("compare.png", compare(PROMPTS[:5], models, [{}, {"inverted": 1.0}], seed=1, **HOW))
-    say(f"10 pictures of 20 steps in {time.perf_counter() - start:.1f} s")
+    save("compare.png", compare(PROMPTS[:4], models, [{}, {"contrast": 1.0}], seed=1, **HOW))
+    say(f"8 pictures of 20 steps in {time.perf_counter() - start:.1f} s")
     base, lora = (generate(PROMPTS, models=models, seed=1, use_lora=on, **HOW) for on in (False, True))
-    say(f"mean brightness: base {base.mean():.0f} of 255, with the LoRA {lora.mean():.0f}: it turned black into white")
+    say(f"colour (mean of largest - smallest channel): base {colour(base):.0f} of 255, with the LoRA {colour(lora):.0f}")
 
     step("3. Blend: the multiplier is a dial, chosen anew in each call")
     dials = (-0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
-    save("multipliers.png", compare(PROMPTS[3:5], models, [{"inverted": m} for m in dials], seed=1, **HOW))
-    zero = generate(PROMPTS, models=models, seed=1, lora={"inverted": 0.0}, **HOW)
+    save("multipliers.png", compare(PROMPTS[1:3], models, [{"contrast": m} for m in dials], seed=1, **HOW))
+    zero = generate(PROMPTS, models=models, seed=1, lora={"contrast": 0.0}, **HOW)
     say(f"at multiplier 0 every bit is that of the base: {np.array_equal(zero, base)}")
 
     step("4. Train a new LoRA on a small folder of pictures, in less than a minute")
     pictures = len(list(EXAMPLES.glob("*.png")))
-    say(f"{pictures} pictures of thick digits with captions, in {EXAMPLES}")
+    say(f"{pictures} pictures of emoji in blue with captions, in {EXAMPLES}")
     start = time.perf_counter()
-    config = TrainConfig(data=str(EXAMPLES), out=str(OUT / "thick"), name="thick", rank=4, steps=300, batch_size=16,
-                         learning_rate=2e-3, schedule="cosine", warmup=20, save_every=100)
+    config = TrainConfig(data=str(EXAMPLES), out=str(OUT / "delft"), name="delft", rank=4, steps=150, batch_size=8,
+                         learning_rate=4e-3, schedule="cosine", warmup=20, save_every=50)
     train(config, models)
     say(f"{config.steps} steps in {time.perf_counter() - start:.0f} s (run again, it finds that they are done); "
-        f"the loss curve is {OUT}/thick/loss.png")
-    save("trained.png", compare(PROMPTS[5:], models, [{}, {"thick": 1.0}, {"thick": 1.0, "inverted": 1.0}], seed=1, **HOW))
-    before, after = (generate(PROMPTS, models=models, seed=1, lora=on, **HOW) for on in ({}, {"thick": 1.0}))
-    say(f"ink (mean brightness): before {before.mean():.0f}, after {after.mean():.0f}")
+        f"the loss curve is {OUT}/delft/loss.png")
+    save("trained.png", compare(PROMPTS[4:], models, [{}, {"delft": 1.0}, {"delft": 1.0, "contrast": 1.0}], seed=1, **HOW))
+    before, after = (generate(PROMPTS, models=models, seed=1, lora=on, **HOW) for on in ({}, {"delft": 1.0}))
+    say(f"blue - red, mean of what is not white: before {blueness(before):.0f}, after {blueness(after):.0f}")
 
     step("5. Save, load into a fresh model, switch off and on")
-    file = OUT / "thick" / "thick.safetensors"
-    fresh = load_lora_into_models(preload_models_from_standard_weights(), file, name="thick")
-    say(f"{file}: {file.stat().st_size / 1e3:.0f} kB beside {data_dir().name}/digits.safetensors of "
-        f"{(data_dir() / 'digits.safetensors').stat().st_size / 1e6:.1f} MB")
+    file = OUT / "delft" / "delft.safetensors"
+    fresh = load_lora_into_models(preload_models_from_standard_weights(), file, name="delft")
+    say(f"{file}: {file.stat().st_size / 1e3:.0f} kB beside {fresh.source.name} of "
+        f"{fresh.source.stat().st_size / 1e6:.1f} MB")
     again = generate(PROMPTS, models=fresh, seed=1, **HOW)
     say(f"the same pictures from the file as from training, to the bit: {np.array_equal(again, after)}")
     off = generate(PROMPTS, models=fresh, seed=1, use_lora=False, **HOW)
     say(f"switched off, the base's pictures, to the bit: {np.array_equal(off, before)}")
 
     step("6. Merge for deployment: one plain checkpoint, no LoRA code needed to run it")
-    with use_adapters(fresh, {"thick": 1.0}):
+    with use_adapters(fresh, {"delft": 1.0}):
         say(f"rounding to float32 loses {merge_loss(fresh):.1e} of the change")
-    merged = OUT / "digits-thick-merged.safetensors"
+    merged = OUT / "emoji-delft-merged.safetensors"
     merge_lora_into_checkpoint(None, {file: 1.0}, merged, dtype=torch.float32)  # without dtype that of the base: float16
     plain = preload_models_from_standard_weights(merged)
     say(f"{merged}: {len(lora_layers(plain))} LoRA layers left in it")
     deployed = generate(PROMPTS, models=plain, seed=1, **HOW)
     say(f"the merged model makes the same pictures, to the bit: {np.array_equal(deployed, after)}")
 
-    print(f"\nThe pictures lie in {OUT}/: compare.png, multipliers.png, trained.png, thick/loss.png")
+    print(f"\nThe pictures lie in {OUT}/: compare.png, multipliers.png, trained.png, delft/loss.png")
+
+
+def colour(pictures: np.ndarray) -> float:
+    return float(np.mean(pictures.max(axis=-1).astype(int) - pictures.min(axis=-1)))
+
+
+def blueness(pictures: np.ndarray) -> float:
+    """Mean of blue - red where the picture is not white."""
+    drawn = pictures[pictures.min(axis=-1) < 200].astype(int)
+    return float((drawn[:, 2] - drawn[:, 0]).mean())
 
 
 def step(title: str) -> None:

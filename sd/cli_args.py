@@ -15,7 +15,7 @@ class ModelArgs:
     """Which model, where it runs, and what is loaded on it."""
 
     model: str | None = None
-    """Checkpoint (.safetensors, .ckpt) or diffusers folder; none: the small model that ships with the program."""
+    """Checkpoint (.safetensors, .ckpt) or diffusers folder, or the name of a model in data/; none: emoji."""
     lora: tuple[str, ...] = ()
     """LoRA files or folders as PATH, PATH:MULTIPLIER or PATH:MULTIPLIER:BLOCKS (text_encoder=0.5,mid_block=0 or 17, 25 or 26
     numbers); names of data/loras need no path."""

@@ -133,9 +133,13 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float16
 
 
-def default_model() -> Path:
-    """The model that ships with the program."""
-    return data_dir() / "digits.safetensors"
+def model_path(ckpt_path: str | os.PathLike | None) -> Path:
+    """The checkpoint that is meant: None is the model that ships with the program, a bare name that is no file here one of
+    the models in data/ ("emoji", "digits")."""
+    path = Path("emoji" if ckpt_path is None else ckpt_path)
+    shipped = data_dir() / f"{path}.safetensors"
+    bare = ckpt_path is None or path.parent == Path(".") and not path.exists()
+    return shipped if bare and shipped.exists() else path
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------
@@ -167,7 +171,8 @@ def preload_models_from_standard_weights(ckpt_path: str | os.PathLike | None = N
                                          vae: str | os.PathLike | None = None,
                                          text_encoder: str | os.PathLike | None = None,
                                          ema: bool = False, variant: str | None = None) -> Models:
-    """Load a Stable Diffusion model: an LDM .ckpt or .safetensors, or a diffusers folder; None is the embedded model.
+    """Load a Stable Diffusion model: an LDM .ckpt or .safetensors, or a diffusers folder; or a model of data/ by its name,
+    None is "emoji".
 
     `dtype`: None is the device's default (in fp16 the VAE stays fp32); "stored" leaves each tensor as it lies in its file,
     and on the CPU where it lies: mapped, without a copy. LoRAs inside a checkpoint (sd.embedded) are attached, active at
@@ -176,7 +181,7 @@ def preload_models_from_standard_weights(ckpt_path: str | os.PathLike | None = N
     The networks come in eval mode and frozen. Raises CheckpointError: every tensor of the model must be in the file, in
     its shape, and nothing unknown beside it.
     """
-    path = default_model() if ckpt_path is None else Path(ckpt_path)
+    path = model_path(ckpt_path)
     device = default_device() if device is None else usable_device(device)
     dtype = default_dtype(device) if dtype is None else dtype
     if dtype != "stored" and not isinstance(dtype, torch.dtype):
@@ -486,7 +491,7 @@ def merge_lora_into_checkpoint(ckpt_path: str | os.PathLike | None, loras: Mappi
     block_weights = dict(block_weights or {})
     if stray := [path for path in block_weights if path not in loras]:
         raise LoRAError(f"block weights are given for {os.fspath(stray[0])!r}, which is not one of the LoRAs to merge")
-    keep_sources(out, ckpt_path or default_model(), *loras, *filter(None, (load.get("vae"), load.get("text_encoder"))))
+    keep_sources(out, model_path(ckpt_path), *loras, *filter(None, (load.get("vae"), load.get("text_encoder"))))
     models = preload_models_from_standard_weights(ckpt_path, device, dtype="stored", **load)
     for path, multiplier in loras.items():
         name = os.fspath(path)

@@ -275,7 +275,7 @@ def test_unknown_flags_and_commands_are_refused_and_help_helps(run):
 
 def test_a_training_starts_from_a_lora_that_ships_by_its_name(run):
     data = data_dir() / "digits-thick"
-    status, out, err = run("train", "--data", str(data), "--from-lora", "digits-inverted", "--dry-run")
+    status, out, err = run("train", "--model", "digits", "--data", str(data), "--from-lora", "digits-inverted", "--dry-run")
     assert status == 0 and "trained" in out, err
-    status, _, err = run("train", "--data", str(data), "--from-lora", "digits-nowhere", "--dry-run")
+    status, _, err = run("train", "--model", "digits", "--data", str(data), "--from-lora", "digits-nowhere", "--dry-run")
     assert status == 2 and "digits-nowhere" in err

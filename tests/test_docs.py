@@ -41,34 +41,38 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def seen(name):
-    return lambda v: v[name].shape == (32, 32, 3) and v[name].std() > 30
+    return lambda v: v[name].shape == (64, 64, 3) and v[name].std() > 30
 
 
-def brighter(a, b):
-    return a.mean() > b.mean() + 100
+def colour(picture):
+    return np.mean(picture.max(axis=-1).astype(int) - picture.min(axis=-1))
+
+
+def greyer(a, b):
+    return colour(a) < 0.5 * colour(b)
 
 
 # One check for each block of LORA_README.md, in order: what the block promises.
 CHECKS = [
-    lambda v: active_multipliers(v["models"]) == {"inverted": 1.0} and v["models"].lora_reports["inverted"].tensors > 0,
+    lambda v: active_multipliers(v["models"]) == {"contrast": 1.0} and v["models"].lora_reports["contrast"].tensors > 0,
     lambda v: (v["models"].lora_reports["half"].blocks == {"mid_block": 0, "up_blocks.1": 0.5}
                and len(v["models"].lora_reports["half"].skipped) == 21 and not remove_lora(v["models"], "half")),
-    lambda v: (brighter(v["with_lora"], v["without"]) and seen("without")(v)
-               and read_parameters("seven.png")["lora"] == {"inverted": 1.0}),
+    lambda v: (greyer(v["with_lora"], v["without"]) and seen("without")(v)
+               and read_parameters("apple.png")["lora"] == {"contrast": 1.0}),
     lambda v: v["sheet"].ndim == 3 and Path("sheet.png").stat().st_size > 0,
-    lambda v: (v["without"].mean() < v["half"].mean() < v["with_lora"].mean() and brighter(v["four"][1], v["four"][0])
+    lambda v: (colour(v["without"]) > colour(v["half"]) > colour(v["with_lora"]) and greyer(v["four"][1], v["four"][0])
                and np.abs(v["four"][1].astype(int) - v["four"][0]).max() > 100),
-    lambda v: (np.array_equal(v["off"], v["without"]) and brighter(v["pair"][1], v["pair"][0])
-               and v["without"].mean() < v["blended"].mean() and active_multipliers(v["models"]) == {"inverted": 1.0}),
-    lambda v: all((Path("out/guide") / n).exists() for n in ("thick.safetensors", "metrics.jsonl", "loss.png")),
+    lambda v: (np.array_equal(v["off"], v["without"]) and greyer(v["pair"][1], v["pair"][0])
+               and colour(v["without"]) > colour(v["blended"]) and active_multipliers(v["models"]) == {"contrast": 1.0}),
+    lambda v: all((Path("out/guide") / n).exists() for n in ("delft.safetensors", "metrics.jsonl", "loss.png")),
     lambda v: torch.isfinite(v["loss"]) and any(p.any() for p in v["parameters"][1::2]) and Path("mine.safetensors").exists(),
-    lambda v: list(v["models"]["clip"].words) == ["<bold>"],
-    lambda v: v["words"] == ["<bold>"] and seen("bold")(v) and not v["models"]["clip"].words,
+    lambda v: list(v["models"]["clip"].words) == ["<tile>"],
+    lambda v: v["words"] == ["<tile>"] and seen("tile")(v) and not v["models"]["clip"].words,
     lambda v: adapter_names(v["mine"]) == ["convs", "default", "qv"],
     lambda v: all(layer.merged_weight is None for layer in lora_layers(v["models"]).values()),
     lambda v: (np.array_equal(v["same"], v["with_lora"]) and not lora_layers(v["deployed"])
                and preload_models_from_standard_weights("merged-folder").config.unet == v["deployed"].config.unet),
-    lambda v: (v["facts"]["modules"] == {"unet": 56}
+    lambda v: (v["facts"]["modules"] == {"unet": 131}
                and all(Path(f"{n}.safetensors").exists() for n in ("sum", "best", "small", "found", "diffusers"))),
     lambda v: (torch.equal(v["same"], v["base"]) and torch.allclose(v["routed"][1], v["base"][1], atol=1e-6)
                and not torch.allclose(v["routed"][0], v["base"][0]) and type(v["deployed"]) is nn.TransformerEncoder
@@ -92,7 +96,7 @@ def test_the_python_of_the_readme_runs(elsewhere):
     (code,) = blocks("README.md", "python")
     values: dict = {}
     exec(compile(code, "README.md", "exec"), values)
-    assert brighter(values["picture"], values["plain"]) and values["sheet"].ndim == 3
+    assert greyer(values["picture"], values["plain"]) and values["sheet"].ndim == 3
 
 
 def commands() -> list[str]:
@@ -105,10 +109,10 @@ def test_the_commands_of_the_readme_run(elsewhere, capsys):
     for line in commands():
         line = line.replace("--steps 300", "--steps 4")  # what is shown is the command, not the training
         assert main(shlex.split(line)[3:]) == 0, line
-    for file in ("out/seven.png", "out/compare.png", "out/thick/lora.safetensors", "out/merged.safetensors"):
+    for file in ("out/apple.png", "out/compare.png", "out/delft/lora.safetensors", "out/merged.safetensors"):
         assert Path(file).stat().st_size > 0
-    assert main(["generate", "--again", "out/seven.png", "--out", "out/again.png"]) == 0
-    assert Path("out/again.png").read_bytes() == Path("out/seven.png").read_bytes()
+    assert main(["generate", "--again", "out/apple.png", "--out", "out/again.png"]) == 0
+    assert Path("out/again.png").read_bytes() == Path("out/apple.png").read_bytes()
 
 
 def test_the_commands_of_the_training_guide_run(elsewhere):
@@ -116,7 +120,7 @@ def test_the_commands_of_the_training_guide_run(elsewhere):
     Path("train.toml").write_text(config)
     Path("sources.toml").write_text(sources)
     for name in ("photos", "drawings"):
-        shutil.copytree(ROOT / "data/digits-thick", name)
+        shutil.copytree(ROOT / "data/emoji-delft", name)
     assert len(read_sources("sources.toml")) == 80
     lines = [line for block in blocks("docs/training.md", "sh") for line in block.splitlines() if line.startswith("python")]
     assert len(lines) > 10

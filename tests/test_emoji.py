@@ -9,14 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from recipes.emoji import data, evaluate, train
+from recipes.emoji import data, evaluate, text, train
 from recipes.emoji.data import BASE, HELD_OUT, HIGH_CONTRAST, POOL, STYLES, Concept, EmojiSet, IconSet, Row
+from recipes.emoji.text import train_text
 from sd.checkpoint import read_tensors
 from sd.config import CLIPConfig, UNetConfig, VAEConfig
 from sd.model_loader import load_lora_into_models, preload_models_from_standard_weights
 from sd.pipeline import generate
 from sd.tokenizer import load_tokenizer, tokenize
 from sd.training.data import encode_pictures
+from sd.training.optim import lr_factor
 
 TINY = replace(train.EMOJI, clip=CLIPConfig(max_tokens=32, width=16, layers=1, heads=2, mlp_width=32),
                vae=VAEConfig(widths=(8, 8, 16), layers_per_block=1, norm_groups=4),
@@ -45,8 +47,9 @@ def recipe(monkeypatch, tmp_path, rows, pictures):
         monkeypatch.setattr(module, "build", lambda size=16: (pictures, rows))
     monkeypatch.setattr(train, "EMOJI", TINY)
     monkeypatch.setattr(train, "START", tmp_path / "start.safetensors")
+    monkeypatch.setattr(train, "READS", tmp_path / "reads.safetensors")
     few = {"steps": 2, "save_every": 2, "batch_size": 4}
-    for name in ("VAE", "UNET", "STYLE", "CONCEPT"):
+    for name in ("VAE", "TEXT", "UNET", "FINISH", "STYLE", "CONCEPT"):
         config = getattr(train, name)
         monkeypatch.setattr(train, name, replace(config, out=str(tmp_path / name.lower()), **few))
     monkeypatch.setattr(train, "CONCEPT_CODE", "CODE1")
@@ -145,16 +148,18 @@ def test_folding_makes_latents_of_mean_0_and_variance_1_and_changes_no_picture(p
 
 def test_every_stage_leaves_what_the_next_one_needs(recipe, rows, monkeypatch):
     train.train_vae("vae", None)
+    train.train_text_encoder("text")
     train.train_unet("unet", None)
+    train.finish_unet("finish", "unet")
     model = recipe / "emoji.safetensors"
-    train.export("unet", model)
+    train.export("finish", model)
     metadata = read_tensors(model).metadata
     assert "data/NOTICE" in metadata["license"] and "@iconify-json/noto@1.2.9" in metadata["sdlora.provenance"]
-    assert metadata["sdlora.pictures_seen"] == "8"
+    assert metadata["sdlora.steps"] == "2"
 
     models = preload_models_from_standard_weights(model, "cpu", dtype=torch.float32)
     assert models.config == TINY
-    average = read_tensors(recipe / "unet/state.safetensors")["ema/diffusion.conv_out.weight"]
+    average = read_tensors(recipe / "finish/state.safetensors")["ema/diffusion.conv_out.weight"]
     assert torch.equal(models["diffusion"].conv_out.weight, average.half().float())
 
     table = models["clip"].token_embedding.weight
@@ -174,6 +179,7 @@ def test_every_stage_leaves_what_the_next_one_needs(recipe, rows, monkeypatch):
 
 def test_a_run_that_has_begun_goes_on_and_another_may_start_from_a_checkpoint(recipe):
     train.train_vae("vae", None)
+    train.train_text_encoder("text")
     train.train_unet("unet", None)
     train.export("unet", recipe / "first.safetensors")
     train.train_unet("unet", None)
@@ -184,6 +190,40 @@ def test_a_run_that_has_begun_goes_on_and_another_may_start_from_a_checkpoint(re
     assert begun != json.loads((recipe / "unet/metrics.jsonl").read_text().splitlines()[0])["loss"]
     train.export("more", recipe / "more.safetensors")
     assert (recipe / "first.safetensors").read_bytes() != (recipe / "more.safetensors").read_bytes()
+
+
+def test_the_text_encoder_learns_what_pictures_look_like_and_goes_on_where_it_was_stopped(recipe, pictures, rows, monkeypatch):
+    train.train_vae("vae", None)
+    chosen = data.choose(pictures, train.base_rows(rows))
+    latents = torch.randn(len(chosen), 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(text, "encode_pictures", lambda *_: (latents, None))
+    config = replace(train.TEXT, steps=150, batch_size=8, warmup=5, learning_rate=5e-3,
+                     caption_dropout=0.0, precision="fp32", save_every=20)
+
+    def run(name):
+        models = preload_models_from_standard_weights(recipe / "start.safetensors", "cpu", dtype=torch.float32)
+        drawer = train_text(replace(config, out=str(recipe / name)), models, chosen)
+        return models, drawer
+
+    models, drawer = run("whole")
+    texts = [data.caption(row) for row in train.base_rows(rows)]
+    with torch.no_grad():
+        drawn = drawer(models["clip"](tokenize(models.tokenizer, texts, 32)))
+    apart = torch.cdist(drawn.flatten(1), latents.flatten(1))
+    assert apart.argmin(1).tolist() == list(range(len(texts)))  # each caption draws its own picture
+
+    calls = iter(range(10**6))
+    monkeypatch.setattr(text, "lr_factor", lambda *a: lr_factor(*a) if next(calls) < 25 else stop())
+    with pytest.raises(KeyboardInterrupt):
+        run("broken")
+    monkeypatch.setattr(text, "lr_factor", lr_factor)
+    again, _ = run("broken")
+    for (name, a), b in zip(models["clip"].named_parameters(), again["clip"].parameters()):
+        assert torch.equal(a, b), name
+
+
+def stop():
+    raise KeyboardInterrupt
 
 
 def test_an_autoencoder_is_trained_further(recipe):

@@ -1,6 +1,8 @@
 """Open-licensed emoji as captioned pictures: seven styles of 1,634 concepts, drawn from pinned npm packages.
 
-    python -m recipes.emoji.data [--size 64]      # about 5 minutes on one core; needs npm and `pip install resvg-py`
+    python -m recipes.emoji.data [--size 64]      # about 5 minutes on one core; needs npm and `pip install -e '.[emoji]'`
+
+At 64 pixels it also writes data/emoji-delft/, the example for training a LoRA.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import Tensor
 from sd.checkpoint import read_tensors, write_safetensors
 
 OUT = Path("out/emoji")
+EXAMPLES, EXAMPLE_COUNT = Path("data/emoji-delft"), 40
 NPM = OUT / "npm"
 PACKAGES = ("@iconify-json/noto@1.2.9", "@iconify-json/noto-v1@1.2.5", "@iconify-json/twemoji@1.2.5",
             "@iconify-json/fluent-emoji@1.2.7", "@iconify-json/fluent-emoji-flat@1.2.6", "@iconify-json/emojione@1.2.3",
@@ -140,7 +143,7 @@ def draw(svg: str, size: int, finer: int) -> np.ndarray:
     try:
         import resvg_py
     except ImportError:
-        raise SystemExit("drawing the emoji needs resvg-py: pip install resvg-py") from None
+        raise SystemExit("drawing the emoji needs resvg-py: pip install -e '.[emoji]'") from None
     from io import BytesIO
 
     from PIL import Image
@@ -239,10 +242,24 @@ def choose(pictures: Tensor, rows: list[Row]) -> EmojiSet:
     return EmojiSet(pictures[[row.index for row in rows]], [captions(row) for row in rows])
 
 
+def write_examples(pictures: Tensor, rows: list[Row], folder: Path = EXAMPLES) -> None:
+    """The example for training a LoRA: emoji as on tiles of Delft, blue on white, as PNG with a .txt of two captions."""
+    from PIL import Image, ImageOps
+    rows = [row for row in rows if row.style == "fluent-emoji-flat" and row.split == "train"]
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in sorted(np.random.default_rng(1).permutation(len(rows))[:EXAMPLE_COUNT]):
+        name, grey = slug(rows[i].label), Image.fromarray(pictures[rows[i].index].permute(1, 2, 0).numpy()).convert("L")
+        ImageOps.colorize(grey, "#06206e", "white").save(folder / f"{name}.png", optimize=True)
+        (folder / f"{name}.txt").write_text(f"{caption(rows[i])}\n{caption(rows[i], style=False)}\n", encoding="utf-8")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=64, help="pixels on a side (default 64)")
-    made, described = build(parser.parse_args().size)
+    size = parser.parse_args().size
+    made, described = build(size)
+    if size == 64:
+        write_examples(made, described)
     for split in ("train", "pair", "concept"):
         inside = [row for row in described if row.split == split]
         print(f"{split}: {sum(row.style in BASE for row in inside)} of the base, "

@@ -208,8 +208,9 @@ def main() -> None:
     parser.add_argument("--part", nargs="+", choices=("vae", "base", "free", "style", "concept"),
                         default=("vae", "base", "free", "style", "concept"))
     parser.add_argument("--each", type=int, default=10_000, help="at most so many pictures of each split")
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     pictures, rows = build()
     models = preload_models_from_standard_weights(args.model, "cpu", dtype=torch.float32)
     style, concept = args.loras / f"{STYLE.name}.safetensors", args.loras / f"{CONCEPT.name}.safetensors"

@@ -1,8 +1,10 @@
 """Train the emoji model and its LoRAs: data/emoji.safetensors and data/loras/emoji-*.safetensors.
 
     python -m recipes.emoji.train vae         # the autoencoder
-    python -m recipes.emoji.train unet        # text encoder and UNet: has no end, stop it when the pictures are good
-    python -m recipes.emoji.train export      # what `unet` has learned so far, as data/emoji.safetensors
+    python -m recipes.emoji.train text        # the text encoder, before there is a UNet
+    python -m recipes.emoji.train unet        # UNet and text encoder: has no end, stop it when the pictures are good
+    python -m recipes.emoji.train finish      # their last steps, in which the learning rate falls to 0
+    python -m recipes.emoji.train export      # what `finish` left (`--run unet`: what is learned yet): data/emoji.safetensors
     python -m recipes.emoji.train style       # the LoRA "high contrast", for the exported model
     python -m recipes.emoji.train concept     # the LoRA of one emoji that the model has never seen
 
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 from recipes.digits.train import fill_untrained_tokens
 from recipes.emoji.data import BASE, HIGH_CONTRAST, OUT, PACKAGES, EmojiSet, Row, build, caption, captions, choose
+from recipes.emoji.text import train_text
 from sd.checkpoint import read_tensors
 from sd.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 from sd.model_loader import (
@@ -39,12 +42,13 @@ from sd.vae import sample_posterior
 MODEL = Path("data/emoji.safetensors")
 LORAS = Path("data/loras")
 START = OUT / "start.safetensors"  # the trained autoencoder beside an untrained UNet and text encoder
+READS = OUT / "reads.safetensors"  # the same with a trained text encoder
 
 # 64 x 64 pixels, latents 16 x 16 x 4. The top level of the UNet is thin and has no attention: its capacity is where it is
 # cheap, at 8 x 8 and 4 x 4. Captions have at most 27 tokens, so the context has 32, not 77.
 EMOJI = ModelConfig(
     name="emoji",
-    clip=CLIPConfig(max_tokens=32, width=96, layers=3, heads=4, mlp_width=384),
+    clip=CLIPConfig(max_tokens=32, width=96, layers=3, heads=4, mlp_width=768),
     vae=VAEConfig(widths=(16, 32, 96), layers_per_block=1, norm_groups=8),
     unet=UNetConfig(widths=(48, 128, 192), attention=(False, True, True), layers_per_block=1, heads=4, context_width=96,
                     norm_groups=16),
@@ -55,13 +59,17 @@ EMOJI = ModelConfig(
 VAE = TrainConfig(train="vae", out=str(OUT / "vae"), steps=1500, batch_size=8, learning_rate=1e-3, schedule="cosine",
                   warmup=100, ema=0.998, kl_weight=2e-4, weight_decay=0.0, precision="bf16", save_every=400,
                   progress=False)
+TEXT = TrainConfig(train="full", unet=False, text_encoder=True, out=str(OUT / "text"), steps=8000, batch_size=64,
+                   learning_rate=1.5e-3, schedule="cosine", warmup=100, weight_decay=0.02, caption_dropout=0.05,
+                   precision="bf16", save_every=500)
 UNET = TrainConfig(train="full", text_encoder=True, out=str(OUT / "unet"), steps=1_000_000, batch_size=32,
-                   learning_rate=8e-4, warmup=200, ema=0.999, caption_dropout=0.1, precision="bf16", save_every=250,
-                   progress=False)
-STYLE = TrainConfig(name="emoji-high-contrast", out=str(OUT / "style"), steps=1500, batch_size=16, rank=8, alpha=8.0,
+                   learning_rate=8e-4, text_learning_rate=1e-4, warmup=200, timestep_bias=0.5, ema=0.999,
+                   caption_dropout=0.1, precision="bf16", save_every=250, progress=False)
+FINISH = replace(UNET, out=str(OUT / "finish"), steps=1600, schedule="linear", warmup=0, timestep_bias=0.65)
+STYLE = TrainConfig(name="emoji-high-contrast", out=str(OUT / "style"), steps=1000, batch_size=16, rank=8, alpha=8.0,
                     targets=("full",), learning_rate=2e-3, schedule="cosine", warmup=50, precision="bf16",
                     progress=False)
-CONCEPT = replace(STYLE, name="emoji-cat-face", out=str(OUT / "concept"), steps=400, rank=4, alpha=4.0,
+CONCEPT = replace(STYLE, name="emoji-cat-face", out=str(OUT / "concept"), steps=300, rank=4, alpha=4.0,
                   targets=("kohya",), learning_rate=1e-3)
 CONCEPT_CODE, CONCEPT_STYLES = "1F431", ("noto", "twemoji", "fluent-emoji-flat", "emojione")
 SHIFTS = (-2, 0, 2)  # pixels to the right: four drawings become twelve pictures
@@ -130,11 +138,27 @@ def base_rows(rows: list[Row]) -> list[Row]:
     return [row for row in rows if row.split == "train" and row.style in BASE]
 
 
-def train_unet(run: str, start: Path | None) -> None:
-    """Text encoder and UNet from scratch, or from an exported model; the state in out/emoji/`run` goes on where it was."""
+def train_text_encoder(run: str) -> None:
+    """The text encoder from scratch, and READS beside it."""
     pictures, rows = build(EMOJI.image_size)
-    models = preload_models_from_standard_weights(start or START, "cpu", dtype=torch.float32)
+    models = preload_models_from_standard_weights(START, "cpu", dtype=torch.float32)
+    train_text(replace(TEXT, out=str(OUT / run)), models, choose(pictures, base_rows(rows)))
+    models.source = None  # they are no longer what that file holds
+    save_checkpoint(models, READS)
+
+
+def train_unet(run: str, start: Path | None) -> None:
+    """The UNet from scratch, or from an exported model; the state in out/emoji/`run` goes on where it was."""
+    pictures, rows = build(EMOJI.image_size)
+    models = preload_models_from_standard_weights(start or READS, "cpu", dtype=torch.float32)
     train(replace(UNET, out=str(OUT / run)), models, choose(pictures, base_rows(rows)))
+
+
+def finish_unet(run: str, begun: str) -> None:
+    """The last steps of what the run `begun` has learned; it must not go on while these last."""
+    models, _ = latest(begun)
+    pictures, rows = build(models.config.image_size)
+    train(replace(FINISH, out=str(OUT / run)), models, choose(pictures, base_rows(rows)))
 
 
 def export(run: str, to: Path) -> None:
@@ -144,12 +168,12 @@ def export(run: str, to: Path) -> None:
     fill_untrained_tokens(models, sorted({text for row in base_rows(rows) for text in captions(row)} | {""}))
     to.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(models, to, dtype=torch.float16, metadata=made | LICENCE)
-    print(f"{to}: {to.stat().st_size:,} bytes, {made['sdlora.pictures_seen']} pictures seen")
+    print(f"{to}: {to.stat().st_size:,} bytes, {made['sdlora.steps']} steps of {run!r}")
 
 
 @torch.no_grad()
 def latest(run: str) -> tuple[Models, dict[str, str]]:
-    """The models as `unet` would leave them if it ended at its last save, and how they were made."""
+    """The models as `unet` or `finish` would leave them if it ended at its last save, and how they were made."""
     models = preload_models_from_standard_weights(START, "cpu", dtype=torch.float32)
     state = read_tensors(OUT / run / "state.safetensors")
     for name, value in state.items():
@@ -158,8 +182,7 @@ def latest(run: str) -> tuple[Models, dict[str, str]]:
             models[component].get_parameter(parameter).copy_(value)
     steps = json.loads(state.metadata["progress"])["step"]
     models.source = None  # they are no longer what that file holds
-    return models, {"sdlora.training": state.metadata["facts"], "sdlora.steps": str(steps),
-                    "sdlora.pictures_seen": str(steps * UNET.batch_size)}
+    return models, {"sdlora.training": state.metadata["facts"], "sdlora.steps": str(steps)}
 
 
 LICENCE = {
@@ -219,20 +242,27 @@ def train_concept(model: Path, to: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stage", choices=("vae", "unet", "export", "style", "concept"))
-    parser.add_argument("--run", help="vae, unet, export: folder of the training in out/emoji (default: the stage's name)")
+    parser.add_argument("stage", choices=("vae", "text", "unet", "finish", "export", "style", "concept"))
+    parser.add_argument("--run", help="vae, text, unet, finish, export: folder of the training in out/emoji "
+                                      "(default: the stage; export: finish)")
     parser.add_argument("--start", type=Path, help="vae, unet: checkpoint that a new run starts from")
     parser.add_argument("--model", type=Path, default=MODEL, help=f"style, concept: the base (default {MODEL})")
     parser.add_argument("--to", type=Path, help=f"export: the file (default {MODEL}); LoRAs: the folder (default {LORAS})")
+    parser.add_argument("--threads", type=int, default=1, help="of the same run always as many: sums of several differ in "
+                                                               "the last bit")
     args = parser.parse_args()
-    torch.set_num_threads(1)  # the sums of several threads differ in the last bit, and small networks gain little
+    torch.set_num_threads(args.threads)
     match args.stage:
         case "vae":
             train_vae(args.run or "vae", args.start)
+        case "text":
+            train_text_encoder(args.run or "text")
         case "unet":
             train_unet(args.run or "unet", args.start)
+        case "finish":
+            finish_unet(args.run or "finish", "unet")
         case "export":
-            export(args.run or "unet", args.to or MODEL)
+            export(args.run or "finish", args.to or MODEL)
         case "style":
             train_style(args.model, args.to or LORAS)
         case "concept":

@@ -13,7 +13,7 @@ from sd.lora import attach_state, modules_of, remove_lora
 from sd.lora_files import read_lora
 from sd.lora_formats import write_kohya
 from sd.lora_writers import renewed
-from sd.model_loader import config_of_file, default_model, preload_models_from_standard_weights
+from sd.model_loader import config_of_file, model_path, preload_models_from_standard_weights
 from sd.model_saver import ldm_metadata, ldm_tensors
 from sd.names import model_names
 
@@ -27,7 +27,7 @@ def embed(ckpt_path: str | os.PathLike | None, loras: Mapping[str | os.PathLike,
     arguments of preload_models_from_standard_weights. Raises as load_lora_weights does, and CheckpointError for a name
     that occurs twice and for an `out` that it would read from.
     """
-    ckpt_path = default_model() if ckpt_path is None else Path(ckpt_path)
+    ckpt_path = model_path(ckpt_path)
     if Path(out).suffix.lower() != ".safetensors":
         raise CheckpointError(f"{out}: a checkpoint with LoRAs inside is written as .safetensors")
     keep_sources(out, ckpt_path, *loras)

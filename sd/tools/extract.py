@@ -21,7 +21,7 @@ from sd.lora import LoRAError, adapter_names, modules_of, named_layers
 from sd.lora_formats import AdapterWeights
 from sd.lora_variants import at_least_fp32
 from sd.lora_writers import lora_metadata, write_lora
-from sd.model_loader import BASE_HASH, Models, default_model, preload_models_from_standard_weights
+from sd.model_loader import BASE_HASH, Models, model_path, preload_models_from_standard_weights
 from sd.tools.decompose import RankRule, Report, Row, lora_weights, seed_of, store, truncated_svd
 
 VAE = ("encoder.", "decoder.")
@@ -122,7 +122,7 @@ def extract_lora(base: str | os.PathLike | None, tuned: str | os.PathLike, out: 
     """
     rules = {"ratio": ratio, "threshold": threshold, "cumulative": cumulative, "frobenius": frobenius}
     rule, conv_rule = _rule(rank, rules), None if conv_rank is None else _rule(conv_rank, rules)
-    paths = [default_model() if base is None else Path(base), Path(tuned)]
+    paths = [model_path(base), Path(tuned)]
     keep_sources(out, *paths)
     models = [preload_models_from_standard_weights(path, "cpu", dtype="stored") for path in paths]
     _check(*models)

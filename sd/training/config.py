@@ -65,7 +65,7 @@ class TrainConfig:
     out: str = "out/train"
     """Folder of the run: state, metrics, loss curve and result. The same command with the same folder resumes."""
     model: str | None = None
-    """Checkpoint or diffusers folder to start from; none: the embedded model."""
+    """Checkpoint or diffusers folder to start from, or the name of a model in data/; none: emoji."""
     train: Literal["lora", "full", "vae", "words"] = "lora"
     """A LoRA, all weights of UNet and/or text encoder, the autoencoder, or the new words alone (textual inversion)."""
     unet: bool = True

@@ -25,8 +25,8 @@ from sd.training import TrainConfig, train
 OUT = Path("out/demo")
 CONTRAST = data_dir() / "loras" / "emoji-high-contrast.safetensors"
 EXAMPLES = data_dir() / "emoji-delft"
-PROMPTS = ["red apple, twemoji style", "grinning face, noto style", "rocket, fluent flat style", "snail, emojione style",
-           "blue book, fluent flat style", "yellow heart, noto style", "pizza, twemoji style", "cat, fluent 3d style"]
+PROMPTS = ["red apple, twemoji style", "grinning face, noto style", "rocket, fluent flat style", "green heart, fluent 3d style",
+           "tomato, noto style", "orange circle, twemoji style", "red heart, twemoji style", "pig face, noto style"]
 HOW = dict(sampler_name="dpmpp_2m", n_inference_steps=20, cfg_scale=3.0)
 
 

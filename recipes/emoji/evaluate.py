@@ -139,7 +139,7 @@ def judge_base(models: Models, pictures: Tensor, rows: list[Row], each: int) -> 
         asked = pick([row for row in base if row.split == split], min(most, each))
         made = to_tensor(make(models, [caption(row) for row in asked]))
         print(f"{name}: {told(retrieve(made, asked, pictures, rows))}", flush=True)
-        beside(OUT / f"sheets/{split}.png", made, asked, pictures)
+        beside(OUT / f"sheets/{name.replace(' ', '-')}.png", made, asked, pictures)
 
 
 def beside(path: Path, made: Tensor, asked: list[Row], pictures: Tensor, most: int = 40) -> None:
@@ -182,7 +182,7 @@ def judge_style(models: Models, pictures: Tensor, rows: list[Row], path: Path, e
         print(f"style LoRA at {m}: {share(judge, to_tensor(shown), HIGH_CONTRAST):.1%} high contrast, mean colour "
               f"{colour:.0f} of 255, {told(retrieve(to_tensor(shown), asked, pictures, rows))}", flush=True)
     cells = [[*(made[m][i] for m in made), grid(pictures[row.index])] for i, row in enumerate(asked[:20])]
-    sheet(cells, OUT / "sheets/style.png", row_labels=[row.label for row in asked[:20]],
+    sheet(cells, OUT / "sheets/style-lora.png", row_labels=[row.label for row in asked[:20]],
           column_labels=[*map(str, made), "real"])
 
 
@@ -197,7 +197,7 @@ def judge_concept(models: Models, pictures: Tensor, rows: list[Row], path: Path)
                          for row, rank in zip(asked, found.tolist()))
         print(f"concept LoRA at {m}: rank of the real {asked[0].label}: {each}")
     sheet([*(list(shown) for shown in made.values()), [grid(pictures[row.index]) for row in asked]],
-          OUT / "sheets/concept.png", row_labels=["base", "with the LoRA", "real"],
+          OUT / "sheets/concept-lora.png", row_labels=["base", "with the LoRA", "real"],
           column_labels=[STYLES[row.style] for row in asked])
 
 

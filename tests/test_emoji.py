@@ -185,10 +185,12 @@ def test_a_run_that_has_begun_goes_on_and_another_may_start_from_a_checkpoint(re
     train.train_unet("unet", None)
     train.export("unet", recipe / "again.safetensors")
     assert (recipe / "first.safetensors").read_bytes() == (recipe / "again.safetensors").read_bytes()
+    (recipe / "start.safetensors").unlink()  # whoever has only the model that ships
     train.train_unet("more", recipe / "first.safetensors")
     begun = json.loads((recipe / "more/metrics.jsonl").read_text().splitlines()[0])["loss"]
     assert begun != json.loads((recipe / "unet/metrics.jsonl").read_text().splitlines()[0])["loss"]
-    train.export("more", recipe / "more.safetensors")
+    train.finish_unet("finish", "more", recipe / "first.safetensors")
+    train.export("finish", recipe / "more.safetensors", recipe / "first.safetensors")
     assert (recipe / "first.safetensors").read_bytes() != (recipe / "more.safetensors").read_bytes()
 
 

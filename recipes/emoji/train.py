@@ -154,16 +154,16 @@ def train_unet(run: str, start: Path | None) -> None:
     train(replace(UNET, out=str(OUT / run)), models, choose(pictures, base_rows(rows)))
 
 
-def finish_unet(run: str, begun: str) -> None:
-    """The last steps of what the run `begun` has learned; it must not go on while these last."""
-    models, _ = latest(begun)
+def finish_unet(run: str, begun: str, start: Path | None = None) -> None:
+    """The last steps of what the run `begun` (from the checkpoint `start`) has learned; it must not go on while these last."""
+    models, _ = latest(begun, start)
     pictures, rows = build(models.config.image_size)
     train(replace(FINISH, out=str(OUT / run)), models, choose(pictures, base_rows(rows)))
 
 
-def export(run: str, to: Path) -> None:
+def export(run: str, to: Path, start: Path | None = None) -> None:
     """Write the moving average of the weights in out/emoji/`run` as a checkpoint in fp16."""
-    models, made = latest(run)
+    models, made = latest(run, start)
     _, rows = build(models.config.image_size)
     fill_untrained_tokens(models, sorted({text for row in base_rows(rows) for text in captions(row)} | {""}))
     to.parent.mkdir(parents=True, exist_ok=True)
@@ -172,9 +172,12 @@ def export(run: str, to: Path) -> None:
 
 
 @torch.no_grad()
-def latest(run: str) -> tuple[Models, dict[str, str]]:
-    """The models as `unet` or `finish` would leave them if it ended at its last save, and how they were made."""
-    models = preload_models_from_standard_weights(START, "cpu", dtype=torch.float32)
+def latest(run: str, start: Path | None = None) -> tuple[Models, dict[str, str]]:
+    """The models as `unet` or `finish` would leave them if it ended at its last save, and how they were made.
+
+    `start` is the checkpoint that the run started from, of which the autoencoder is; None is START.
+    """
+    models = preload_models_from_standard_weights(start or START, "cpu", dtype=torch.float32)
     state = read_tensors(OUT / run / "state.safetensors")
     for name, value in state.items():
         if name.startswith("ema/"):
@@ -245,7 +248,9 @@ def main() -> None:
     parser.add_argument("stage", choices=("vae", "text", "unet", "finish", "export", "style", "concept"))
     parser.add_argument("--run", help="vae, text, unet, finish, export: folder of the training in out/emoji "
                                       "(default: the stage; export: finish)")
-    parser.add_argument("--start", type=Path, help="vae, unet: checkpoint that a new run starts from")
+    parser.add_argument("--start", type=Path, help="vae, unet: checkpoint that a new run starts from; the same for the finish "
+                                                   "and the export of that run")
+    parser.add_argument("--begun", default="unet", help="finish: the run that it ends (default unet)")
     parser.add_argument("--model", type=Path, default=MODEL, help=f"style, concept: the base (default {MODEL})")
     parser.add_argument("--to", type=Path, help=f"export: the file (default {MODEL}); LoRAs: the folder (default {LORAS})")
     parser.add_argument("--threads", type=int, default=1, help="of the same run always as many: sums of several differ in "
@@ -260,9 +265,9 @@ def main() -> None:
         case "unet":
             train_unet(args.run or "unet", args.start)
         case "finish":
-            finish_unet(args.run or "finish", "unet")
+            finish_unet(args.run or "finish", args.begun, args.start)
         case "export":
-            export(args.run or "finish", args.to or MODEL)
+            export(args.run or "finish", args.to or MODEL, args.start)
         case "style":
             train_style(args.model, args.to or LORAS)
         case "concept":

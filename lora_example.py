@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sd.image_io import save_image
 from sd.lora import get_lora_parameters, lora_layers, merge_loss, remove_lora, use_adapters
 from sd.model_loader import (
     count_parameters,
@@ -18,8 +17,9 @@ from sd.model_loader import (
     preload_models_from_standard_weights,
     preload_models_with_lora,
 )
+from sd.pictures.image_io import save_image
 from sd.pipeline import compare, generate
-from sd.tokenizer import data_dir
+from sd.prompts.tokenizer import data_dir
 from sd.training import TrainConfig, train
 
 OUT = Path("out/demo")

@@ -10,8 +10,8 @@ import torch
 import torch.nn as nn
 
 from bench.common import Options, alternate, block, difference, duration, isolated
+from sd.any_model.tasks import LoRAModel
 from sd.lora import lora_layers
-from sd.tasks import LoRAModel
 
 NAMES = ["a", "b", "c", "d"]
 LAYERS = ["query", "key", "value", "dense"]

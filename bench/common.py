@@ -24,12 +24,14 @@ from typing import Literal, NamedTuple
 import torch
 import tyro
 
-from sd.checkpoint import write_safetensors
+from sd.adapters.weights import AdapterWeights
+from sd.checkpoints.names import model_names
 from sd.config import SD15, TINY, ModelConfig
+from sd.files.tensors import write_safetensors
 from sd.lora import find_targets
-from sd.lora_formats import AdapterWeights, write_kohya
-from sd.model_loader import Models, build_networks, save_checkpoint
-from sd.names import model_names
+from sd.lora_files.write import write_kohya
+from sd.model_loader import Models, save_checkpoint
+from sd.models import build_networks
 from tests.twins import randomize
 
 CACHE = Path("out/bench")

@@ -38,7 +38,7 @@ from bench.common import (
 )
 from sd.lora import lora_layers, merge, remove_lora, set_adapters, unmerge
 from sd.model_loader import load_lora_into_models, preload_models_from_standard_weights
-from sd.tokenizer import tokenize
+from sd.prompts.tokenizer import tokenize
 
 LOADING_NOTES = """Loading: from the call to the end of the first pass through tokenizer, text encoder, UNet (latents
 [1, 4, 8, 8]), VAE encoder and decoder (64 pixels), so that every weight was used. Each time in a new process, imports

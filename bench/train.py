@@ -23,8 +23,8 @@ from PIL import Image
 
 from bench import peers
 from bench.common import GIB, Measured, Options, block, checkpoints, isolated, run, synchronize
-from sd.checkpoint import read_tensors
 from sd.config import SD15, TINY, CLIPConfig, ModelConfig, UNetConfig, VAEConfig
+from sd.files.tensors import read_tensors
 from sd.model_loader import preload_models_from_standard_weights
 from sd.training import TrainConfig
 
@@ -77,7 +77,7 @@ def make_pictures(folder: Path, size: int) -> Path:
 
 def ours(options: Options, model: Path, root: Path, size: int, batch: int, checkpointing: bool, changes: dict) -> Trained:
     models = preload_models_from_standard_weights(model, options.device, dtype=torch.float32)
-    loop, starts = importlib.import_module("sd.training.train"), []
+    loop, starts = importlib.import_module("sd.training.loop"), []
     original = loop.set_learning_rate
 
     def stamped(*args) -> None:

@@ -1,4 +1,4 @@
-from sd.cli import main
+from sd.commands.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -6,7 +6,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from sd.lora_layers import LoRALinear
+from sd.adapters.layers import LoRALinear
 
 
 class SelfAttention(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sd.attention import SelfAttention
 from sd.config import CLIPConfig
-from sd.embeddings import LearnedWords
+from sd.prompts.learned_words import LearnedWords
 
 
 class CLIP(nn.Module):

@@ -20,16 +20,20 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from sd import lora as loras
-from sd.denoiser import DENOISERS, CFGDenoiser
-from sd.embeddings import vectors_hash
-from sd.image_io import contact_sheet, load_image
-from sd.model_loader import Models, preload_models_from_standard_weights, usable_device
-from sd.noise import Schedule, alphas_cumprod, cut
-from sd.quant import quantized_kinds
-from sd.samplers import SAMPLERS, sampler_schedule
-from sd.tokenizer import find_words, tokenize
-from sd.vae import placed_for, sample_posterior
+from sd.adapters.merging import unmerge
+from sd.adapters.quant import quantized_kinds
+from sd.adapters.switch import active_multipliers, adapter_names, exclusive, use_adapters, use_rows
+from sd.model_loader import preload_models_from_standard_weights
+from sd.models import Models, usable_device
+from sd.pictures.image_io import load_image
+from sd.pictures.sheets import contact_sheet
+from sd.placement import Placement, placed_for
+from sd.prompts.learned_words import vectors_hash
+from sd.prompts.tokenizer import find_words, tokenize
+from sd.sampling.denoiser import DENOISERS, CFGDenoiser
+from sd.sampling.noise import Schedule, alphas_cumprod, cut
+from sd.sampling.samplers import SAMPLERS, sampler_schedule
+from sd.vae import sample_posterior
 
 MAX_IMAGES = 4096  # in one call
 
@@ -95,13 +99,13 @@ def generate(prompt: str | Sequence[str], uncond_prompt: str | Sequence[str] | N
         raise GenerateError(f"eta is {eta} for {sampler_name}; only ddim has an eta")
 
     with torch.no_grad(), ExitStack() as stack:
-        stack.enter_context(loras.exclusive(models))
+        stack.enter_context(exclusive(models))
         _enter_adapters(stack, models, lora, use_lora, images)
         place = Placement(models, device, idle_device, _should_merge(models, merged))
 
         # Guidance asks for two rows an image: without a prompt first, then with it.
         rows = torch.arange(images).repeat(1 if scale == 1 else 2)
-        stack.enter_context(loras.use_rows(models, rows))
+        stack.enter_context(use_rows(models, rows))
         texts = prompts if scale == 1 else unconds + prompts
         tokens = tokenize(tokenizer or models.tokenizer, texts, config.clip.max_tokens, models["clip"].words).to(device)
         context = place("clip")(tokens, clip_skip)  # [R, L, D]
@@ -109,11 +113,11 @@ def generate(prompt: str | Sequence[str], uncond_prompt: str | Sequence[str] | N
 
         known, extra = None, None
         if picture is not None:
-            with loras.use_rows(models, torch.arange(images)):
+            with use_rows(models, torch.arange(images)):
                 known = _encode(place("encoder"), picture.expand(images, -1, -1, -1), noise(), config).to(device)
         start_noise = noise().to(device)
         if config.unet.in_channels == 9:
-            with loras.use_rows(models, torch.arange(images)):
+            with use_rows(models, torch.arange(images)):
                 extra = _inpainting_channels(place, picture, mask, images, noise, config, height, width).to(device)
 
         unet = place("diffusion")
@@ -128,7 +132,7 @@ def generate(prompt: str | Sequence[str], uncond_prompt: str | Sequence[str] | N
         if mask is not None:
             x = small * x + (1 - small) * known
 
-        with loras.use_rows(models, torch.arange(images)):
+        with use_rows(models, torch.arange(images)):
             pictures = _decode(place("decoder"), x, config)  # [B, C, H, W]
         place(None)
         if not torch.isfinite(pictures).all():
@@ -149,7 +153,7 @@ def compare(prompts: str | Sequence[str], models: Models | None = None, variants
     if taken:
         raise GenerateError(f"compare() sets {taken[0]} itself: each of the variants is a dict of adapters, {{}} is the base")
     models = preload_models_from_standard_weights(device=arguments.get("device")) if models is None else models
-    variants = list(variants) or [{}, *({name: 1.0} for name in loras.adapter_names(models))]
+    variants = list(variants) or [{}, *({name: 1.0} for name in adapter_names(models))]
     seed = secrets.randbits(32) if seed is None else seed
     _check(seed, "seed", Integral, 0)
     if not isinstance(arguments.get("uncond_prompt") or "", str):
@@ -172,28 +176,6 @@ class ImageNoise:
     def __call__(self) -> Tensor:
         """The next draw, [B, *shape] in fp32 on the CPU."""
         return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators])
-
-
-class Placement:
-    """Brings a network to the device when it is needed, merged if asked, and sends the one before to `idle_device`."""
-
-    def __init__(self, models: Models, device: torch.device, idle_device, merged: bool):
-        self.models, self.device, self.idle, self.merged, self.current = models, device, idle_device, merged, None
-
-    def __call__(self, name: str | None):
-        if self.idle is not None and self.current not in (None, name):
-            self.models[self.current].to(self.idle)
-        self.current = name
-        if name is None:
-            return None
-        network, wanted = self.models[name], self.device
-        there = placed_for(network, torch.empty(0, device=wanted)).device
-        # A network that is there already is not touched: a move drops merged weights. "cuda" means any of its devices.
-        if there.type != wanted.type or wanted.index not in (None, there.index):
-            network.to(wanted)
-        if self.merged:
-            loras.merge(network)
-        return network
 
 
 # ---- the arguments ---------------------------------------------------------------------------------------------------
@@ -259,19 +241,19 @@ def _input(image, mask, height: int, width: int, config) -> tuple[Tensor | None,
 def _enter_adapters(stack: ExitStack, models: Models, lora, use_lora: bool, images: int) -> None:
     """The toggle: use_lora=False over lora=... over the present state."""
     if not use_lora:
-        stack.enter_context(loras.use_adapters(models, {}))
+        stack.enter_context(use_adapters(models, {}))
     elif isinstance(lora, Mapping):
-        stack.enter_context(loras.use_adapters(models, lora))
+        stack.enter_context(use_adapters(models, lora))
     elif lora is not None:
         if len(lora) != images:
             raise GenerateError(f"lora has {len(lora)} dicts for {images} images; give one dict, or one for each image")
         if all(dict(one) == dict(lora[0]) for one in lora):
-            stack.enter_context(loras.use_adapters(models, lora[0]))
+            stack.enter_context(use_adapters(models, lora[0]))
         else:
             names = sorted({name for one in lora for name in one})
             table = {name: torch.tensor([float(one.get(name, 0.0)) for one in lora]) for name in names}
-            stack.enter_context(loras.use_adapters(models, table))
-    for name, m in loras.active_multipliers(models).items():
+            stack.enter_context(use_adapters(models, table))
+    for name, m in active_multipliers(models).items():
         if isinstance(m, tuple) and len(m) != images:
             raise GenerateError(f"the multipliers of {name!r} are for {len(m)} images, {images} are asked for")
 
@@ -280,11 +262,11 @@ def _should_merge(models: Models, merged: bool | str) -> bool:
     if merged not in (True, False, "auto"):
         raise GenerateError(f"merged is {merged!r}; allowed: 'auto', True, False")
     if merged is False:
-        loras.unmerge(models)
+        unmerge(models)
     if merged != "auto":
         return bool(merged)
     # In half precision the sum W + ΔW rounds away a good part of a usual ΔW; the adapters' own path keeps it.
-    same_for_all = not any(isinstance(m, tuple) for m in loras.active_multipliers(models).values())
+    same_for_all = not any(isinstance(m, tuple) for m in active_multipliers(models).values())
     # Merged weights are whole ones: of a quantised base they would take what it saves.
     return same_for_all and models.dtype == torch.float32 and not quantized_kinds(models)
 
@@ -371,7 +353,7 @@ def describe(models: Models, prompt: str, *, seed: int, **arguments) -> dict:
         found["embeddings"] = embeddings
     if not isinstance(known["lora"], Mapping | None):
         raise GenerateError("describe() is for one picture: lora is the dict of that picture")
-    applied = known["lora"] if known["lora"] is not None else loras.active_multipliers(models)
+    applied = known["lora"] if known["lora"] is not None else active_multipliers(models)
     applied = {name: float(m) for name, m in applied.items() if m} if known["use_lora"] else {}
     if applied:
         found["lora"] = applied

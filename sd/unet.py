@@ -12,9 +12,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from sd.adapters.switch import checkpoint
 from sd.attention import CrossAttention, SelfAttention
 from sd.config import UNetConfig
-from sd.lora import checkpoint
 
 
 class UNet(nn.Module):

@@ -172,12 +172,6 @@ def build_vae(config: VAEConfig) -> dict[str, nn.Module]:
     return {"encoder": VAEEncoder(config), "decoder": VAEDecoder(config)}
 
 
-def placed_for(network: nn.Module, x: Tensor) -> Tensor:
-    """x on the device and in the dtype of the network's weights; as it is for a network without weights."""
-    weight = next(network.parameters(), x)
-    return x.to(weight.device, weight.dtype)
-
-
 def sample_posterior(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
     """mean + exp(logvar / 2) · noise; in this form fp16 does not underflow."""
     return mean + torch.exp(0.5 * logvar) * noise

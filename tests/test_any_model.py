@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from sd import lora_layers as lora_layers_module
+from sd.adapters import layers as lora_layers_module
+from sd.adapters.quant import dequantize_base, quantize_base, quantized_kinds
 from sd.lora import (
     LoRAError,
     LoRALayer,
@@ -36,7 +37,6 @@ from sd.lora import (
     unreached_layers,
     use_adapters,
 )
-from sd.quant import dequantize_base, quantize_base, quantized_kinds
 from tests.tiny_tasks import ALPHA, RANK, fill, tokens
 
 

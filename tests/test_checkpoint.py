@@ -27,20 +27,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sd import checkpoint
-from sd.checkpoint import (
-    DTYPES,
-    CheckpointError,
-    atomic_write,
-    lora_hash,
-    model_hash,
-    read_folder,
-    read_tensors,
-    remove_stale_temporaries,
-    write_pt,
-    write_safetensors,
-    write_tensors,
-)
+from sd.files.atomic import atomic_write, remove_stale_temporaries
+from sd.files.folder import read_folder
+from sd.files.hashes import lora_hash, model_hash
+from sd.files.tensor_file import DTYPES, CheckpointError
+from sd.files.tensors import read_tensors, write_pt, write_safetensors, write_tensors
 
 ROOT = Path(__file__).parents[1]
 
@@ -549,7 +540,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_temporary(tmp_path, monkeypatch)
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left on device.*a.safetensors"):
         write_safetensors(path, {"w": torch.ones(5)})
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.safetensors"]
@@ -576,8 +567,8 @@ def test_an_atomic_file_has_usual_permissions_and_keeps_symbolic_links(tmp_path)
 
 def test_a_file_is_on_disk_before_it_gets_its_name_and_the_folder_after(tmp_path, monkeypatch):
     calls, replace = [], os.replace
-    monkeypatch.setattr(checkpoint.os, "fsync", lambda fd: calls.append(os.path.isdir(f"/proc/self/fd/{fd}")))
-    monkeypatch.setattr(checkpoint.os, "replace", lambda a, b: (calls.append("replace"), replace(a, b)))
+    monkeypatch.setattr(os, "fsync", lambda fd: calls.append(os.path.isdir(f"/proc/self/fd/{fd}")))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("replace"), replace(a, b)))
     write_safetensors(tmp_path / "a", {"w": torch.ones(3)})
     assert calls == [False, "replace", True]
 
@@ -616,7 +607,7 @@ def test_hashes_are_those_of_the_file_and_of_its_tensor_part(tmp_path):
 def test_a_hash_is_computed_once_until_the_file_changes(tmp_path, monkeypatch):
     path, reads = tmp_path / "a.pt", []
     digest = hashlib.file_digest
-    monkeypatch.setattr(checkpoint.hashlib, "file_digest", lambda *args: (reads.append(1), digest(*args))[1])
+    monkeypatch.setattr(hashlib, "file_digest", lambda *args: (reads.append(1), digest(*args))[1])
     torch.save({"w": torch.ones(2)}, path)
     first = [model_hash(path), model_hash(path), lora_hash(path)]
     assert len(reads) == 1 and lora_hash(path)[:10] == first[0]

@@ -9,14 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from sd.cli import main
-from sd.cli_tools import TOOLS
+from sd.commands.main import TOOLS, main
 from sd.config import TINY
-from sd.image_io import read_parameters
 from sd.lora import apply_lora_to_model, get_lora_parameters
 from sd.model_loader import new_models, preload_models_from_standard_weights, save_checkpoint, save_models_lora
+from sd.pictures.image_io import read_parameters
 from sd.pipeline import generate
-from sd.tokenizer import data_dir
+from sd.prompts.tokenizer import data_dir
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from dataclasses import asdict, fields
 
 import pytest
 
-from sd.cli import _parse, main
+from sd.commands.main import _parse, main
 from sd.training import TrainConfig, TrainError
 from sd.training.config_file import config_flags, read_config
 

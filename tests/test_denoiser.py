@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from sd.config import SD15
-from sd.denoiser import DENOISERS, CFGDenoiser, EpsDenoiser, VDenoiser
-from sd.noise import add_noise, alphas_cumprod, schedule, velocity
+from sd.sampling.denoiser import DENOISERS, CFGDenoiser, EpsDenoiser, VDenoiser
+from sd.sampling.noise import add_noise, alphas_cumprod, schedule, velocity
 
 ABAR = alphas_cumprod(SD15)
 SCHEDULE = schedule("leading", 20, ABAR)

@@ -8,9 +8,9 @@ import torch
 from sd.config import DIGITS
 from sd.model_loader import load_lora_into_models, preload_models_from_standard_weights
 from sd.pipeline import generate
-from sd.tokenizer import data_dir
+from sd.prompts.tokenizer import data_dir
 from sd.training import PictureFolder, TrainConfig, train
-from sd.training.data import encode_pictures
+from sd.training.dataset.batches import encode_pictures
 
 PROMPTS = [f"a handwritten {word}" for word in ("zero", "two", "five", "seven")]
 

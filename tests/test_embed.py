@@ -8,12 +8,14 @@ import pytest
 import safetensors.torch
 import torch
 
-from sd.checkpoint import CheckpointError, lora_hash, read_tensors
+from sd.checkpoints.lora_inside import EMBEDDED, EmbeddedLoRA, embed_keys
+from sd.checkpoints.writer import ldm_state
 from sd.config import TINY
-from sd.embedded import EMBEDDED, EmbeddedLoRA, embed_keys
+from sd.files.hashes import lora_hash
+from sd.files.tensor_file import CheckpointError
+from sd.files.tensors import read_tensors
 from sd.lora import LoRAFormatError, active_multipliers, adapter_names, remove_lora, use_adapters
 from sd.model_loader import (
-    ldm_state,
     load_lora_into_models,
     merge_lora_into_checkpoint,
     new_models,

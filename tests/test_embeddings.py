@@ -10,13 +10,13 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
-from sd.checkpoint import CheckpointError, read_tensors
-from sd.cli import main
-from sd.embeddings import EmbeddingError, file_name, read_embeddings, word_key
-from sd.image_io import read_parameters
+from sd.adapters.weights import LoRAFormatError
+from sd.commands.main import main
+from sd.files.tensor_file import CheckpointError
+from sd.files.tensors import read_tensors
 from sd.lora import adapter_names, apply_lora_to_model, load_lora_weights, modules_of, remove_lora
-from sd.lora_files import read_lora
-from sd.lora_formats import LoRAFormatError
+from sd.lora_files.embedding_files import file_name, read_embeddings
+from sd.lora_files.read import read_lora
 from sd.model_loader import (
     Models,
     count_parameters,
@@ -28,8 +28,10 @@ from sd.model_loader import (
     save_checkpoint,
     save_embedding,
 )
+from sd.pictures.image_io import read_parameters
 from sd.pipeline import describe, generate
-from sd.tokenizer import data_dir, tokenize
+from sd.prompts.learned_words import EmbeddingError, word_key
+from sd.prompts.tokenizer import data_dir, tokenize
 from sd.tools.inspect import inspect_file
 from tests.tiny_training import SMALL
 from tests.twins import twins

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from recipes.emoji import data, evaluate, text, train
 from recipes.emoji.data import BASE, HELD_OUT, HIGH_CONTRAST, POOL, STYLES, Concept, EmojiSet, IconSet, Row
 from recipes.emoji.text import train_text
-from sd.checkpoint import read_tensors
 from sd.config import CLIPConfig, UNetConfig, VAEConfig
+from sd.files.tensors import read_tensors
 from sd.model_loader import load_lora_into_models, preload_models_from_standard_weights
 from sd.pipeline import generate
-from sd.tokenizer import load_tokenizer, tokenize
-from sd.training.data import encode_pictures
+from sd.prompts.tokenizer import load_tokenizer, tokenize
+from sd.training.dataset.batches import encode_pictures
 from sd.training.optim import lr_factor
 
 TINY = replace(train.EMOJI, clip=CLIPConfig(max_tokens=32, width=16, layers=1, heads=2, mlp_width=32),

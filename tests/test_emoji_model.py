@@ -6,10 +6,10 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from recipes.emoji.train import CONCEPT, EMOJI, STYLE
-from sd.checkpoint import read_tensors
+from sd.files.tensors import read_tensors
 from sd.model_loader import load_lora_into_models, model_path, preload_models_from_standard_weights, save_checkpoint
 from sd.pipeline import generate
-from sd.tokenizer import data_dir, tokenize
+from sd.prompts.tokenizer import data_dir, tokenize
 from sd.training import TrainConfig, train
 
 LORAS = {config.name: data_dir() / "loras" / f"{config.name}.safetensors" for config in (STYLE, CONCEPT)}

@@ -12,16 +12,16 @@ import torch
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
+from sd.adapters.quant import base_bytes, quantize_base
 from sd.lora import adapter_names
 from sd.model_loader import new_models
-from sd.quant import base_bytes, quantize_base
 from sd.training import PictureSet, TrainConfig, train
-from sd.training.estimate import duration, estimate, one_step, optimizer_bytes, peak_bytes
 from sd.training.optim import OPTIMIZERS, make_optimizer
 from sd.training.trained import training
+from sd.training.watch.estimate import duration, estimate, one_step, optimizer_bytes, peak_bytes
 from tests.tiny_training import SMALL, changed, copy_of, pictures
 
-measure = importlib.import_module("sd.training.estimate")  # `sd.training.estimate.estimate` is a function
+measure = importlib.import_module("sd.training.watch.estimate")  # `sd.training.estimate.estimate` is a function
 
 LORA = TrainConfig(rank=2, alpha=3.0, batch_size=4, progress=False, targets=("kohya",))
 

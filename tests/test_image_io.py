@@ -10,17 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from sd.image_io import (
-    FORMATS,
-    ImageError,
-    contact_sheet,
-    format_parameters,
-    line_plot,
-    load_image,
-    parse_parameters,
-    read_parameters,
-    save_image,
-)
+from sd.pictures.image_io import FORMATS, ImageError, load_image, read_parameters, save_image
+from sd.pictures.parameters import format_parameters, parse_parameters
+from sd.pictures.sheets import contact_sheet, line_plot
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 USUAL = {

@@ -20,11 +20,13 @@ from safetensors.torch import load_file
 
 from sd.lora import apply_lora_to_model, get_lora_parameters, lora_layers, set_lora_enabled, use_adapters
 from sd.model_loader import new_models
+from sd.placement import placed
 from sd.training import PictureSet, TrainConfig, train
-from sd.training.data import Contexts, encode_pictures
-from sd.training.latent_cache import Posteriors, Store, TextStore, cached_pictures, network_hash, placed
-from sd.training.pictures import open_data
-from sd.training.sources import DataError
+from sd.training.dataset.batches import encode_pictures
+from sd.training.dataset.cache import Posteriors, Store, cached_pictures, network_hash
+from sd.training.dataset.contexts import Contexts, TextStore
+from sd.training.dataset.open import open_data
+from sd.training.errors import DataError
 from tests.test_training_data import Config
 from tests.tiny_training import SMALL, copy_of, pictures
 
@@ -232,7 +234,7 @@ def test_pictures_that_are_in_the_cache_are_not_decoded_again(models, folder, tm
     known = cached_pictures(tmp_path / "cache")
     assert known == {data.digest(i) for i in range(4)}
     with monkeypatch.context() as patch:
-        patch.setattr("sd.training.sources.load_image", None)
+        patch.setattr("sd.pictures.image_io.load_image", None)
         again = opened(folder, known=known, buckets=True)
         assert Posteriors(models, again, tmp_path / "cache")([0, 3])[0].shape == (2, 4, 8, 8)
     assert again.sizes == data.sizes
@@ -400,8 +402,8 @@ def test_steps_do_without_the_networks_that_leave_the_device(change, idle, model
     if config.train != "vae":
         config = replace(config, sample_prompts=("a",), sample_every=2, sample_steps=2)
     train(config, copy_of(models), data, held_out=pictures(2))
-    monkeypatch.setattr(import_module("sd.training.train"), "placed", away)
-    monkeypatch.setattr(import_module("sd.training.samples"), "placed", back)
+    monkeypatch.setattr(import_module("sd.training.loop"), "placed", away)
+    monkeypatch.setattr(import_module("sd.training.watch.samples"), "placed", back)
     train(replace(config, out=str(tmp_path / "away")), copy_of(models), data, held_out=pictures(2))
     kept = [(tmp_path / run / "state.safetensors").read_bytes() for run in ("plain", "away")]
     assert kept[0] == kept[1]

@@ -15,13 +15,13 @@ import yaml
 
 from recipes.digits import data, evaluate, lesson, lesson_judge
 from recipes.digits.lesson import LessonError, digit_pictures, load_base, load_both, main, read_lesson
-from sd import cli
-from sd.checkpoint import read_tensors
+from sd.commands import main as cli
 from sd.config import ModelConfig
+from sd.files.tensors import read_tensors
 from sd.lora import remove_lora
 from sd.pipeline import generate
 
-loop = importlib.import_module("sd.training.train")
+loop = importlib.import_module("sd.training.loop")
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path("recipes/digits")
 LESSONS = sorted(path.name for path in (ROOT / FOLDER).glob("lesson-*.yaml"))

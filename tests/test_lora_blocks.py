@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from sd.checkpoints.names import model_names
 from sd.config import SD15, TINY
 from sd.lora import apply_lora_to_model, load_lora_weights, lora_layers, lora_state, modules_of, save_lora_weights, use_adapters
-from sd.lora_blocks import BlockWeightError, block_multipliers
-from sd.lora_formats import Modules
+from sd.lora_files.block_weights import BlockWeightError, block_multipliers
+from sd.lora_files.modules import Modules
 from sd.model_loader import new_models
-from sd.names import model_names
 
 SD = Modules(model_names(SD15), {name.path: (1, 1) for name in model_names(SD15)})
 LIST26 = [i / 100 for i in range(1, 27)]

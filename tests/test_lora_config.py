@@ -10,6 +10,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from sd.any_model.config import ScaledLowRank, apply_lora_config, extract_diff, merge_weights, prepare_for_training
+from sd.any_model.tasks import LoRAModel
 from sd.lora import (
     LoRAError,
     active_multipliers,
@@ -24,9 +26,7 @@ from sd.lora import (
     save_lora_weights,
     set_adapters,
 )
-from sd.lora_config import ScaledLowRank, apply_lora_config, extract_diff, merge_weights, prepare_for_training
-from sd.lora_writers import write_lora
-from sd.tasks import LoRAModel
+from sd.lora_files.write import write_lora
 from tests.tiny_tasks import fill
 
 

@@ -13,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertConfig, BertModel
 
-from sd.checkpoint import CheckpointError, lora_hash
+from sd.adapters.weights import AdapterWeights
+from sd.checkpoints.names import model_names
 from sd.config import TINY
+from sd.files.hashes import lora_hash
+from sd.files.tensor_file import CheckpointError
 from sd.lora import (
     KINDS,
-    AdapterWeights,
     LoRAError,
     LoRAFormatError,
     active_multipliers,
@@ -32,8 +34,10 @@ from sd.lora import (
     set_lora_enabled,
     use_adapters,
 )
-from sd.lora_files import read_lora
-from sd.lora_formats import Modules, guess_file, write_kohya
+from sd.lora_files.modules import Modules
+from sd.lora_files.read import read_lora
+from sd.lora_files.spellings import guess_file
+from sd.lora_files.write import write_kohya
 from sd.model_loader import (
     Models,
     load_lora_into_models,
@@ -42,7 +46,6 @@ from sd.model_loader import (
     save_checkpoint,
     save_models_lora,
 )
-from sd.names import model_names
 from tests.twins import twins
 
 ATTN = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"

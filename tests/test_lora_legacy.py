@@ -9,13 +9,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from sd.checkpoint import TensorFile, read_tensors
+from sd.checkpoints.names import model_names
 from sd.config import SD15, TINY
+from sd.files.tensor_file import TensorFile
+from sd.files.tensors import read_tensors
 from sd.lora import LoRAFormatError, load_lora_weights, lora_layers, modules_of
-from sd.lora_formats import Modules
-from sd.lora_legacy import LEGACY, fork_names
+from sd.lora_files.legacy import LEGACY, fork_names
+from sd.lora_files.modules import Modules
 from sd.model_loader import Models
-from sd.names import model_names
 from sd.unet import UNet
 from tests.twins import twins
 

@@ -12,12 +12,14 @@ from lycoris import LycorisNetwork, create_lycoris, create_lycoris_from_weights
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from sd.adapters.weights import AdapterWeights
+from sd.checkpoints.names import model_names
 from sd.config import TINY
-from sd.lora import AdapterWeights, attach_state, modules_of, remove_lora
-from sd.lora_files import read_lora
-from sd.lora_writers import FORMATS, lora_metadata, refusals, write_lora
+from sd.lora import attach_state, modules_of, remove_lora
+from sd.lora_files.header import lora_metadata
+from sd.lora_files.read import read_lora
+from sd.lora_files.write import FORMATS, refusals, write_lora
 from sd.model_loader import Models, load_lora_into_models
-from sd.names import model_names
 from sd.tools.convert import convert
 from tests.twins import twins
 

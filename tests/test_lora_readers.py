@@ -15,13 +15,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sd.checkpoint import CheckpointError
+from sd.checkpoints.names import model_names
 from sd.config import SD15, TINY
+from sd.files.tensor_file import CheckpointError
 from sd.lora import LoRAFormatError, active_multipliers, lora_layers, modules_of, remove_lora, use_adapters
-from sd.lora_files import read_lora, tag_counts
-from sd.lora_formats import TENSORS, Modules, module_lookup
+from sd.lora_files.modules import Modules, module_lookup
+from sd.lora_files.read import read_lora, tag_counts
+from sd.lora_files.spellings import TENSORS
 from sd.model_loader import load_lora_into_models, new_models
-from sd.names import model_names
 
 LAYER = "diffusion.down_blocks.0.attentions.0.transformer_blocks.0.attn1.q_proj"
 KOHYA = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -152,7 +153,7 @@ def test_what_scales_a_change_becomes_its_alpha(modules, more, alpha):
 def test_alpha_comes_from_the_metadata_of_diffusers_by_pefts_rules(modules, config, alphas):
     file = {f"unet.{DIFFUSERS}.to_q.lora_A.weight": DOWN, f"unet.{DIFFUSERS}.to_q.lora_B.weight": UP,
             f"unet.{DIFFUSERS}.to_k.lora_A.weight": DOWN[:2], f"unet.{DIFFUSERS}.to_k.lora_B.weight": UP[:, :2]}
-    from sd.checkpoint import TensorFile
+    from sd.files.tensor_file import TensorFile
     metadata = {"lora_adapter_metadata": json.dumps({f"unet.{key}": value for key, value in config.items()})}
     state = read_lora(TensorFile("x", file, metadata), modules).state
     assert tuple(state[LAYER.replace("q_proj", p)].alpha for p in ("q_proj", "k_proj")) == pytest.approx(alphas, rel=1e-15)
@@ -165,7 +166,7 @@ def test_alpha_comes_from_the_metadata_of_diffusers_by_pefts_rules(modules, conf
     ('{"unet.lora_alpha": 1, "unet.alpha_pattern": 3}', "the patterns 3; a table"),
 ])
 def test_damaged_metadata_of_diffusers_is_one_sentence(modules, metadata, words):
-    from sd.checkpoint import TensorFile
+    from sd.files.tensor_file import TensorFile
     file = {f"unet.{DIFFUSERS}.to_q.lora_A.weight": DOWN, f"unet.{DIFFUSERS}.to_q.lora_B.weight": UP}
     with pytest.raises(LoRAFormatError, match=words) as error:
         read_lora(TensorFile("x.safetensors", file, {"lora_adapter_metadata": metadata}), modules)
@@ -270,7 +271,7 @@ def test_the_report_accounts_for_every_tensor(models, tmp_path, caplog):
 
 
 def test_trigger_words_fall_back_to_the_tags_of_the_training(modules):
-    from sd.checkpoint import TensorFile
+    from sd.files.tensor_file import TensorFile
     tags = {"1_a": {"cat": 3, " dog": 1}, "2_b": {"dog": 9, "e": 1, "f": 1, "g": 1, "h": 1}}
     file = TensorFile("x", PAIR, {"ss_tag_frequency": json.dumps(tags)})
     assert read_lora(file, modules).trigger_words[:2] == ["dog", "cat"] and len(read_lora(file, modules).trigger_words) == 5
@@ -309,7 +310,7 @@ values = st.builds(lambda shape, dtype, fill: torch.full(shape, fill).to(dtype),
                        st.sampled_from(["", "[]", "{}", "null", '{"unet.lora_alpha": null}', '{"a": {"b": "c"}}', '["x"]']),
                        max_size=2))
 def test_any_tensors_under_any_names_are_read_or_refused_in_one_sentence(tensors, metadata):
-    from sd.checkpoint import TensorFile
+    from sd.files.tensor_file import TensorFile
     models = TINY_MODELS
     try:
         found = read_lora(TensorFile("fuzz.safetensors", tensors, metadata), modules_of(models))

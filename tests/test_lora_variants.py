@@ -14,14 +14,15 @@ import torch.nn.functional as F
 from lycoris.functional.general import factorization as lycoris_factorization
 from lycoris.functional.general import power2factorization
 
+from sd.adapters.layers import as_lora_layer
+from sd.adapters.lycoris import factorization
+from sd.adapters.weights import AdapterWeights, LayerShape
 from sd.lora import (
     KINDS,
-    AdapterWeights,
     LoRAError,
     LoRAFormatError,
     active_multipliers,
     apply_lora_to_model,
-    as_lora_layer,
     checkpoint,
     get_lora_parameters,
     lora_layers,
@@ -33,8 +34,6 @@ from sd.lora import (
     use_adapters,
     use_rows,
 )
-from sd.lora_kinds import factorization
-from sd.lora_variants import LayerShape
 
 LAYERS = {
     "linear": (lambda: nn.Linear(12, 8), (4, 5, 12)),

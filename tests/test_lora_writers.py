@@ -11,12 +11,14 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from sd.checkpoint import CheckpointError, lora_hash
+from sd.adapters.weights import AdapterWeights, LoRAFormatError
 from sd.config import SD15, TINY
+from sd.files.hashes import lora_hash, tensor_bytes_hash
+from sd.files.tensor_file import CheckpointError
 from sd.lora import modules_of
-from sd.lora_files import read_lora
-from sd.lora_formats import AdapterWeights, LoRAFormatError
-from sd.lora_writers import FORMATS, lora_metadata, refusals, tensor_bytes_hash, write_lora
+from sd.lora_files.header import lora_metadata
+from sd.lora_files.read import read_lora
+from sd.lora_files.write import FORMATS, refusals, write_lora
 from sd.model_loader import new_models, save_checkpoint
 from sd.tools.convert import convert
 

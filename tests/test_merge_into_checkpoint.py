@@ -10,21 +10,21 @@ import pytest
 import safetensors.torch
 import torch
 
-from sd.checkpoint import CheckpointError, Lazy, write_safetensors
+from sd.checkpoints.names import model_names
+from sd.checkpoints.writer import ldm_state, save_merged
 from sd.config import TINY, CLIPConfig, ModelConfig, UNetConfig
+from sd.files.tensor_file import CheckpointError, Lazy
+from sd.files.tensors import write_safetensors
 from sd.lora import LoRAError, adapter_names, use_adapters
 from sd.model_loader import (
     Models,
-    build_networks,
-    ldm_state,
     load_lora_into_models,
     merge_lora_into_checkpoint,
     new_models,
     preload_models_from_standard_weights,
     save_checkpoint,
 )
-from sd.model_saver import save_merged
-from sd.names import model_names
+from sd.models import build_networks
 
 Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"  # no bias
 IN = "lora_unet_conv_in"

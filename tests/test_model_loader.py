@@ -18,22 +18,15 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sd.checkpoints.writer as saver
 import sd.model_loader as loader
-import sd.model_saver as saver
-from sd.checkpoint import CheckpointError
-from sd.config import DIGITS, SD15, TINY, CLIPConfig, ModelConfig, UNetConfig
+from sd.checkpoints.names import HARMLESS, guess_checkpoint, ldm_facts, model_names
+from sd.checkpoints.writer import ldm_state
+from sd.config import CONFIG_KEY, DIGITS, SD15, TINY, CLIPConfig, ModelConfig, UNetConfig
+from sd.files.tensor_file import CheckpointError
 from sd.lora import LoRAError, LoRAFormatError, apply_lora_to_model, remove_lora
-from sd.model_loader import (
-    CONFIG_KEY,
-    Models,
-    build_networks,
-    ldm_state,
-    load_lora_into_models,
-    new_models,
-    preload_models_from_standard_weights,
-    save_checkpoint,
-)
-from sd.names import HARMLESS, guess_checkpoint, ldm_facts, model_names
+from sd.model_loader import Models, load_lora_into_models, new_models, preload_models_from_standard_weights, save_checkpoint
+from sd.models import build_networks
 from tests.twins import peer_clip, peer_vae, randomize, twins
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

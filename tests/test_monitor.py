@@ -16,20 +16,21 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from PIL import Image
 
-from sd.checkpoint import read_tensors
-from sd.image_io import read_parameters
+from sd.files.tensors import read_tensors
 from sd.lora import adapter_names, remove_lora
 from sd.model_loader import new_models
+from sd.pictures.image_io import read_parameters
 from sd.pipeline import NotFiniteError, generate
 from sd.training import PictureFolder, PictureSet, TrainConfig, TrainError, train
-from sd.training.held_out import TIMESTEPS, Validation, is_held_out, open_pictures
-from sd.training.monitor import Metrics, Monitor, as_result, peak_memory, size_text
+from sd.training.dataset.open import is_held_out, open_pictures
+from sd.training.dataset.sources import read_folder
 from sd.training.optim import make_optimizer
-from sd.training.sources import read_folder
 from sd.training.trained import training
+from sd.training.watch.monitor import Metrics, Monitor, as_result, peak_memory, size_text
+from sd.training.watch.validation import TIMESTEPS, Validation
 from tests.tiny_training import SMALL, changed, copy_of, metrics, pictures
 
-loop = importlib.import_module("sd.training.train")
+loop = importlib.import_module("sd.training.loop")
 
 WATCHED = TrainConfig(rank=2, alpha=3.0, steps=4, batch_size=2, save_every=2, progress=False, dropout=0.3, learning_rate=0.02,
                       ema=0.9, validate_every=2, sample_every=2, sample_prompts=("number 1", "4"), sample_steps=2,
@@ -244,7 +245,7 @@ def test_the_sheet_has_the_base_first_and_the_result_last(tmp_path, untrained, c
 def test_other_prompts_begin_a_column_of_their_own_and_a_new_run_begins_a_new_sheet(tmp_path, untrained, monkeypatch):
     config, sheets = replace(WATCHED, out=str(tmp_path), steps=6), []
     power_cut(config, copy_of(untrained), monkeypatch, 5)
-    monkeypatch.setattr("sd.training.samples.contact_sheet",
+    monkeypatch.setattr("sd.pictures.sheets.contact_sheet",
                         lambda rows, labels, columns: sheets.append((rows, labels, columns)) or np.zeros((8, 8, 3), np.uint8))
     train(replace(config, sample_prompts=("number 1", "new")), copy_of(untrained), pictures(), held_out=HELD_OUT)
     rows, labels, columns = sheets[-1]
@@ -261,7 +262,7 @@ def test_other_prompts_begin_a_column_of_their_own_and_a_new_run_begins_a_new_sh
 def test_a_picture_that_is_not_finite_is_a_gap_and_a_warning(tmp_path, models, monkeypatch, caplog):
     def broken(*args, prompt, **how):
         raise NotFiniteError("a network overflowed")
-    monkeypatch.setattr("sd.training.samples.generate", broken)
+    monkeypatch.setattr("sd.pipeline.generate", broken)
     with caplog.at_level(logging.WARNING, "sd"):
         train(replace(WATCHED, out=str(tmp_path)), models, pictures())
     assert "no sample of 'number 1': a network overflowed" in caplog.text
@@ -272,7 +273,7 @@ def test_a_picture_that_is_not_finite_is_a_gap_and_a_warning(tmp_path, models, m
 
 def test_the_plot_has_the_validation_loss_and_is_renewed_at_every_save(tmp_path, models, monkeypatch):
     plots = []
-    monkeypatch.setattr("sd.training.monitor.line_plot", lambda curves, *rest: plots.append(curves) or Image.new("L", (8, 8)))
+    monkeypatch.setattr("sd.pictures.sheets.line_plot", lambda curves, *rest: plots.append(curves) or Image.new("L", (8, 8)))
     train(changed(WATCHED, out=str(tmp_path), sample_prompts=()), models, pictures(), held_out=HELD_OUT)
     assert [len(curves["training"]) for curves in plots] == [2, 4]
     rows = metrics(tmp_path)

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sd.checkpoints.names import component_names, model_names
 from sd.clip import CLIP
 from sd.config import DIGITS, SD15, TINY, ModelConfig
-from sd.names import component_names, model_names
 from sd.unet import UNet
 from sd.vae import VAEDecoder, VAEEncoder
 from tests.twins import twins

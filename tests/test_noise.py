@@ -8,7 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sd.config import SD15, ConfigError, ModelConfig
-from sd.noise import SPACINGS, add_noise, alphas_cumprod, betas, cosine_angle, cut, schedule, sigma_to_t, t_to_sigma, velocity
+from sd.sampling.noise import (
+    SPACINGS,
+    add_noise,
+    alphas_cumprod,
+    betas,
+    cosine_angle,
+    cut,
+    schedule,
+    sigma_to_t,
+    t_to_sigma,
+    velocity,
+)
 
 ABAR = alphas_cumprod(SD15)
 

@@ -23,7 +23,7 @@ from sd.config import TINY
 from sd.lora import LoRAError, active_multipliers, apply_lora_to_model, get_lora_parameters, lora_layers, set_adapters
 from sd.model_loader import Models, preload_models_from_standard_weights, save_checkpoint
 from sd.pipeline import GenerateError, compare, generate
-from sd.samplers import SAMPLERS
+from sd.sampling.samplers import SAMPLERS
 from tests.twins import twins
 
 PEERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "pndm": PNDMScheduler, "euler": EulerDiscreteScheduler,

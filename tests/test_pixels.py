@@ -8,11 +8,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-from sd.checkpoint import CheckpointError, read_tensors
 from sd.config import ConfigError, VAEConfig
+from sd.files.tensor_file import CheckpointError
+from sd.files.tensors import read_tensors
 from sd.model_loader import new_models, preload_models_from_standard_weights, save_checkpoint
-from sd.noise import alphas_cumprod
 from sd.pipeline import generate
+from sd.sampling.noise import alphas_cumprod
 from sd.training import TrainConfig, TrainError, diffusion_loss, train
 from sd.training.loss import Objective, check_objective
 from sd.training.noise import draw_timesteps

@@ -12,6 +12,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from sd.adapters.quant import FORMATS, NF4_LEVELS, QuantizedWeight, base_bytes, dequantize_base, quantize_base, quantized_kinds
+from sd.adapters.targets import named_layers
+from sd.checkpoints.writer import save_checkpoint, save_merged
 from sd.clip import CLIP
 from sd.config import SD15
 from sd.lora import (
@@ -26,23 +29,12 @@ from sd.lora import (
     lora_state,
     merge,
     merge_lora_weights,
-    named_layers,
     remove_lora,
     set_lora_enabled,
     unmerge,
     use_adapters,
 )
 from sd.model_loader import Models, load_lora_into_models, preload_models_from_standard_weights, save_models_lora
-from sd.model_saver import save_checkpoint, save_merged
-from sd.quant import (
-    FORMATS,
-    NF4_LEVELS,
-    QuantizedWeight,
-    base_bytes,
-    dequantize_base,
-    quantize_base,
-    quantized_kinds,
-)
 from sd.training import diffusion_loss
 from sd.unet import UNet
 from tests.tiny_training import SMALL

@@ -9,21 +9,21 @@ import pytest
 import torch
 from torch import nn
 
-from sd.checkpoint import read_tensors
+from sd.adapters.layers import as_lora_layer
+from sd.adapters.low_rank import LowRank
+from sd.adapters.quant import quantize_base
+from sd.files.tensors import read_tensors
 from sd.lora import adapter_names, apply_lora_to_model, get_lora_parameters, lora_layers, lora_state, use_adapters
-from sd.lora_layers import as_lora_layer
-from sd.lora_variants import LowRank
 from sd.model_loader import load_lora_into_models, new_models
-from sd.quant import quantize_base
 from sd.training import TrainConfig, TrainError, train
 from sd.training.loss import diffusion_loss
 from sd.training.optim import lr_factor, make_optimizer
-from sd.training.relora import KINDS_THAT_ADD, OPTIMIZERS_THAT_FORGET, attach_merged, fold, restart
-from sd.training.trained import adapters_in_training, frozen_parts, training
+from sd.training.relora import KINDS_THAT_ADD, OPTIMIZERS_THAT_FORGET, adapters_in_training, attach_merged, fold, restart
+from sd.training.trained import frozen_parts, training
 from tests.test_training_resume import LORA, files, stopped
 from tests.tiny_training import SMALL, changed, copy_of, metrics, pictures
 
-loop = importlib.import_module("sd.training.train")  # `sd.training.train` is the function
+loop = importlib.import_module("sd.training.loop")  # `sd.training.train` is the function
 
 EVERY = TrainConfig(rank=2, alpha=3.0, steps=7, batch_size=2, save_every=100, progress=False, learning_rate=1e-2,
                     relora_every=3, relora_warmup=2)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from sd.config import SD15
-from sd.denoiser import DENOISERS, CFGDenoiser
-from sd.noise import Schedule, alphas_cumprod, cut, sigma_to_t
-from sd.samplers import SAMPLERS, sample_ddim, sample_lcm, sampler_schedule
+from sd.sampling.denoiser import DENOISERS, CFGDenoiser
+from sd.sampling.noise import Schedule, alphas_cumprod, cut, sigma_to_t
+from sd.sampling.samplers import SAMPLERS, sample_ddim, sample_lcm, sampler_schedule
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
 ABAR = alphas_cumprod(SD15)

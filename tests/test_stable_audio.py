@@ -19,7 +19,11 @@ from recipes.stable_audio import model as audio
 from recipes.stable_audio.__main__ import CONFIG, main
 from recipes.stable_audio.tones import PATCH, RATE, SOUNDS, harmonics, to_latents, to_wave, tones
 from recipes.stable_audio.train import micro_batch, read_config, settings, train_base, train_lora
-from sd.checkpoint import read_tensors
+from sd.adapters.quant import dequantize_base, quantize_base, quantized_kinds
+from sd.adapters.weights import LoRAFormatError
+from sd.any_model.config import apply_lora_config
+from sd.any_model.tasks import LoRAModel
+from sd.files.tensors import read_tensors
 from sd.lora import (
     LoRAError,
     apply_lora_to_model,
@@ -31,10 +35,6 @@ from sd.lora import (
     unreached_layers,
     use_adapters,
 )
-from sd.lora_config import apply_lora_config
-from sd.lora_formats import LoRAFormatError
-from sd.quant import dequantize_base, quantize_base, quantized_kinds
-from sd.tasks import LoRAModel
 from tests.tiny_tasks import fill
 
 TINY = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "num_key_value_attention_heads": 1,

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from bench.any_module import time_rank
 from bench.common import Options, environment
+from sd.adapters.active import NOTHING
+from sd.any_model.tasks import LoRAModel
 from sd.lora import LoRAError, LoRAFormatError, active_multipliers, lora_layers, recomputation
-from sd.lora_active import NOTHING
-from sd.tasks import LoRAModel
 from tests.test_any_model import ZOO, assert_near, changed, gpt2, made, run
 from tests.tiny_tasks import ALPHA, RANK, SAMPLES, Net, ddp_gradients, fill, net, tasked, tokens
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sd.tokenizer import data_dir, find_words, load_tokenizer, tokenize, tokens_of, vocabulary
+from sd.prompts.tokenizer import data_dir, find_words, load_tokenizer, tokenize, tokens_of, vocabulary
 
 ROOT = Path(__file__).parents[1]
 

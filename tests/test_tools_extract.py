@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from sd.checkpoint import CheckpointError, read_tensors
+from sd.checkpoints.names import model_names
 from sd.config import TINY
+from sd.files.tensor_file import CheckpointError
+from sd.files.tensors import read_tensors
 from sd.lora import LoRAError, load_lora_weights, merge_lora_weights
 from sd.model_loader import new_models, preload_models_from_standard_weights, save_checkpoint
-from sd.names import model_names
-from sd.tools.common import load_base, load_lora_file
+from sd.tools.base import load_base, load_lora_file
 from sd.tools.decompose import RankRule
 from sd.tools.embed import embed
 from sd.tools.extract import Layer, extract, extract_lora, rounding_norm

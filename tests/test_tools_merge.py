@@ -7,15 +7,15 @@ import pytest
 import torch
 from peft.utils import merge_utils
 
-from sd.checkpoint import read_tensors
+from sd.adapters.weights import AdapterWeights, LayerShape
 from sd.config import TINY
+from sd.files.tensors import read_tensors
 from sd.lora import LoRAError, attach_state, load_lora_weights, use_adapters
-from sd.lora_files import read_lora
-from sd.lora_formats import AdapterWeights
-from sd.lora_variants import LayerShape
-from sd.lora_writers import lora_metadata, write_lora
+from sd.lora_files.header import lora_metadata
+from sd.lora_files.read import read_lora
+from sd.lora_files.write import write_lora
 from sd.model_loader import new_models, save_checkpoint
-from sd.tools.common import base_of
+from sd.tools.base import base_of
 from sd.tools.merge import METHODS, dare_mask, merge_lora_files, merge_loras
 
 SHAPES = {"linear": LayerShape((24, 20)), "point": LayerShape((12, 16, 1, 1)), "conv": LayerShape((12, 8, 3, 3)),

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from sd.checkpoint import read_tensors
+from sd.adapters.weights import AdapterWeights
 from sd.config import TINY
+from sd.files.tensors import read_tensors
 from sd.lora import LoRAError
-from sd.lora_formats import AdapterWeights
-from sd.lora_writers import lora_metadata, write_lora
-from sd.tools.common import base_of, load_lora_file
+from sd.lora_files.header import lora_metadata
+from sd.lora_files.write import write_lora
+from sd.tools.base import base_of, load_lora_file
 from sd.tools.decompose import RankRule, svd_of_product, truncated_svd
 from sd.tools.resize import resize, resize_file
 

@@ -19,13 +19,15 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from sd.checkpoint import read_tensors
-from sd.cli import main
+from sd.commands.main import main
+from sd.files.tensors import read_tensors
 from sd.model_loader import Models, new_models, save_checkpoint
 from sd.training import TrainConfig, TrainError, train, vae_loss
-from sd.training.data import Contexts, batch_noise
-from sd.training.dist import ProcessError, add_up, check_accumulate, own_first, own_numbers, processes, world
-from sd.training.latent_cache import Posteriors
+from sd.training.dataset.batches import batch_noise
+from sd.training.dataset.cache import Posteriors
+from sd.training.dataset.contexts import Contexts
+from sd.training.dist import add_up, check_accumulate, own_first, own_numbers, processes, world
+from sd.training.errors import ProcessError
 from tests.tiny_training import SMALL, changed, copy_of, metrics, pictures
 
 ROOT = Path(__file__).parents[1]
@@ -76,7 +78,7 @@ def sometimes_bad(models, x, noise, kl_weight):
 @contextmanager
 def before_step(k: int, action):
     """Inside, a training does `action`, once, before it computes step k."""
-    loop, todo = sys.modules["sd.training.train"], [action]
+    loop, todo = sys.modules["sd.training.loop"], [action]
     original = loop.lr_factor
 
     def patched(step, *more):

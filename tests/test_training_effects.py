@@ -3,7 +3,7 @@
 import pytest
 
 from sd.training import TrainConfig, TrainError
-from sd.training.effects import EFFECTS
+from sd.training.rules import EFFECTS
 
 
 @pytest.mark.parametrize("change, sentence", [

@@ -7,16 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sd.checkpoint import read_tensors
+from sd.adapters.lycoris import KINDS
+from sd.adapters.quant import dequantize_base, quantize_base, quantized_kinds
+from sd.files.tensors import read_tensors
 from sd.lora import lora_layers, lora_state, merge_loss, remove_lora
-from sd.lora_kinds import KINDS
 from sd.model_loader import load_lora_into_models, new_models, save_checkpoint
 from sd.pipeline import generate
-from sd.quant import dequantize_base, quantize_base, quantized_kinds
 from sd.training import TrainConfig, TrainError, diffusion_loss, train
 from tests.tiny_training import SMALL, changed, copy_of, metrics, pictures
 
-batches = importlib.import_module("sd.training.batches")
+batches = importlib.import_module("sd.training.step")
 
 QUICK = TrainConfig(rank=2, alpha=2.0, steps=6, batch_size=2, save_every=100, progress=False, learning_rate=1e-2)
 

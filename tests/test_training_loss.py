@@ -13,11 +13,13 @@ from diffusers.training_utils import compute_snr
 from torch import nn
 
 from sd.model_loader import new_models
-from sd.noise import add_noise, alphas_cumprod, betas
+from sd.sampling.noise import add_noise, alphas_cumprod, betas
 from sd.training import TrainError, diffusion_loss
-from sd.training.data import batch_noise, torch_rng
-from sd.training.loss import LOSSES, Objective, check_objective, noise_levels, objective_rules, snr_weights
+from sd.training.dataset.batches import batch_noise
+from sd.training.dataset.randomness import torch_rng
+from sd.training.loss import LOSSES, Objective, check_objective, noise_levels, snr_weights
 from sd.training.noise import draw_noise, draw_timesteps
+from sd.training.rules import objective_rules
 from tests.tiny_training import SMALL
 
 CONFIG = SimpleNamespace(

@@ -23,11 +23,11 @@ from sd.training.optim import (
     lr_factor,
     make_optimizer,
     next_loss_scale,
-    optimizer_rules,
     set_learning_rate,
     settle,
     unscale,
 )
+from sd.training.rules import optimizer_rules
 from sd.training.run_state import Progress, load_state, save_state
 from tests.tiny_training import SMALL, copy_of
 

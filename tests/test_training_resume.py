@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from sd.checkpoint import read_tensors, write_safetensors
+from sd.files.tensors import read_tensors, write_safetensors
 from sd.lora import adapter_names
 from sd.model_loader import new_models
 from sd.training import PictureSet, TrainConfig, TrainError, train
 from tests.tiny_training import SMALL, changed, copy_of, pictures
 
-loop = importlib.import_module("sd.training.train")
+loop = importlib.import_module("sd.training.loop")
 
 LORA = TrainConfig(rank=2, alpha=2.0, steps=7, batch_size=2, accumulate=2, save_every=2, progress=False,
                    dropout=0.3, rank_dropout=0.2, module_dropout=0.1, text_encoder=True, ema=0.9,
@@ -107,7 +107,7 @@ def test_a_finished_run_started_again_gives_its_result_at_once(tmp_path, untrain
     config = replace(LORA, out=str(tmp_path))
     first = train(config, copy_of(untrained), pictures())
     before = files(tmp_path)
-    monkeypatch.setattr("sd.training.batches.diffusion_loss", None)  # nothing is computed
+    monkeypatch.setattr("sd.training.loss.diffusion_loss", None)  # nothing is computed
     second = train(config, copy_of(untrained), pictures())
     assert files(tmp_path) == before
     a, b = (dict(m["diffusion"].named_parameters()) for m in (first, second))

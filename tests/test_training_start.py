@@ -10,21 +10,13 @@ import torch
 from lycoris.functional.general import factorization
 from torch import nn
 
-from sd.checkpoint import read_tensors
-from sd.lora import (
-    KINDS,
-    adapter_names,
-    apply_lora_to_model,
-    get_lora_parameters,
-    lora_layers,
-    lora_state,
-    save_lora_weights,
-)
-from sd.lora_formats import LoRAFormatError
-from sd.lora_layers import as_lora_layer
-from sd.lora_variants import LowRank
+from sd.adapters.layers import as_lora_layer
+from sd.adapters.low_rank import LowRank
+from sd.adapters.quant import dequantize_base, quantize_base
+from sd.adapters.weights import LoRAFormatError
+from sd.files.tensors import read_tensors
+from sd.lora import KINDS, adapter_names, apply_lora_to_model, get_lora_parameters, lora_layers, lora_state, save_lora_weights
 from sd.model_loader import load_lora_into_models, new_models, save_models_lora
-from sd.quant import dequantize_base, quantize_base
 from sd.training import TrainConfig, TrainError, train, trained
 from sd.training.trained import start_with_principal, trained_parameters
 from tests.test_training_resume import LORA, files, stopped

@@ -7,16 +7,18 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
 
-from sd.checkpoint import read_tensors
-from sd.cli import main
-from sd.embeddings import file_name, read_embeddings, word_key
+from sd.commands.main import main
+from sd.files.tensors import read_tensors
 from sd.lora import adapter_names
+from sd.lora_files.embedding_files import file_name, read_embeddings
 from sd.model_loader import Models, load_embedding, load_lora_into_models, new_models, save_checkpoint
-from sd.tokenizer import tokenize
-from sd.training import PictureSet, TrainConfig, TrainError, batches, train
-from sd.training.data import Batches, batch_captions
-from sd.training.embedding import parse_word
+from sd.prompts.learned_words import word_key
+from sd.prompts.tokenizer import tokenize
+from sd.training import PictureSet, TrainConfig, TrainError, train
+from sd.training import step as batches
+from sd.training.dataset.batches import Batches, batch_captions
 from sd.training.optim import make_optimizer
+from sd.training.rules import parse_word
 from sd.training.trained import training
 from tests.test_training_resume import files, stopped
 from tests.tiny_training import SMALL, changed, copy_of, pictures

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
+from sd.any_model.tasks import LoRAModel
 from sd.lora import get_lora_parameters
-from sd.tasks import LoRAModel
 
 RANK, ALPHA = 2, 3.0
 SAMPLES = ["a", None, "a", "a"]

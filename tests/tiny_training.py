@@ -12,7 +12,7 @@ import torch
 from sd.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 from sd.model_loader import Models
 from sd.training import PictureSet, TrainConfig
-from sd.training.effects import EFFECTS
+from sd.training.rules import EFFECTS
 
 SMALL = ModelConfig(
     name="small", clip=CLIPConfig(width=8, layers=1, heads=2, mlp_width=16),

@@ -6,9 +6,9 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from sd.checkpoints.names import component_names, modern_key
 from sd.clip import CLIP
 from sd.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
-from sd.names import component_names, modern_key
 from sd.unet import UNet
 from sd.vae import VAEDecoder, VAEEncoder
 

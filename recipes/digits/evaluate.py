@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from recipes.digits.data import OUT, WORDS, captions, load_mnist, split
 from recipes.digits.train import LORA, MODEL
-from sd.checkpoint import read_tensors, write_safetensors
-from sd.image_io import contact_sheet, save_image
+from sd.files.tensors import read_tensors, write_safetensors
 from sd.model_loader import Models, load_lora_into_models, preload_models_from_standard_weights
+from sd.pictures.image_io import save_image
+from sd.pictures.sheets import contact_sheet
 from sd.pipeline import generate
 
 EACH = 20  # generated pictures of each digit

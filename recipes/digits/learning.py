@@ -17,11 +17,12 @@ import torch
 from PIL import ImageFilter
 
 from recipes.digits.data import OUT, WORDS, captions, load_mnist, split, to_image
-from sd.checkpoint import read_tensors
-from sd.image_io import line_plot, save_image
+from sd.files.tensors import read_tensors
 from sd.lora import apply_lora_to_model, get_lora_parameters, remove_lora
 from sd.model_loader import preload_models_from_standard_weights
-from sd.tokenizer import data_dir
+from sd.pictures.image_io import save_image
+from sd.pictures.sheets import line_plot
+from sd.prompts.tokenizer import data_dir
 from sd.training import TrainConfig, train
 
 MODEL, FOLDER, EACH = data_dir() / "digits.safetensors", OUT / "learning", 20

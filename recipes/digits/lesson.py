@@ -22,14 +22,9 @@ from torch import Tensor
 
 from recipes.digits.data import WORDS, captions, load_mnist, split
 from sd.config import ModelConfig
-from sd.image_io import save_image
-from sd.model_loader import (
-    Models,
-    default_device,
-    load_lora_into_models,
-    new_models,
-    preload_models_from_standard_weights,
-)
+from sd.model_loader import Models, load_lora_into_models, new_models, preload_models_from_standard_weights
+from sd.models import default_device
+from sd.pictures.image_io import save_image
 from sd.pipeline import compare
 from sd.training import PictureSet, TrainConfig, train
 from sd.training.config_file import parse, train_options

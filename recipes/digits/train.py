@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recipes.digits.data import OUT, captions, load_mnist, split
-from sd.checkpoint import read_tensors
 from sd.config import DIGITS
+from sd.files.tensors import read_tensors
 from sd.model_loader import Models, new_models, preload_models_from_standard_weights, save_checkpoint, save_models_lora
-from sd.tokenizer import tokenize
+from sd.prompts.tokenizer import tokenize
 from sd.training import PictureSet, TrainConfig, train
-from sd.training.data import encode_pictures
+from sd.training.dataset.batches import encode_pictures
 from sd.vae import sample_posterior
 
 MODEL, LORA = Path("data/digits.safetensors"), Path("data/loras/digits-inverted.safetensors")

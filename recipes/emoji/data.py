@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sd.checkpoint import read_tensors, write_safetensors
+from sd.files.tensors import read_tensors, write_safetensors
 
 OUT = Path("out/emoji")
 EXAMPLES, EXAMPLE_COUNT = Path("data/emoji-delft"), 40

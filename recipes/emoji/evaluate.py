@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from recipes.emoji.data import BASE, HIGH_CONTRAST, OUT, STYLES, Row, build, caption, to_float
 from recipes.emoji.train import CONCEPT, CONCEPT_CODE, CONCEPT_STYLES, LORAS, MODEL, STYLE
-from sd.checkpoint import read_tensors, write_safetensors
-from sd.image_io import contact_sheet, save_image
+from sd.files.tensors import read_tensors, write_safetensors
 from sd.model_loader import Models, load_lora_into_models, preload_models_from_standard_weights
+from sd.pictures.image_io import save_image
+from sd.pictures.sheets import contact_sheet
 from sd.pipeline import generate
 
 SAMPLING = {"sampler_name": "dpmpp_2m", "n_inference_steps": 20, "cfg_scale": 3.0}

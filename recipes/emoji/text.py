@@ -15,7 +15,8 @@ from sd.attention import CrossAttention
 from sd.config import ModelConfig
 from sd.model_loader import Models
 from sd.training import TrainConfig
-from sd.training.data import Batches, Contexts, batch_captions, encode_pictures
+from sd.training.dataset.batches import Batches, batch_captions, encode_pictures
+from sd.training.dataset.contexts import Contexts
 from sd.training.interrupt import asked_to_stop
 from sd.training.optim import autocast, lr_factor, make_optimizer, set_learning_rate
 from sd.training.run_state import Progress, alone_in, load_state, open_folder, run_facts, save_state

@@ -26,17 +26,11 @@ from torch import Tensor, nn
 from recipes.digits.train import fill_untrained_tokens
 from recipes.emoji.data import BASE, HIGH_CONTRAST, OUT, PACKAGES, EmojiSet, Row, build, caption, captions, choose
 from recipes.emoji.text import train_text
-from sd.checkpoint import read_tensors
 from sd.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
-from sd.model_loader import (
-    Models,
-    new_models,
-    preload_models_from_standard_weights,
-    save_checkpoint,
-    save_models_lora,
-)
+from sd.files.tensors import read_tensors
+from sd.model_loader import Models, new_models, preload_models_from_standard_weights, save_checkpoint, save_models_lora
 from sd.training import TrainConfig, train
-from sd.training.data import encode_pictures
+from sd.training.dataset.batches import encode_pictures
 from sd.vae import sample_posterior
 
 MODEL = Path("data/emoji.safetensors")

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recipes.stable_audio.tones import PATCH, RATE
-from sd.checkpoint import CheckpointError, TensorFile, read_tensors, write_safetensors
+from sd.files.tensor_file import CheckpointError, TensorFile
+from sd.files.tensors import read_tensors, write_safetensors
 from sd.lora import LoadReport, load_lora_weights
-from sd.lora_files import open_lora
-from sd.samplers import sample_dpmpp_2m
+from sd.lora_files.read import open_lora
+from sd.sampling.samplers import sample_dpmpp_2m
 
 KINDS = 8  # pitches are told as one of so many
 HEADER = "stable_audio"

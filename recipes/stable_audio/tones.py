@@ -12,7 +12,7 @@ import wave
 import torch
 from torch import Tensor
 
-from sd.checkpoint import atomic_write
+from sd.files.atomic import atomic_write
 
 RATE, PATCH = 8000, 32  # so a patch is one period of 250 Hz
 PITCHES = range(1, 5)  # in periods of a patch: 250 to 1000 Hz

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from recipes.stable_audio.model import v_loss
 from recipes.stable_audio.tones import PATCH, PITCHES, SOUNDS, to_latents, tones
+from sd.adapters.quant import quantize_base
+from sd.any_model.config import apply_lora_config, prepare_for_training
 from sd.lora import lora_layers, use_adapters
-from sd.lora_config import apply_lora_config, prepare_for_training
-from sd.quant import quantize_base
 from sd.training import TrainConfig
-from sd.training.data import torch_rng
+from sd.training.dataset.randomness import torch_rng
 from sd.training.optim import lr_factor, set_learning_rate
 from sd.training.relora import adapters_in_training, attach_merged, fold, restart
 

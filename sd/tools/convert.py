@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from sd.checkpoint import keep_sources
+from sd.adapters.lycoris import needs_base
+from sd.adapters.weights import AdapterWeights, LoRAFormatError
 from sd.config import CONFIG_KEY, SD15
-from sd.lora_formats import AdapterWeights, LoRAFormatError
-from sd.lora_kinds import needs_base
-from sd.lora_writers import NAMELESS, check_format, refusals, write_lora
-from sd.tools.common import Base, fit, load_base, load_lora_file
+from sd.files.atomic import keep_sources
+from sd.lora_files.write import NAMELESS, check_format, refusals, write_lora
+from sd.tools.base import Base, fit, load_base, load_lora_file
 from sd.tools.decompose import RankRule, Report, Row, lora_weights, truncated_svd
 
 

@@ -15,8 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sd.lora import LoRAError
-from sd.lora_formats import AdapterWeights
+from sd.adapters.weights import AdapterWeights, LoRAError
 
 OVERSAMPLE, POWER = 10, 4  # Halko et al. 2011, section 4.5: a sketch's extra columns; iterations for slowly falling σ
 

@@ -6,16 +6,20 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from sd.checkpoint import CheckpointError, keep_sources, read_tensors, write_safetensors
+from sd.adapters.attach import attach_state, remove_lora
+from sd.checkpoints.lora_inside import EmbeddedLoRA, embed_keys, embedded_loras, split_embedded
+from sd.checkpoints.names import model_names
+from sd.checkpoints.reader import config_of_file
+from sd.checkpoints.writer import ldm_metadata, ldm_tensors
 from sd.config import ModelConfig
-from sd.embedded import EmbeddedLoRA, embed_keys, embedded_loras, split_embedded
-from sd.lora import attach_state, modules_of, remove_lora
-from sd.lora_files import read_lora
-from sd.lora_formats import write_kohya
-from sd.lora_writers import renewed
-from sd.model_loader import config_of_file, model_path, preload_models_from_standard_weights
-from sd.model_saver import ldm_metadata, ldm_tensors
-from sd.names import model_names
+from sd.files.atomic import keep_sources
+from sd.files.tensor_file import CheckpointError
+from sd.files.tensors import read_tensors, write_safetensors
+from sd.lora_files.header import renewed
+from sd.lora_files.modules import modules_of
+from sd.lora_files.read import read_lora
+from sd.lora_files.write import write_kohya
+from sd.model_loader import model_path, preload_models_from_standard_weights
 
 
 def embed(ckpt_path: str | os.PathLike | None, loras: Mapping[str | os.PathLike, float], out: str | os.PathLike,

@@ -16,12 +16,16 @@ import torch.nn as nn
 from torch import Tensor
 from tqdm import tqdm
 
-from sd.checkpoint import keep_sources
-from sd.lora import LoRAError, adapter_names, modules_of, named_layers
-from sd.lora_formats import AdapterWeights
-from sd.lora_variants import at_least_fp32
-from sd.lora_writers import lora_metadata, write_lora
-from sd.model_loader import BASE_HASH, Models, model_path, preload_models_from_standard_weights
+from sd.adapters.adapter import at_least_fp32
+from sd.adapters.switch import adapter_names
+from sd.adapters.targets import named_layers
+from sd.adapters.weights import AdapterWeights, LoRAError
+from sd.files.atomic import keep_sources
+from sd.lora_files.header import lora_metadata
+from sd.lora_files.modules import modules_of
+from sd.lora_files.write import write_lora
+from sd.model_loader import BASE_HASH, model_path, preload_models_from_standard_weights
+from sd.models import Models
 from sd.tools.decompose import RankRule, Report, Row, lora_weights, seed_of, store, truncated_svd
 
 VAE = ("encoder.", "decoder.")

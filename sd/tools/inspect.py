@@ -13,17 +13,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sd.checkpoint import CheckpointError, TensorFile, all_finite, lora_hash, model_hash, read_folder, read_tensors, sniff
+from sd.adapters.lycoris import needs_base
+from sd.adapters.weights import LoRAFormatError
+from sd.checkpoints.lora_inside import EMBEDDED, embedded_loras, split_embedded
+from sd.checkpoints.names import FOLDERS, guess_checkpoint, ldm_facts, model_names
+from sd.checkpoints.reader import config_of_file
 from sd.config import CONFIG_KEY
-from sd.embedded import EMBEDDED, embedded_loras, split_embedded
-from sd.embeddings import EmbeddingError, words_in
-from sd.image_io import FORMATS, read_parameters
-from sd.lora_files import LoRAFile, open_lora, tag_counts
-from sd.lora_formats import LoRAFormatError, guess_file, looks_like_lora
-from sd.lora_kinds import needs_base
-from sd.model_loader import config_of_file
-from sd.names import FOLDERS, guess_checkpoint, ldm_facts, model_names
-from sd.tools.common import Base, fit, load_base, load_lora_file
+from sd.files.folder import read_folder
+from sd.files.hashes import lora_hash, model_hash
+from sd.files.tensor_file import CheckpointError, TensorFile, all_finite
+from sd.files.tensors import read_tensors, sniff
+from sd.lora_files.embedding_files import words_in
+from sd.lora_files.read import LoRAFile, open_lora, tag_counts
+from sd.lora_files.spellings import guess_file, looks_like_lora
+from sd.pictures.image_io import FORMATS, read_parameters
+from sd.prompts.learned_words import EmbeddingError
+from sd.tools.base import Base, fit, load_base, load_lora_file
 
 
 def inspect_file(path: str | os.PathLike, base: str | os.PathLike | None = None, *, verify: bool = False) -> dict:

@@ -16,14 +16,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sd.checkpoint import keep_sources
-from sd.lora import LoRAError
-from sd.lora_blocks import block_multipliers
-from sd.lora_formats import AdapterWeights, LoRAFormatError
-from sd.lora_kinds import KINDS, needs_base
-from sd.lora_variants import LayerShape, at_least_fp32
-from sd.lora_writers import lora_metadata, write_lora
-from sd.tools.common import load_base, load_lora_file
+from sd.adapters.adapter import at_least_fp32
+from sd.adapters.lycoris import KINDS, needs_base
+from sd.adapters.weights import AdapterWeights, LayerShape, LoRAError, LoRAFormatError
+from sd.files.atomic import keep_sources
+from sd.lora_files.block_weights import block_multipliers
+from sd.lora_files.header import lora_metadata
+from sd.lora_files.write import write_lora
+from sd.tools.base import load_base, load_lora_file
 from sd.tools.decompose import (
     RankRule,
     Report,

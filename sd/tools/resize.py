@@ -7,11 +7,11 @@ from collections.abc import Mapping
 
 import torch
 
-from sd.checkpoint import keep_sources
-from sd.lora import LoRAError
-from sd.lora_formats import AdapterWeights
-from sd.lora_writers import lora_metadata, write_lora
-from sd.tools.common import load_base, load_lora_file
+from sd.adapters.weights import AdapterWeights, LoRAError
+from sd.files.atomic import keep_sources
+from sd.lora_files.header import lora_metadata
+from sd.lora_files.write import write_lora
+from sd.tools.base import load_base, load_lora_file
 from sd.tools.decompose import RankRule, Report, Row, flat_factors, lora_weights, store, svd_of_product
 
 MODIFIERS = ("magnitude", "diff_b")  # tensors that any kind may have; they have no rank and stay as they are

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sd.training.dist import shard_rules
-from sd.training.effects import effect_rules
-from sd.training.embedding import word_rules
-from sd.training.loss import objective_rules
-from sd.training.monitor import monitor_rules
-from sd.training.optim import optimizer_rules
-from sd.training.relora import relora_rules
-from sd.training.run_state import TrainError
-from sd.training.trained import lora_rules
+from sd.training.errors import TrainError
+from sd.training.rules import (
+    effect_rules,
+    lora_rules,
+    monitor_rules,
+    objective_rules,
+    optimizer_rules,
+    relora_rules,
+    shard_rules,
+    word_rules,
+)
 
 
 @dataclass(frozen=True)

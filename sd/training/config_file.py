@@ -11,7 +11,7 @@ from types import UnionType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 from sd.training.config import TrainConfig
-from sd.training.run_state import TrainError
+from sd.training.errors import TrainError
 
 SECTIONS = ("data", "model", "lora", "objective", "optimizer", "training", "samples", "run")
 # Of LoRAW's section: the name that it has there -> ours. Its multiplier and component_whitelist are no single field.

@@ -14,10 +14,8 @@ import os
 import signal
 import socket
 import threading
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from datetime import timedelta
 from itertools import count
 
@@ -25,16 +23,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sd.model_loader import Models
+from sd.training.errors import ProcessError
 
 STEP = timedelta(minutes=30)  # the longest that one process waits for another within a step
 WORK = timedelta(days=2)  # and while a cache is filled, or a file is written
 _groups: dict[str, dist.ProcessGroup] = {}  # on the CPU, inside `processes`
 _joined = count()
-
-
-class ProcessError(ValueError):
-    """Processes that cannot train together, or one of which was lost; the message says why and what to do."""
 
 
 # ---- start and end ---------------------------------------------------------------------------------------------------
@@ -223,75 +217,3 @@ def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
 
 def _sharded(p: Tensor) -> bool:
     return hasattr(p, "part_of")
-
-
-def shard_rules(config) -> Iterator[tuple[bool, str, str]]:
-    """(whether it is so, field, what is allowed) for the fields of a config that do not go with every `shard`."""
-    for field, allowed in {"train": ("full", "vae"), "optimizer": ("adamw", "lion", "schedule_free"), "compile": (False,),
-                           "new_words": ((),)}.items():
-        yield not config.shard or getattr(config, field) in allowed, field, f"{', '.join(map(str, allowed))} with shard"
-
-
-def shard(models: Models, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Split the networks that have these parameters over the processes, block by block; returns this process's parts.
-
-    A block is whole only while it computes. Each process must call a network equally often, in samples and validation too.
-    What is done to each number of a part alone, such as an optimizer's step, needs no word of the sharding.
-    """
-    if not _groups:
-        return dict(parameters)
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing here is written to in place
-    mesh = init_device_mesh(next(iter(parameters.values())).device.type, (world(),))
-    for key in dict.fromkeys(name.partition(".")[0] for name in parameters):
-        network = models[key].to(memory_format=torch.contiguous_format)  # FSDP takes no other
-        empty = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in network.parameters()}
-        vars(network)["plain"] = deepcopy(network, empty)  # not as a module of it
-        for child in network.children():
-            for block in child if isinstance(child, nn.ModuleList) else [child] if list(child.children()) else []:
-                fully_shard(block, mesh=mesh)
-        # Else what no block holds would stay as a forward without a backward, such as a sample's, has left it.
-        fully_shard(network, mesh=mesh, reshard_after_forward=True)
-    parts = {}
-    for name in parameters:
-        key, _, path = name.partition(".")
-        p = models[key].get_parameter(path)
-        parts[name] = nn.Parameter(p.detach().to_local())  # the same memory
-        parts[name].part_of = p
-    return parts
-
-
-def whole(p: nn.Parameter, value: Tensor) -> Tensor:
-    """A tensor that belongs to p, for the chief to write: of a part of its shape the whole, on the CPU; else as it is.
-
-    All processes must call it; what the others get is of no use.
-    """
-    if not _sharded(p) or value.shape != p.shape:
-        return value
-    padded = value.new_zeros(_rows(p), *p.shape[1:])
-    padded[:len(value)] = value
-    parts = [torch.empty_like(padded) for _ in range(world())] if chief() else None
-    dist.gather(padded, parts)
-    return torch.cat(parts)[:len(p.part_of)].cpu() if parts else value
-
-
-def own_part(p: nn.Parameter, value: Tensor) -> Tensor:
-    """A copy on the device of p of what `whole` gave."""
-    if _sharded(p) and value.shape == p.part_of.shape:
-        value = value[dist.get_rank() * _rows(p):][:_rows(p)]
-    return value.to(p.device, copy=True)
-
-
-def _rows(p: nn.Parameter) -> int:
-    return -(-len(p.part_of) // world())  # of a part, as torch.chunk; the last ones have fewer, or none
-
-
-@torch.no_grad()
-def unshard(models: Models) -> None:
-    """Put plain networks with the whole weights in the place of the sharded ones, in every process."""
-    for key, network in models.items():
-        plain = vars(network).get("plain")
-        if plain is not None:
-            plain.load_state_dict({name: value.full_tensor() for name, value in network.state_dict().items()}, assign=True)
-            models[key] = plain.eval().requires_grad_(False)

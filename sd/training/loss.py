@@ -5,16 +5,14 @@ B images, C channels, H, W height and width of latents or pictures, L tokens, D 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sd.noise import LOG_SNR, add_noise, alphas_cumprod, cosine_angle, velocity, zero_terminal
-from sd.training.run_state import TrainError
+from sd.sampling.noise import LOG_SNR, add_noise, alphas_cumprod, cosine_angle, velocity, zero_terminal
+from sd.training.errors import TrainError
 from sd.vae import sample_posterior
 
 
@@ -114,19 +112,6 @@ def snr_weights(abar: Tensor, prediction: str, objective: Objective) -> Tensor:
     snr = abar / (1 - abar)
     weight = WEIGHTINGS[objective.weighting](snr, objective.snr_gamma)
     return weight / (snr if prediction == "eps" else snr + 1)
-
-
-def objective_rules(config) -> Iterator[tuple[bool, str, str]]:
-    """(whether it is so, field, what is allowed) for the fields of a config that say what is minimised."""
-    yield config.loss in LOSSES, "loss", ", ".join(LOSSES)
-    yield config.weighting in WEIGHTINGS, "weighting", ", ".join(WEIGHTINGS)
-    for field in ("huber_delta", "snr_gamma", "timestep_bias"):
-        yield 0 < getattr(config, field) < math.inf, field, "a number above 0"
-    for field in ("noise_offset", "pyramid_noise", "input_perturbation"):
-        yield 0 <= getattr(config, field) <= 1, field, "0 to 1"
-    yield config.min_timestep >= 0, "min_timestep", "0 or more"
-    low, high = config.min_timestep, config.max_timestep
-    yield high is None or high > low, "max_timestep", f"{low + 1} or more (the last t is below it)"
 
 
 def check_objective(config, model_config) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sd.training.data import torch_rng
+from sd.training.dataset.randomness import torch_rng
 
 PYRAMID_LEVELS = 6
 

@@ -9,10 +9,10 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from sd.lora_blocks import BlockWeightError, block_multipliers
-from sd.lora_formats import Modules
+from sd.lora_files.block_weights import BlockWeightError, block_multipliers
+from sd.lora_files.modules import Modules
+from sd.training.errors import TrainError
 from sd.training.relora import rewarm_factor
-from sd.training.run_state import TrainError
 
 WORDS = "clip.learned."  # the canonical names of new words' vectors start so
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -247,27 +247,3 @@ def update_ema(ema: dict[str, Tensor], parameters: dict[str, nn.Parameter], deca
         away = torch._foreach_sub([parameters[name].data for name in ema], list(ema.values()))
         torch._foreach_mul_(away, (1 - min(decay, (1 + step) / (10 + step))) * (1 - torch.as_tensor(bad).float()))
         torch._foreach_add_(list(ema.values()), away)
-
-
-# ---- bad input -------------------------------------------------------------------------------------------------------
-
-def optimizer_rules(config) -> Iterator[tuple[bool, str, str]]:
-    """(whether it is so, field, what is allowed) for the fields of a config that say how it is minimised."""
-    free, prodigy = config.optimizer == "schedule_free", config.optimizer == "prodigy"
-    yield config.optimizer in OPTIMIZERS, "optimizer", ", ".join(OPTIMIZERS)
-    yield config.schedule in SCHEDULES, "schedule", ", ".join(SCHEDULES)
-    yield config.schedule == "constant" or not free, "schedule", "constant with schedule_free, which needs no other"
-    yield not (free and config.ema), "ema", "0 with schedule_free, whose result is an average already"
-    yield config.betas[0] > 0 or not free, "betas", "a first one above 0 with schedule_free"
-    for field in ("learning_rate", "text_learning_rate"):
-        rate = getattr(config, field)
-        if prodigy:
-            yield rate is None or 0.01 <= rate <= 10, field, "0.01 to 10 with prodigy, a factor of its estimate (usually 1)"
-        else:
-            yield rate is None or 0 < rate <= 0.1, field, "above 0, to 0.1 (a usual one is 1e-4 to 1e-3)"
-    yield config.cycles >= 1, "cycles", "1 or more"
-    for field, highest in (("power", 10), ("lora_plus", 100)):
-        yield 0 < getattr(config, field) <= highest, field, f"above 0, to {highest}"
-    yield 0 <= config.max_norm < math.inf, "max_norm", "0 (no limit) or more"
-    yield config.train == "lora" or not config.max_norm, "max_norm", "0 unless a LoRA is trained"
-    yield config.precision in PRECISIONS, "precision", ", ".join(PRECISIONS)

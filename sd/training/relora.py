@@ -12,13 +12,16 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from sd.lora import attach_state, lora_layers, lora_state, remove_lora
-from sd.lora_formats import AdapterWeights
-from sd.lora_layers import LoRALayer, exact
-from sd.lora_variants import Adapter, Full, at_least_fp32
+from sd.adapters.adapter import Adapter, at_least_fp32
+from sd.adapters.attach import attach_state, lora_state, remove_lora
+from sd.adapters.derived import exact
+from sd.adapters.layer import LoRALayer
+from sd.adapters.low_rank import Full
+from sd.adapters.targets import lora_layers
+from sd.adapters.weights import AdapterWeights
 from sd.tools.decompose import RankRule, Report, Row, lora_weights, truncated_svd
-from sd.training.data import seed_of
-from sd.training.run_state import TrainError
+from sd.training.dataset.randomness import seed_of
+from sd.training.errors import TrainError
 
 KINDS_THAT_ADD = ("lora", "loha", "lokr", "glora")  # of low rank, and sums of their changes are meant
 KEPT = ("full", "svd")
@@ -122,20 +125,3 @@ def _sum(layer: LoRALayer, adapter: Adapter, merged: Full) -> tuple[torch.Tensor
     W = layer.base_weight()
     change, bias = adapter.add_to(merged.diff.to(W.dtype), W, 1.0), adapter.bias_delta(layer.base_bias())
     return change, None if bias is None else bias + at_least_fp32(merged.diff_b)
-
-
-def relora_rules(config) -> Iterator[tuple[bool, str, str]]:
-    """(whether it is so, field, what is allowed) for the fields of a config that say how a LoRA restarts."""
-    yield config.relora_every >= 0, "relora_every", "0 (never) or more steps"
-    yield config.relora_save in KEPT, "relora_save", ", ".join(KEPT)
-    yield config.relora_rank is None or config.relora_rank >= 1, "relora_rank", "1 or more"
-    yield config.relora_warmup >= 0, "relora_warmup", "0 or more steps"
-    if config.relora_every:
-        yield config.train == "lora", "relora_every", "0 unless a LoRA is trained"
-        yield config.kind in KINDS_THAT_ADD, "kind", f"{', '.join(KINDS_THAT_ADD)} with relora_every"
-        yield not config.dora, "dora", "off with relora_every: the magnitude is that of one whole change"
-        yield config.init == "default", "init", "default with relora_every, which begins anew from a change of 0"
-        yield not config.ema, "ema", "0 with relora_every: no average goes across a restart"
-        yield not config.max_norm, "max_norm", "0 with relora_every, which adds changes up"
-        yield (config.optimizer in OPTIMIZERS_THAT_FORGET, "optimizer",
-               f"{', '.join(OPTIMIZERS_THAT_FORGET)} with relora_every, which makes it begin anew")

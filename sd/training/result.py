@@ -6,10 +6,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from sd.model_loader import Models, save_checkpoint, save_embedding, save_models_lora
-from sd.quant import quantized_kinds
+from sd.adapters.quant import quantized_kinds
+from sd.checkpoints.writer import save_checkpoint
+from sd.model_loader import save_embedding, save_models_lora
+from sd.models import Models
 from sd.training.config import TrainConfig
-from sd.training.embedding import word_files
+from sd.training.new_words import word_files
 
 
 def result_files(config: TrainConfig) -> list[str]:

@@ -14,20 +14,21 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from sd.files.atomic import atomic_write
+from sd.files.tensor_file import CheckpointError
+from sd.files.tensors import read_tensors, write_safetensors
+from sd.models import Models
+from sd.training.dist import chief, wait
+from sd.training.errors import TrainError
+from sd.training.shard import own_part, whole
+
 try:
     import fcntl
 except ImportError:  # Windows has no such locks
     fcntl = None
 
-from sd.checkpoint import CheckpointError, atomic_write, read_tensors, write_safetensors
-from sd.model_loader import Models
-from sd.training.dist import chief, own_part, wait, whole
 
 STATE = "state.safetensors"
-
-
-class TrainError(ValueError):
-    """A training that cannot start, go on or be resumed; the message says why and what to change."""
 
 
 @dataclass

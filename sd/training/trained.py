@@ -11,36 +11,25 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from sd.lora import (
-    adapter_names,
-    apply_lora_to_model,
-    attach_state,
-    find_targets,
-    lora_layers,
-    lora_state,
-    modules_of,
-    named_layers,
-    remove_lora,
-    use_adapters,
-)
-from sd.lora_blocks import BlockWeightError, block_multipliers
-from sd.lora_files import read_lora
-from sd.lora_formats import Modules
-from sd.lora_kinds import KINDS
-from sd.lora_layers import LoRALayer, exact
-from sd.lora_variants import Adapter, LowRank
-from sd.model_loader import Models
-from sd.quant import quantized_kinds
+from sd.adapters.adapter import Adapter
+from sd.adapters.attach import apply_lora_to_model, attach_state, lora_state, remove_lora
+from sd.adapters.derived import exact
+from sd.adapters.layer import LoRALayer
+from sd.adapters.low_rank import LowRank
+from sd.adapters.quant import quantized_kinds
+from sd.adapters.switch import adapter_names, use_adapters
+from sd.adapters.targets import find_targets, lora_layers, named_layers
+from sd.lora_files.block_weights import BlockWeightError, block_multipliers
+from sd.lora_files.modules import Modules, modules_of
+from sd.lora_files.read import read_lora
+from sd.models import Models
 from sd.tools.decompose import RankRule, truncated_svd
-from sd.training.data import seed_of
-from sd.training.embedding import new_words
+from sd.training.dataset.randomness import seed_of
+from sd.training.errors import TrainError
+from sd.training.new_words import new_words
 from sd.training.optim import FACTORS
 from sd.training.relora import adapters_in_training, attach_merged, merged_name
-from sd.training.run_state import TrainError
-
-SCALED = ("lora", "loha", "lokr", "glora")  # kinds with a rank and a scale alpha / rank
-RANKED = (*SCALED, "oft", "boft")
-INITS = ("default", "pissa")
+from sd.training.rules import SCALED
 
 
 @contextmanager
@@ -222,28 +211,3 @@ def start_hash(config, models: Models) -> str | None:
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
             digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
-
-
-def lora_rules(config) -> Iterator[tuple[bool, str, str]]:
-    """(whether it is so, field, what is allowed) for the fields of a config that say what a LoRA is."""
-    kind = KINDS.get(config.kind)
-    yield kind is not None, "kind", ", ".join(KINDS)
-    yield config.init in INITS, "init", ", ".join(INITS)
-    for field, plain in (("kind", "lora"), ("rslora", False), ("quantize", "none"), ("init", "default"), ("block_ranks", ()),
-                         ("from_lora", None)):
-        yield config.train == "lora" or getattr(config, field) == plain, "train", f"lora, where {field} is given"
-    if config.from_lora is not None:
-        for field in ("kind", "rank", "alpha", "rslora", "dora", "targets", "init", "block_ranks"):
-            plain = type(config).__dataclass_fields__[field].default
-            yield getattr(config, field) == plain, field, "left out with from_lora, whose file says it"
-        return
-    yield config.kind in SCALED or not config.rslora, "rslora", f"off unless kind is one of {', '.join(SCALED)}"
-    yield config.kind in RANKED or not config.block_ranks, "block_ranks", f"left out unless kind is one of {', '.join(RANKED)}"
-    yield kind.takes_dora or not config.dora, "dora", f"off with kind {config.kind}, which has no magnitude"
-    yield kind.drops_ranks or not config.rank_dropout, "rank_dropout", f"0 with kind {config.kind}, which has no ranks to drop"
-    yield not (config.dora and config.rank_dropout), "rank_dropout", "0 with dora, whose norm is that of the whole change"
-    yield config.kind in FACTORS or not config.max_norm, "max_norm", f"0 unless kind is one of {', '.join(sorted(FACTORS))}"
-    if config.init == "pissa":
-        yield config.kind == "lora", "kind", "lora with init pissa"
-        yield config.alpha > 0, "alpha", "above 0 with init pissa"
-        yield not config.max_norm, "max_norm", "0 with init pissa, whose factors are not those of the change"

@@ -1,0 +1,223 @@
+"""What every kind of adapter shares, and the two simplest kinds, LowRank and Full: one weight change ΔW for one layer.
+
+Legend: R rank, `in`, `out` widths, k kernel, g groups. W is the base weight in its own layout: Linear [out, in],
+ConvNd [out, in/g, *k], Embedding [num, dim], norms [C].
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from sd.adapters.weights import AdapterWeights, LayerShape, LoRAFormatError
+
+
+class Adapter(nn.Module):
+    """One weight change for one layer; knows no names, multipliers or other adapters.
+
+    A kind defines its parameters in the constructor (zero change at the start), `delta`, and `_like`. `magnitude` and
+    `diff_b` are modifiers that any kind may have beside its own tensors.
+    """
+
+    kind: str
+    alpha: float | None = None
+    rank: int | None = None
+    block_multiplier = 1.0  # the user's factor for this one layer; written by LoRALayer.set_block_multiplier
+    options: tuple[str, ...] = ()  # what the constructor takes beside rank, alpha and dropouts
+    flags: tuple[str, ...] = ()  # tensors of a file that are no parameters
+    fits_norms = fits_embeddings = drops_ranks = takes_dora = False
+    of_weight = False  # whether ΔW is made from W
+    low_rank = False  # whether a rank above min(in, out) is a mistake
+
+    def __init__(self, shape: LayerShape, *, dropout: float = 0.0, rank_dropout: float = 0.0, module_dropout: float = 0.0):
+        super().__init__()
+        if shape.embedding and not self.fits_embeddings:
+            raise ValueError(f"kind {self.kind!r} does not fit an embedding; allowed: lora, full")
+        if len(shape.weight) < 2 and not self.fits_norms:
+            raise ValueError(f"kind {self.kind!r} does not fit a norm, whose weight {list(shape.weight)} is no matrix; "
+                             f"allowed: full")
+        self.embedding = shape.embedding
+        self.magnitude: nn.Parameter | None = None
+        self.diff_b: nn.Parameter | None = None
+        self.from_file = False  # loaded adapters are not what get_lora_parameters() trains by default
+        self.set_dropouts(dropout, rank_dropout, module_dropout)
+
+    def set_dropouts(self, dropout: float = 0.0, rank_dropout: float = 0.0, module_dropout: float = 0.0) -> None:
+        """With what probability training drops each input, each rank, and the whole adapter. Raises ValueError."""
+        for what, p in (("dropout", dropout), ("rank_dropout", rank_dropout), ("module_dropout", module_dropout)):
+            if not 0.0 <= p < 1.0:
+                raise ValueError(f"{what} is {p}; allowed: 0 <= {what} < 1")
+        if rank_dropout and not self.drops_ranks:
+            raise ValueError(f"rank_dropout does not go with kind {self.kind!r}, which has no rank space to drop from")
+        if rank_dropout and self.magnitude is not None:
+            raise ValueError("rank_dropout does not go with DoRA: its norm belongs to the whole of ΔW")
+        self.dropout, self.rank_dropout, self.module_dropout = dropout, rank_dropout, module_dropout
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank, where a kind has them."""
+        return 1.0 if self.alpha is None or self.rank is None else self.alpha / self.rank
+
+    @property
+    def drops(self) -> bool:
+        """Whether some dropout is at work: in training mode only, with and without gradients, as nn.Dropout."""
+        return self.training and bool(self.dropout or self.rank_dropout or self.module_dropout)
+
+    def delta(self, W: Tensor) -> Tensor:
+        """ΔW, scale alpha / rank included, in the shape and dtype of W: the base weight in fp32 (of an fp64 model, fp64)."""
+        raise NotImplementedError
+
+    def bias_delta(self, b: Tensor | None) -> Tensor | None:
+        """Δb in the dtype of b (fp32 without one), or None where the adapter leaves the bias alone."""
+        return None if self.diff_b is None else self.diff_b.to(torch.float32 if b is None else b.dtype)
+
+    def start_magnitude(self, W: Tensor, *, output_axis: bool = True) -> None:
+        """Make this a DoRA adapter (Liu et al. 2024): a trained norm for each output row of W, or each input column."""
+        keep = int(output_axis == self.embedding)  # Embedding is [num, dim]: its output axis is the last
+        shape = [n if i == keep else 1 for i, n in enumerate(W.shape)]
+        self.magnitude = nn.Parameter(norm_like(W, shape).detach())
+        self.set_dropouts(self.dropout, self.rank_dropout, self.module_dropout)
+
+    @torch.no_grad()
+    def restart(self, shape: LayerShape) -> None:
+        """Begin anew, in place: the values of a new adapter of this form, drawn on the CPU, which changes nothing.
+
+        Not for DoRA, whose new magnitude would be the norm of a weight.
+        """
+        new = dict(self._like(self.weights(), shape).named_parameters())
+        for name, p in self.named_parameters():
+            p.copy_(new[name]) if name in new else p.zero_()  # a new adapter has no change of the bias
+
+    def effective_delta(self, W: Tensor) -> Tensor:
+        """W' - W. With magnitude m, W' = m (W + ΔW) / ‖W + ΔW‖ (DoRA, eq. 5); the norm is a constant in training (4.3)."""
+        delta = self.delta(W)
+        if self.magnitude is None:
+            return delta
+        norm = norm_like(W + delta, self.magnitude.shape).detach()
+        s = self.magnitude / norm.where(norm > 0, 1.0)
+        s = s.where(norm > 0, 1.0)  # a row of zeros has no direction to scale
+        return W * s + delta * s - W  # in this order it is exactly 0 while ΔW = 0, since then s = 1
+
+    def add_to(self, total: Tensor, W: Tensor, multiplier: float, out: Tensor | None = None) -> Tensor:
+        """total + multiplier · (W' - W) in fp32, as a new tensor or in `out`, which total may be but W may not."""
+        return total + multiplier * self.effective_delta(W)
+
+    def forward(self, x: Tensor, layer) -> Tensor:
+        """What the adapter adds to `layer(x)` at multiplier 1. Exact for every kind: layers are linear in (weight, bias)."""
+        dtype = layer.compute_dtype(x)
+        delta = self.effective_delta(layer.base_weight())
+        bias = self.bias_delta(layer.base_bias())
+        out = layer.op(self.drop(x), delta.to(dtype), None if bias is None else bias.to(dtype))
+        return self.drop_module(out)
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Dropout on the layer's input, in training only."""
+        return F.dropout(x, self.dropout, self.training) if self.dropout and x.is_floating_point() else x
+
+    def drop_module(self, change: Tensor) -> Tensor:
+        """Skip the whole adapter with probability `module_dropout`, in training only."""
+        if self.training and self.module_dropout:
+            return change * (torch.rand((), device=change.device) >= self.module_dropout)
+        return change
+
+    def _apply(self, fn, recurse=True):
+        """Adapters follow their layer's device but stay fp32 when the model becomes half: they are cast at use."""
+        def keep_dtype(t):
+            moved = fn(t)
+            return moved if moved.dtype == t.dtype else t.to(moved.device)
+        return super()._apply(keep_dtype, recurse)
+
+    def weights(self) -> AdapterWeights:
+        """Everything that a file must hold, detached."""
+        return AdapterWeights(self.kind, {name: p.detach() for name, p in self.named_parameters()}, alpha=self.alpha)
+
+    @classmethod
+    def from_weights(cls, weights: AdapterWeights, shape: LayerShape) -> Adapter:
+        """Inverse of `weights`. Raises LoRAFormatError when a tensor is missing, not known, or does not fit the layer."""
+        try:
+            with torch.device("meta"):
+                adapter = cls._like(weights, shape)
+        except ValueError as error:
+            raise LoRAFormatError(str(error)) from None
+        given = {name: tensor for name, tensor in weights.tensors.items() if name not in cls.flags}
+        for name, empty in list(adapter.named_parameters()):
+            if name not in given:
+                raise LoRAFormatError(f"it has no {name}, which kind {cls.kind!r} needs beside {', '.join(given)}")
+            setattr(adapter, name, _fitting(name, given.pop(name), empty.shape, shape))
+        if "magnitude" in given:
+            adapter.magnitude = _fitting_magnitude(given.pop("magnitude"), shape)
+        if "diff_b" in given:
+            adapter.diff_b = _fitting("diff_b", given.pop("diff_b"), (shape.fan_out,), shape)
+        if given:
+            raise LoRAFormatError(f"{', '.join(given)} has no place in an adapter of kind {cls.kind!r} for the layer's "
+                                  f"weight {list(shape.weight)}")
+        return adapter
+
+    @classmethod
+    def _like(cls, weights: AdapterWeights, shape: LayerShape) -> Adapter:
+        """A new adapter of the form (rank, Tucker core, ...) that the tensors of a file have."""
+        raise NotImplementedError
+
+
+def at_least_fp32(tensor: Tensor) -> Tensor:
+    """Half precision to fp32, in which changes are summed; fp64 stays what it is."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def size_of(weights: AdapterWeights, name: str, axis: int = 0) -> int:
+    """Length of an axis of one tensor; a file may lack the tensor, or the axis."""
+    tensor = weights.tensors.get(name)
+    if tensor is None:
+        raise LoRAFormatError(f"it has no {name}, which kind {weights.kind!r} needs beside {', '.join(weights.tensors)}")
+    if tensor.dim() <= axis or not tensor.numel():
+        raise LoRAFormatError(f"{name} has shape {list(tensor.shape)}, which fits no layer")
+    return tensor.shape[axis]
+
+
+def _own(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.to(torch.float32, copy=True))  # a file may be mapped; an adapter outlives it
+
+
+def _fitting(name: str, given: Tensor, want, shape: LayerShape) -> nn.Parameter:
+    """A tensor of a file as a parameter. Writers disagree whether a 1x1 convolution and its factors are [a, b] or
+    [a, b, 1, 1], and whether a matrix that stands for a kernel is flat."""
+    same = [n for n in given.shape if n != 1] == [n for n in want if n != 1]
+    flat = len(want) == 2 < given.dim() and given.flatten(1).shape == tuple(want)
+    if given.numel() != math.prod(want) or not (same or flat):
+        raise LoRAFormatError(f"{name} has shape {list(given.shape)}, the layer's weight {list(shape.weight)} "
+                              f"wants {list(want)}")
+    return _own(given.reshape(tuple(want)))
+
+
+def _fitting_magnitude(m: Tensor, shape: LayerShape) -> nn.Parameter:
+    dims = len(shape.weight)
+    m = m.reshape(*m.shape, *(1,) * (dims - m.dim()))  # that of a 1x1 convolution may be [out, 1]
+    axes = [i for i, n in enumerate(m.shape) if n != 1]
+    no_axis = not axes and 1 not in shape.weight[:2]
+    if m.dim() > dims or len(axes) > 1 or no_axis or any(i > 1 or m.shape[i] != shape.weight[i] for i in axes):
+        raise LoRAFormatError(f"its magnitude has shape {list(m.shape)}, the layer's weight {list(shape.weight)}")
+    return _own(m)
+
+
+def norm_like(W: Tensor, shape) -> Tensor:
+    """L2 norm of W over every axis that has length 1 in `shape`."""
+    axes = [i for i, n in enumerate(shape) if n == 1]
+    return torch.linalg.vector_norm(W, dim=axes, keepdim=True) if axes else W.abs()
+
+
+def rebuild(a: Tensor, b: Tensor, core: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """a [out, r] · b [r, in·k] as a matrix; with a Tucker core [r, r, *k]: a [r, out], b [r, in] -> [out, in, *k]."""
+    a, b = a.to(dtype), b.to(dtype)
+    return a @ b if core is None else torch.einsum("ij...,ip,jq->pq...", core.to(dtype), a, b)
+
+
+def uniform(tensor: Tensor) -> Tensor:
+    """Filled as torch fills the weight of a Linear or ConvNd: uniform within 1 / sqrt(fan in)."""
+    if tensor.is_meta:  # a file brings the values, and torch takes a millisecond to fill nothing
+        return tensor
+    bound = 1 / math.sqrt(tensor[0].numel())
+    return nn.init.uniform_(tensor, -bound, bound)

@@ -1,0 +1,197 @@
+"""Adapters on whole models: attach and remove them by name, and choose the active set.
+
+`models` everywhere below is an nn.Module (the whole of it, or one network) or the Models that a loader returns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn as nn
+
+from sd.adapters.adapter import Adapter
+from sd.adapters.layers import as_lora_layer, check_rank, shape_of
+from sd.adapters.low_rank import Full
+from sd.adapters.lycoris import KINDS
+from sd.adapters.switch import adapter_names, are_known, check_known, exclusive, names_on, set_lora_enabled, use_adapters
+from sd.adapters.targets import NORMS, adaptable_layers, components, find_targets, lora_layers, named_layers
+from sd.adapters.torch_attention import HOSTS, convert_hosts
+from sd.adapters.weights import AdapterWeights, LoRAError, LoRAFormatError
+
+# ---- adding and removing ---------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode(False)  # whatever the caller is in, what is attached can be trained
+def apply_lora_to_model(models, rank: int | Mapping[str, int] = 4, alpha: float | Mapping[str, float] = 1.0,
+                        dropout: float = 0.0, target_modules=None, name: str = "default", *, kind: str = "lora",
+                        dora: bool = False, rank_dropout: float = 0.0, module_dropout: float = 0.0, **options):
+    """Attach a new, trainable adapter to every target layer, active at multiplier 1; no output changes by a bit.
+
+    Of kind "lora", ΔW = alpha / rank · up · down, with up = 0 at the start; the other kinds and their options (such as
+    `tucker` or `factor`) stand in KINDS. Norms, which have no low rank, get a full difference. `rank` bounds the rows of
+    a block of oft and boft, whose constraint is `alpha`; ia3 and full have neither. Either may be a table {path: value},
+    which has one for every target; a layer of rank 0 gets none. `dora` adds a trained magnitude.
+    Returns `models`. Raises LoRAError, before anything changes, for a name in use, a rank below 1 or above
+    min(in, out) of a layer, a target that matches nothing, or a layer without a LoRA form or without one of this kind.
+    """
+    _check_name(name)
+    targets = find_targets(models, target_modules)
+    if kind not in KINDS:
+        raise LoRAError(f"adapter kind {kind!r} is unknown; allowed: {', '.join(KINDS)}")
+    if dora and not KINDS[kind].takes_dora:
+        having = ", ".join(k for k in KINDS if KINDS[k].takes_dora)
+        raise LoRAError(f"dora does not go with kind {kind!r}; allowed: {having}")
+    unknown = [option for option in options if option not in KINDS[kind].options]
+    if unknown:
+        raise LoRAError(f"kind {kind!r} has no option {unknown[0]!r}; it has {', '.join(KINDS[kind].options) or 'none'}")
+    ranks, alphas = (value if isinstance(value, Mapping) else dict.fromkeys(targets, value) for value in (rank, alpha))
+    targets = {path: layer for path, layer in targets.items() if not isinstance(rank, Mapping) or ranks[path] != 0}
+    if name in adapter_names(models):
+        raise LoRAError(f"an adapter named {name!r} is there already; remove_lora it first, or choose another name")
+    refuse_bypassed(models, targets)
+    new = {}
+    for path, layer in targets.items():
+        norm, shape = isinstance(layer, NORMS), shape_of(layer, path)
+        if KINDS[kind].low_rank and not norm:
+            check_rank(ranks[path], shape, path)
+        if not _is_finite(alphas[path]):
+            raise LoRAError(f"alpha is {alphas[path]!r}; a finite number is needed")
+        try:
+            if norm:  # it has no ranks to drop
+                new[path] = Full(shape, dropout=dropout, module_dropout=module_dropout)
+            else:
+                new[path] = KINDS[kind](shape, ranks[path], alphas[path], dropout=dropout, rank_dropout=rank_dropout,
+                                        module_dropout=module_dropout, **options)
+        except ValueError as error:
+            raise LoRAError(f"{path}: {error}") from None
+    for path, adapter in new.items():
+        if dora and not isinstance(targets[path], NORMS):
+            adapter.start_magnitude(as_lora_layer(targets[path], path).base_weight())
+    attach_adapters(models, targets, new, name, 1.0)
+    return models
+
+
+def _check_name(name: str) -> None:
+    if not isinstance(name, str):
+        raise LoRAError(f"the name of an adapter is {name!r}; a string is needed")
+
+
+def _is_finite(value: object) -> bool:
+    try:
+        return math.isfinite(value)
+    except TypeError:
+        return False
+
+
+def attach_adapters(models, layers: Mapping[str, nn.Module], adapters: Mapping[str, Adapter], name: str,
+                    multiplier: float) -> None:
+    """Put the adapters on the layers of the same paths, as `name`, active; one of that name is replaced."""
+    _check_name(name)
+    with exclusive(models), torch.inference_mode(False):
+        enabled = all(layer.lora_enabled for layer in lora_layers(models).values())
+        if name in adapter_names(models):
+            remove_lora(models, name)
+        for path, adapter in adapters.items():
+            as_lora_layer(layers[path], path).add_adapter(name, adapter, multiplier)
+        for network in components(models).values():
+            convert_hosts(network)
+        set_lora_enabled(models, enabled)  # also on layers that had no adapter when it was switched
+
+
+def refuse_bypassed(models, targets: Mapping[str, nn.Module]) -> None:
+    """torch's own attention reads these layers' weights without calling them; where it has no LoRA class to prevent it, as a
+    class of one's own made from it, an adapter would be ignored in silence."""
+    for path, module in named_layers(models):
+        if isinstance(module, tuple(HOSTS)) and type(module) not in (*HOSTS, *HOSTS.values()):
+            for target in targets:
+                if not path or target.startswith(path + "."):
+                    raise LoRAError(f"{target} lies in a {type(module).__name__}, which can bypass its layers' forward; "
+                                    f"LoRA on it would be ignored")
+
+
+def remove_lora(models, name: str | None = None) -> None:
+    """Take an adapter (None: all) off; the weights were never changed. Converted foreign layers become plain again."""
+    with exclusive(models):
+        layers = lora_layers(models).values()
+        if name is not None:
+            check_known(layers, [name])
+        for layer in layers:
+            for known in layer.adapter_names if name is None else [name]:
+                if known in layer.adapter_names:
+                    layer.remove_adapter(known)
+        for network in components(models).values():
+            convert_hosts(network)
+        reports = getattr(models, "lora_reports", {})
+        for gone in list(reports) if name is None else [name]:
+            reports.pop(gone, None)
+
+
+def get_lora_parameters(models, name: str | None = None) -> list[nn.Parameter]:
+    """Parameters of one adapter; None: of all that were created here, not of those loaded from files."""
+    layers = lora_layers(models).values()
+    if name is not None:
+        check_known(layers, [name])
+    adapters = [(n, layer.adapter(n)) for layer in layers for n in layer.adapter_names]
+    return [p for n, a in adapters if (n == name if name is not None else not a.from_file) for p in a.parameters()]
+
+
+def unreached_layers(models, run: Callable[[], object]) -> list[str]:
+    """Adapted layers that a probe forward `run()`, with all adapters on, does not call: they would be ignored in silence."""
+    layers, reached = lora_layers(models), set()
+    hooks = [layer.register_forward_pre_hook(lambda module, args, path=path: reached.add(path))
+             for path, layer in layers.items()]
+    try:
+        with use_adapters(models, dict.fromkeys(adapter_names(models), 1.0)):
+            run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [path for path in layers if path not in reached]
+
+
+# ---- the active set --------------------------------------------------------------------------------------------------
+
+
+def lora_state(models, name: str | None = None) -> dict[str, AdapterWeights]:
+    """{canonical module path: weights} of one adapter; None: the only one there is."""
+    layers = lora_layers(models)
+    names = names_on(layers.values())
+    if name is None:
+        if len(names) != 1:
+            raise LoRAError(f"name the adapter to save; there {are_known(names)}")
+        name = names[0]
+    check_known(layers.values(), [name])
+    return {path: layer.adapter(name).weights() for path, layer in layers.items() if name in layer.adapter_names}
+
+
+@torch.inference_mode(False)
+def attach_state(models, state: Mapping[str, AdapterWeights], name: str, multiplier: float = 1.0,
+                 where: str = "the LoRA") -> None:
+    """Attach loaded weights as adapter `name`, active; one of that name is replaced. Raises before it changes."""
+    if not math.isfinite(multiplier):
+        raise LoRAError(f"the multiplier of {name!r} is {multiplier}; a finite number is needed")
+    by_path = adaptable_layers(models)
+    refuse_bypassed(models, {path: by_path[path] for path in state})
+    new, misfits = {}, []
+    for path, weights in state.items():
+        try:
+            new[path] = loaded_adapter(weights, by_path[path], path)
+        except ValueError as error:
+            misfits.append(f"{path}: {error}")
+    if misfits:
+        raise LoRAFormatError(f"{where}: {len(misfits)} of {len(state)} LoRA modules do not fit this model, "
+                              f"first: {misfits[0]}")
+    attach_adapters(models, by_path, new, name, multiplier)
+
+
+def loaded_adapter(weights: AdapterWeights, layer: nn.Module, path: str) -> Adapter:
+    """A frozen adapter for the layer. Raises ValueError, such as LoRAFormatError, where the weights do not fit it."""
+    shape = shape_of(layer, path)
+    adapter = KINDS[weights.kind].from_weights(weights, shape)
+    bias = getattr(layer, "bias", None)
+    if bias is None and adapter.bias_delta(bias) is not None:
+        raise LoRAFormatError("it changes a bias that the layer does not have")
+    adapter.from_file = True
+    return adapter.requires_grad_(False)

@@ -1,0 +1,56 @@
+"""One weight change as plain data, the shape of the layer that it is for, and what is raised when they do not fit."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class LoRAError(ValueError):
+    """A LoRA that cannot be attached or used as asked; the message names it and what is there."""
+
+
+class LoRAFormatError(LoRAError):
+    """A LoRA file that cannot be read or written as asked; the message names the file's offenders."""
+
+
+RANK = {"lora": ("down",), "loha": ("w1_b",), "lokr": ("w1_b", "w2_b")}
+
+
+@dataclass
+class AdapterWeights:
+    """The tensors of one adapter under its kind's own names. alpha None: the kind has no scale."""
+
+    kind: str
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    alpha: float | None = None
+
+    @property
+    def rank(self) -> int | None:
+        """What alpha is divided by; None for kinds without a rank."""
+        if self.kind == "glora":  # both orientations of its factors are published
+            return min(self.tensors["a2"].shape[:2])
+        return next((self.tensors[name].shape[0] for name in RANK.get(self.kind, ()) if name in self.tensors), None)
+
+
+class LayerShape(NamedTuple):
+    """What an adapter must know of its layer, and nothing more."""
+
+    weight: tuple[int, ...]
+    groups: int = 1
+    embedding: bool = False
+
+    @property
+    def has_kernel(self) -> bool:
+        return any(n != 1 for n in self.weight[2:])
+
+    @property
+    def fan_in(self) -> int:
+        return self.weight[0] if self.embedding else math.prod(self.weight[1:])
+
+    @property
+    def fan_out(self) -> int:
+        return self.weight[1] if self.embedding else self.weight[0]

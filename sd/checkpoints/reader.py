@@ -1,0 +1,116 @@
+"""Checkpoints in any spelling to the config and the state dicts of our networks."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import torch.nn as nn
+from torch import Tensor
+
+from sd.checkpoints.names import FOLDERS, HARMLESS, LDM_PREFIX, Name, component_names, guess_checkpoint, ldm_facts, modern_key
+from sd.config import CONFIG_KEY, SD15, ModelConfig
+from sd.files.folder import read_folder
+from sd.files.tensor_file import CheckpointError, TensorFile
+from sd.files.tensors import read_tensors
+
+
+def config_of_file(file: TensorFile) -> ModelConfig:
+    """Of a plain checkpoint: from our own metadata, else the known family that its shapes tell. Raises CheckpointError."""
+    path = file.path
+    if CONFIG_KEY in file.metadata:
+        try:
+            return ModelConfig.from_dict(json.loads(file.metadata[CONFIG_KEY]))
+        except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+            raise CheckpointError(f"{path}: its {CONFIG_KEY} metadata is not a model config: {error}") from None
+    facts = ldm_facts(file.shapes)
+    if not facts:
+        raise CheckpointError(f"{path}: not a Stable Diffusion 1.x checkpoint: {guess_checkpoint(file)}")
+    family = replace(SD15, unet=replace(SD15.unet, in_channels=facts["in_channels"]))
+    differs = [f"{k} {v}" for k, v in facts.items() if getattr(family.unet, k) != v]
+    if differs:
+        raise CheckpointError(f"{path}: no known family: its UNet has {', '.join(differs)}; {guess_checkpoint(file)}; heads, "
+                              f"activation, prediction and noise schedule are not in the file: pass config=ModelConfig(...)")
+    return family
+
+
+def argument_hint(component: str) -> str:
+    argument = {"clip": "text_encoder", "encoder": "vae", "decoder": "vae"}.get(component)
+    return f"; name one with {argument}=" if argument else ""
+
+
+def state_for(network: nn.Module, source: TensorFile, ema: bool) -> tuple[dict[str, Tensor], set[str]]:
+    """Our state dict from a file's tensors, in whichever spelling the file has, and the file's keys that were used."""
+    component, shapes = network.component, {k: tuple(p.shape) for k, p in network.state_dict().items()}
+    given = {modern_key(key, FOLDERS[component]): key for key in source}
+    names = component_names(component, network.config)
+    if not names:  # no autoencoder
+        return {}, set()
+    spell = max((_ldm, _ldm_flat_clip, _bare_ldm, _diffusers), key=lambda s: sum(s(n) + ".weight" in given for n in names))
+    if not any(spell(n) + ".weight" in given for n in names):
+        raise CheckpointError(f"{source.path}: has no {FOLDERS[component]} in it{argument_hint(component)} "
+                              f"({guess_checkpoint(source)})")
+    state, used, missing, misshapen = {}, set(), [], []
+    for name in names:
+        for tail in ("weight", "bias"):
+            ours, theirs = f"{name.ours}.{tail}", f"{spell(name)}.{tail}"
+            if ours not in shapes:
+                continue
+            key = _ema_key(theirs) if ema else given.get(theirs)
+            if key not in source:
+                missing.append(key or theirs)
+                continue
+            used |= {key, given.get(theirs, key)}
+            tensor = source[key]
+            if tail == "weight" and name.ldm_conv and tensor.dim() == 4 and tensor.shape[2:] == (1, 1):
+                tensor = tensor[:, :, 0, 0]  # LDM's VAE attention is 1x1 convolutions
+            if tuple(tensor.shape) != shapes[ours]:
+                misshapen.append(f"{key} is {list(tensor.shape)}, expected {list(shapes[ours])}")
+            state[ours] = tensor
+    for what, bad in (("missing", missing), ("of another shape", misshapen)):
+        if bad:
+            hint = " (it has no EMA weights)" if ema and what == "missing" else ""
+            raise CheckpointError(f"{source.path}: {len(bad)} of {len(shapes)} tensors of the {component} are {what}, "
+                                  f"first: {bad[0]}{hint}; {guess_checkpoint(source)}")
+    return state, used
+
+
+def refuse_unexpected(source: TensorFile, used: set[str], elsewhere: tuple[str, ...]) -> None:
+    """`elsewhere`: prefixes of the parts that are taken from another file."""
+    unexpected = [key for key in source if key not in used and not key.startswith(elsewhere)
+                  and not any(re.fullmatch(pattern, key) for pattern in HARMLESS)]
+    if unexpected:
+        raise CheckpointError(f"{source.path}: {len(unexpected)} tensors belong to no part of this model, "
+                              f"first: {unexpected[0]!r}; {guess_checkpoint(source)}")
+
+
+def _ldm(name: Name) -> str:
+    return name.ldm
+
+
+def _ldm_flat_clip(name: Name) -> str:
+    return name.ldm.replace(".text_model.", ".")  # CompVis files from before transformers 4.20
+
+
+def _bare_ldm(name: Name) -> str:
+    return name.ldm.removeprefix(LDM_PREFIX[name.component])  # a VAE alone
+
+
+def _diffusers(name: Name) -> str:
+    return name.diffusers
+
+
+def _ema_key(key: str) -> str:
+    return "model_ema." + key.removeprefix("model.").replace(".", "")
+
+
+def read_part(path: Path, folder: str) -> tuple[TensorFile, dict[str, dict]]:
+    """Tensors and config of a VAE or a text encoder named on its own: a file, its folder, or a whole model of any kind."""
+    if not path.is_dir():
+        return read_tensors(path), {}
+    found = read_folder(path, components=(folder,))
+    where = folder if folder in found.components else ""
+    config = found.configs.get(f"{where}/config.json".lstrip("/"))
+    return found.components[where], {} if config is None else {f"{folder}/config.json": config}

@@ -1,0 +1,56 @@
+"""sdlora extract."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from sd.commands.args import DType, Format, Positional, dtype
+
+
+@dataclass(frozen=True)
+class Extract:
+    """Take the LoRA out of a fine-tuned checkpoint (--tuned), or the LoRAs that lie inside one checkpoint (--model alone)."""
+
+    out: Positional[str]
+    """The LoRA file to write; without --tuned the folder to write them to."""
+    model: str | None = None
+    """The base; none: the small model that ships with the program."""
+    tuned: str | None = None
+    """The checkpoint that was made from it."""
+    rank: int | None = 32
+    """Rank of the LoRA, at most; with --threshold it bounds the rank that each layer needs."""
+    conv_rank: int | None = None
+    """Rank of 3x3 convolutions; none: --rank."""
+    threshold: float | None = None
+    """Keep the singular values above this share of a layer's largest."""
+    frobenius: float | None = None
+    """Keep the fewest singular values whose squares are this share of all."""
+    randomized: bool = False
+    """A faster SVD; its error is printed."""
+    vae: bool = False
+    """Take the VAE's difference too, which other programs do not read."""
+    format: Format = "kohya"
+    """Whose names the file has."""
+    dtype: DType = "float32"
+    """Of the LoRA."""
+
+    def __post_init__(self):
+        if self.tuned is None and any(getattr(self, f.name) != f.default for f in fields(self)[2:]):
+            raise ValueError("without --tuned the LoRAs inside a checkpoint are taken out as they are; leave out all flags but "
+                             "--model")
+
+
+def extract(args: Extract) -> None:
+    from sd.tools.embed import take_out
+    from sd.tools.extract import extract_lora
+    if args.tuned is None:
+        if args.model is None:
+            raise ValueError("nothing to extract from: name the fine-tuned checkpoint with --tuned and its base with --model, "
+                             "or with --model alone a checkpoint that has LoRAs inside")
+        for path in take_out(args.model, args.out):
+            print(path)
+        return
+    report = extract_lora(args.model, args.tuned, args.out, rank=args.rank, conv_rank=args.conv_rank, threshold=args.threshold,
+                          frobenius=args.frobenius, randomized=args.randomized, vae=args.vae, format=args.format,
+                          dtype=dtype(args.dtype))
+    print(f"{args.out}: {report}")

@@ -1,0 +1,35 @@
+"""sdlora inspect."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from sd.commands.args import Positional
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Say what a file is: a checkpoint, a LoRA of any program, or a picture with the parameters that made it."""
+
+    paths: Positional[tuple[str, ...]]
+    """Files, diffusers or PEFT folders."""
+    model: str | None = None
+    """A base to look at LoRAs on: what they change in its weights."""
+    verify: bool = False
+    """Fail unless every tensor of the LoRA fits its base."""
+    json: bool = False
+    """One JSON object, {path: facts}."""
+
+
+def inspect(args: Inspect) -> None:
+    from sd.tools.inspect import as_text, inspect_file
+    if not args.paths:
+        raise ValueError("nothing to inspect: name files or folders")
+    facts = {path: inspect_file(path, args.model, verify=args.verify) for path in args.paths}
+    if args.json:
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+    else:
+        print("\n".join(as_text(path, found) for path, found in facts.items()))
+        if args.verify:
+            print("every tensor fits")

@@ -1,0 +1,188 @@
+"""LoRA files: one canonical form, {module path: AdapterWeights}, and the spellings that lead to it and back.
+
+A reader turns a file into entries; `assemble` groups them by module and checks them. Nothing of a file is skipped in
+silence: what is not applied is named in an error, or was asked for with `skip`. Facts: docs/lora-formats.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sd.adapters.weights import AdapterWeights, LoRAFormatError
+from sd.files.tensor_file import all_finite
+from sd.lora_files.embedding_files import words_in
+from sd.lora_files.modules import Modules
+from sd.lora_files.spellings import IGNORED, MODIFIERS, NEEDED, SCALES, SPARSE, TENSORS, TOKEN, UP_BIAS, Entry, guess_clause
+from sd.prompts.learned_words import EmbeddingError
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Assembled:
+    """What `assemble` made of a file's entries."""
+
+    state: dict[str, AdapterWeights]
+    used: set[str]  # keys of the file
+    skipped: set[str]
+    words: dict[str, Tensor] = field(default_factory=dict)  # learned word -> its vectors
+
+
+def assemble(entries: Iterable[Entry], strange: Iterable[str], modules: Modules, where: str, *, skip: str | None = None,
+             tensors: Mapping[str, Tensor] | None = None, words: bool = False) -> Assembled:
+    """Entries to {module path: AdapterWeights}, whole: every one is used, matches `skip`, or is named in LoRAFormatError.
+
+    `skip`: a regular expression, searched in the file's keys and in our module paths. `words`: whether learned words of the
+    prompt are taken too; else they are refused.
+    """
+    try:
+        leave = re.compile(skip) if skip else None
+    except re.error as error:
+        raise LoRAFormatError(f"skip={skip!r} is not a regular expression: {error}") from None
+    skipped = {key for key in strange if leave and leave.search(key)}
+    strange = [key for key in strange if key not in skipped]
+    if strange:
+        raise LoRAFormatError(f"{where}: {len(strange)} of {len(tensors or strange)} tensors are not understood, "
+                              f"first: {strange[0]!r}{guess_clause(tensors)}")
+    parts: dict[str, dict[str, Tensor]] = {}
+    spelled: dict[str, str] = {}
+    unknown, used, learned = [], set(), {}
+    for key, module, tail, tensor in entries:
+        path = modules.find(module)
+        if leave and (leave.search(key) or leave.search(module) or path and leave.search(path)):
+            skipped.add(key)
+            continue
+        if tail == IGNORED:
+            used.add(key)
+        elif tail == TOKEN and words:
+            learned.setdefault(module, {})[key.removeprefix(f"bundle_emb.{module}.")] = tensor
+            used.add(key)
+        elif tail == TOKEN:
+            raise LoRAFormatError(f"{where}: it holds the learned word {module!r}, an embedding of the prompt and no LoRA, "
+                                  f"for which there is no place here; skip={'^' + re.escape(module)!r} leaves it out")
+        elif path is None:
+            unknown.append(module)
+        elif spelled.setdefault(path, module) != module:
+            raise LoRAFormatError(f"{where}: {module!r} is a second LoRA for {path}; the file spells it twice "
+                                  f"(also as {spelled[path]!r})")
+        elif tail in parts.setdefault(path, {}):
+            raise LoRAFormatError(f"{where}: {module} has two tensors {tail}, such as {key!r}; if the file holds several "
+                                  f"adapters, skip all but one by name")
+        else:
+            parts[path][tail] = tensor
+            used.add(key)
+    if unknown:
+        names = sorted(set(unknown))
+        raise LoRAFormatError(f"{where}: {len(names)} of {len(names) + len(parts)} LoRA modules are unknown to this model, "
+                              f"first: {names[0]!r}{guess_clause(tensors)}")
+    state = {path: _weights(spelled[path], found, modules.shapes.get(path), where) for path, found in parts.items()}
+    for path, weights in state.items():
+        if "magnitude" in weights.tensors and path in modules.shapes:
+            weights.tensors["magnitude"] = _like_weight(weights.tensors["magnitude"], len(modules.shapes[path]),
+                                                        path in modules.embeddings)
+    vectors = {word: _vectors(word, found, where) for word, found in learned.items()}
+    return Assembled(state, used - {""}, skipped - {""}, vectors)
+
+
+def _vectors(word: str, found: Mapping[str, Tensor], where: str) -> Tensor:
+    try:
+        vectors = list(words_in(found, word, where).values())
+    except EmbeddingError as error:
+        raise LoRAFormatError(str(error)) from None
+    if len(vectors) != 1:
+        raise LoRAFormatError(f"{where}: the learned word {word!r} has {len(vectors)} tensors: {', '.join(found)}")
+    return vectors[0]
+
+
+def _weights(module: str, found: dict[str, Tensor], shape: tuple[int, ...] | None, where: str) -> AdapterWeights:
+    for tail, tensor in found.items():
+        if tensor.is_complex():
+            raise LoRAFormatError(f"{where}: {module}.{tail} holds complex numbers; real ones are expected")
+        if not all_finite(tensor):
+            raise LoRAFormatError(f"{where}: {module}.{tail} holds values that are not finite (NaN or infinity)")
+        if not tensor.numel() or tensor.dim() == 0 and tail not in (*SCALES, "on_input"):
+            raise LoRAFormatError(f"{where}: {module}.{tail} has shape {list(tensor.shape)}, which fits no layer")
+    kinds = sorted({TENSORS[tail][0] for tail in found if tail in TENSORS})
+    if not kinds and {"diff_b", "b_norm"} & found.keys():
+        kinds = ["full"]
+    if len(kinds) != 1:
+        has = " and ".join(kinds) or "only " + ", ".join(sorted(found))
+        raise LoRAFormatError(f"{where}: {module} is no adapter of one kind: it has {has}")
+    kind = kinds[0]
+    weights = AdapterWeights(kind, {TENSORS[t][1]: v for t, v in found.items() if t in TENSORS})
+    if kind == "oft" and "oft_blocks" in found and found["oft_blocks"].dim() == 4:
+        weights.kind = "boft"
+    _refuse_halves(module, weights, found, where)
+    for tail, name in MODIFIERS.items():
+        if tail in found:
+            weights.tensors[name] = found[tail]
+    weights.alpha = _alpha(module, weights, found, where)
+    if UP_BIAS in found:
+        bias = found[UP_BIAS]
+        scaled = bias.double() * (weights.alpha / weights.rank)
+        weights.tensors["diff_b"] = scaled.to(bias.dtype if bias.itemsize >= 4 else torch.float32)
+    return _with_sparse(module, weights, found, shape, where) if set(SPARSE) & found.keys() else weights
+
+
+def _like_weight(magnitude: Tensor, dims: int, embedding: bool) -> Tensor:
+    """In as many dimensions as the weight; a flat one, as PEFT has it, holds a value for each output."""
+    if magnitude.dim() == 1 and embedding:
+        return magnitude[None]
+    return magnitude.reshape(*magnitude.shape, *(1,) * (dims - magnitude.dim()))
+
+
+def _refuse_halves(module: str, weights: AdapterWeights, found: Mapping[str, Tensor], where: str) -> None:
+    have, missing = weights.tensors, [n for n in NEEDED.get(weights.kind, ()) if n not in weights.tensors]
+    if weights.kind == "lokr":
+        missing = [w for w in ("w1", "w2") if w not in have and not {f"{w}_a", f"{w}_b"} <= have.keys()]
+    elif weights.kind in ("oft", "boft"):
+        missing = [] if {"blocks", "rotation"} & have.keys() else ["blocks"]
+    elif weights.kind == "full" and not ({"diff"} & have.keys() or {"diff_b", "b_norm"} & found.keys()):
+        missing = ["diff"]
+    if missing:
+        raise LoRAFormatError(f"{where}: {module} is half a pair: {', '.join(sorted(found))} without its {missing[0]}")
+
+
+def _alpha(module: str, weights: AdapterWeights, found: Mapping[str, Tensor], where: str) -> float | None:
+    for tail in SCALES:
+        if tail in found and found[tail].numel() != 1:
+            raise LoRAFormatError(f"{where}: {module}.{tail} has shape {list(found[tail].shape)}; one number is expected")
+    value = {tail: float(found[tail]) for tail in SCALES if tail in found}
+    rank, factor = weights.rank, value.get("scale", 1.0) * value.get("scalar", 1.0)
+    if rank is None and factor != 1.0 and weights.kind == "lokr":
+        weights.tensors["w1"] = weights.tensors["w1"].float() * factor
+    elif rank is None and factor != 1.0:
+        raise LoRAFormatError(f"{where}: {module} has a scale, but its kind ({weights.kind}) has none")
+    if weights.kind in ("oft", "boft"):  # here alpha is not a scale: it bounds the rotation
+        return value.get("alpha") or None  # LyCORIS writes 0 for none
+    if rank is None:  # LyCORIS writes an alpha for such kinds too, and no program reads it
+        return None
+    # kohya: a missing alpha means alpha = rank
+    alpha = value["scale"] * rank if "scale" in value else value.get("alpha", float(rank))
+    alpha *= value.get("scalar", 1.0)
+    if abs(alpha / rank) > torch.finfo(torch.float32).max:
+        raise LoRAFormatError(f"{where}: {module} has the alpha {alpha:g}, which no fp32 number holds")
+    return alpha
+
+
+def _with_sparse(module: str, weights: AdapterWeights, found: Mapping[str, Tensor], shape, where: str) -> AdapterWeights:
+    """A low rank and the entries that it misses, as LyCORIS extracts them; together they are a full difference."""
+    missing = [tail for tail in SPARSE if tail not in found]
+    if missing or weights.kind != "lora" or "mid" in weights.tensors or shape is None:
+        raise LoRAFormatError(f"{where}: {module} has a sparse residual " + (f"without its {missing[0]}" if missing else
+                              f"beside a {weights.kind} that is read without one only"))
+    indices, values, size = (found[tail] for tail in SPARSE)
+    try:
+        rest = torch.sparse_coo_tensor(indices.long(), values.double(), tuple(size.tolist()), check_invariants=True).to_dense()
+        down, up = (weights.tensors[name].double().flatten(1) for name in ("down", "up"))
+        diff = (up @ down).reshape(shape) + rest.reshape(shape)
+    except (RuntimeError, TypeError) as error:
+        raise LoRAFormatError(f"{where}: {module}'s sparse residual does not fit the layer's {list(shape)}: "
+                              f"{str(error).splitlines()[0]}") from None
+    kept = {name: t for name, t in weights.tensors.items() if name not in ("down", "up")}
+    return AdapterWeights("full", {"diff": (diff * (weights.alpha / weights.rank)).float(), **kept})

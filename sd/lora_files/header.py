@@ -1,0 +1,70 @@
+"""The header of a LoRA file: what other programs read of it, and what is derived from its tensors."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from sd.adapters.weights import AdapterWeights
+from sd.config import CONFIG_KEY, SD15, ModelConfig
+from sd.files.hashes import tensor_bytes_hash
+
+# What other programs or we derive from the tensors: never taken over from another file.
+DERIVED = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "lora_adapter_metadata", "sdlora.modules", "format")
+
+
+ALGORITHMS = {"lora": "locon", "full": "full", "loha": "loha", "lokr": "lokr", "ia3": "ia3", "glora": "glora",
+              "oft": "diag-oft", "boft": "boft"}
+
+
+def lora_metadata(state: Mapping[str, AdapterWeights], config: ModelConfig | None = None,
+                  extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The header that other programs read (ss_*, modelspec.*), with each module's kind, rank and alpha under our own key.
+
+    `extra` goes over it, except for what is derived from the tensors. The same input gives the same header: a date and a
+    title stand in it only where `extra` has them. Ranks or alphas that differ are "Dynamic", as kohya's tools write it.
+    """
+    header = {"format": "pt", **_network(state)}
+    if config is not None:
+        header[CONFIG_KEY] = json.dumps(config.to_dict())
+        if (config.unet.widths, config.clip.width) == (SD15.unet.widths, SD15.clip.width):
+            header |= {"ss_base_model_version": "sd_v1", "ss_v2": "False", "modelspec.sai_model_spec": "1.0.1",
+                       "modelspec.architecture": "stable-diffusion-v1/lora", "modelspec.implementation": "diffusers",
+                       "modelspec.prediction_type": {"eps": "epsilon"}.get(config.prediction, config.prediction),
+                       "modelspec.resolution": f"{config.image_size}x{config.image_size}"}
+    return header | {key: value for key, value in (extra or {}).items() if key not in DERIVED}
+
+
+def _network(state: Mapping[str, AdapterWeights]) -> dict[str, str]:
+    ranks = {w.rank for w in state.values() if w.rank}
+    alphas = {w.alpha for w in state.values() if w.rank and w.alpha is not None}
+    found = {"ss_network_dim": ranks, "ss_network_alpha": alphas}
+    header = {key: str(plain_number(min(values))) if len(values) == 1 else "Dynamic" for key, values in found.items() if values}
+    modifiers = {name for w in state.values() for name in w.tensors}
+    norms = {path for path, w in state.items() if w.kind == "full" and all(t.dim() == 1 for t in w.tensors.values())}
+    if {w.kind for w in state.values()} <= {"lora"} and modifiers <= {"down", "up"}:
+        header["ss_network_module"] = "networks.lora"
+    else:
+        kinds = Counter(w.kind for path, w in state.items() if path not in norms) or Counter(["full"])
+        arguments = {"algo": ALGORITHMS[kinds.most_common(1)[0][0]]}
+        arguments |= {key: "True" for key, on in (("dora_wd", "magnitude" in modifiers), ("train_norm", norms),
+                                                  ("use_tucker", modifiers & {"mid", "t1", "t2", "bm"})) if on}
+        header |= {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps(arguments)}
+    listed = {path: [w.kind, w.rank, w.alpha] for path, w in sorted(state.items())}
+    return header | {"sdlora.modules": json.dumps(listed)}
+
+
+def renewed(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The header of a file that is written anew in kohya's spelling: what was derived from the old tensors made again."""
+    return with_hash({"format": "pt"} | {key: value for key, value in metadata.items() if key not in DERIVED}, tensors)
+
+
+def with_hash(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return dict(header) | {"sshs_model_hash": tensor_bytes_hash(tensors)}
+
+
+def plain_number(number: float) -> float | int:
+    return int(number) if number == int(number) else number

@@ -1,0 +1,89 @@
+"""The names of tensors in LoRA files, and what a file of such names seems to be."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Entry(NamedTuple):
+    """One tensor of a file, or a slice of one."""
+
+    key: str  # in the file; "" where the value comes from the file's metadata
+    module: str  # as the file spells it, or our path
+    tail: str  # which tensor it is: a name of TENSORS or MODIFIERS
+    tensor: Tensor
+
+
+# Tensor names of kohya and LyCORIS -> (kind, our name); one table for both directions.
+TENSORS = {
+    "lora_down.weight": ("lora", "down"), "lora_up.weight": ("lora", "up"), "lora_mid.weight": ("lora", "mid"),
+    "diff": ("full", "diff"), "w_norm": ("full", "diff"),
+    **{f"hada_{name}": ("loha", name) for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    **{f"lokr_{name}": ("lokr", name) for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+    **{f"{name}.weight": ("glora", name) for name in ("a1", "a2", "b1", "b2", "bm")},
+    "oft_blocks": ("oft", "blocks"), "oft_diag": ("oft", "rotation"), "rescale": ("oft", "rescale"),
+    "on_input": ("ia3", "on_input"), "weight": ("ia3", "weight"),
+}
+
+
+# What any kind may have beside its own tensors.
+MODIFIERS = {"diff_b": "diff_b", "b_norm": "diff_b", "dora_scale": "magnitude"}
+
+
+SCALES = ("alpha", "scale", "scalar")  # `scale` takes the place of alpha / rank, `scalar` is one more factor
+
+
+SPARSE = ("bias_indices", "bias_values", "bias_size")  # the residual of ΔW that a low rank leaves (not of a bias)
+
+
+UP_BIAS = "lora_up.bias"  # added after `up`, so it has the scale alpha / rank
+
+
+TOKEN = "token"  # a learned word of the prompt that lies beside the LoRA; its module is the word
+
+
+IGNORED = "ignored"  # a tensor that its own program writes and never reads
+
+
+NEEDED = {"lora": ("down", "up"), "loha": ("w1_a", "w1_b", "w2_a", "w2_b"), "glora": ("a1", "a2", "b1", "b2"),
+          "ia3": ("weight", "on_input")}
+
+
+def guess_file(tensors: Mapping[str, Tensor]) -> str:
+    """One clause on what a file of these tensors seems to be."""
+    keys = list(tensors)
+    contexts = {t.shape[1] for k, t in tensors.items() if t.dim() > 1
+                and re.search(r"attn2[._]to_k(\.processor|_lora)?\.(lora_down|lora_A|lora\.down|down)\b", k)}
+    base = {768: "SD 1.x", 1024: "SD 2", 2048: "SDXL"}.get(min(contexts), "another base model") if contexts else None
+    for pattern, what in (
+        (r"^lora_te2_|^text_encoder_2\.", "it seems to be a LoRA for SDXL"),
+        (r"^lora_(unet|transformer)_(double|single)_blocks|(single_transformer|double|single)_blocks\.\d+\.",
+         "it seems to be a LoRA for Flux"),
+        (r"^lora_te_text_model_encoder_layers_(1[2-9]|2\d)_", "it seems to be a LoRA for SD 2"),
+        (r"joint_blocks|joint_transformer_blocks", "it seems to be a LoRA for SD 3"),
+        (r"^(model\.diffusion_model|first_stage_model|cond_stage_model)\.", "it seems to be a whole checkpoint, not a LoRA"),
+    ):
+        if any(re.search(pattern, key) for key in keys):
+            return what
+    if base:
+        return f"it seems to be a LoRA for {base} (text embeddings of width {min(contexts)})"
+    if any(re.match("lora_unet_(input|middle|output)_block", key) for key in keys):
+        return "it seems to be a LoRA for SDXL"
+    if any(re.match(r"lora_(unet|te1?)_|unet\.|text_encoder\.|diffusion_model\.", key) for key in keys):
+        return "it is damaged, or a LoRA for another base model"
+    return "it does not look like a LoRA" if keys else "it is empty"
+
+
+def guess_clause(tensors: Mapping[str, Tensor] | None) -> str:
+    return f"; {guess_file(tensors)}" if tensors else ""
+
+
+def looks_like_lora(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a file of these tensors is a LoRA rather than a checkpoint, by its names alone."""
+    parts = (*(tail for tail in TENSORS if tail not in ("weight", "diff", "rescale")), ".diff")
+    return any("lora" in key.lower() or key.endswith(parts) or re.match(r"(unet|text_encoder):\d+:|lycoris_", key)
+               or key.endswith((".module.A", ".module.B")) for key in tensors)

@@ -1,0 +1,121 @@
+"""The four networks of a model with what belongs to them; devices and dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch.overrides import TorchFunctionMode
+
+from sd.adapters.targets import lora_layers
+from sd.clip import CLIP
+from sd.config import ModelConfig
+from sd.files.hashes import model_hash
+from sd.lora_files.read import LoadReport
+from sd.prompts.learned_words import LearnedWords
+from sd.prompts.tokenizer import load_tokenizer
+from sd.unet import UNet
+from sd.vae import build_vae
+
+
+class DeviceError(ValueError):
+    """A device that is not here."""
+
+
+class Models(dict):
+    """The networks under "clip", "encoder", "decoder", "diffusion", with what belongs to them.
+
+    `config`, `tokenizer`, `source` (the file or folder they came from) and `lora_reports` (name -> LoadReport).
+    """
+
+    def __init__(self, networks: Mapping[str, nn.Module], config: ModelConfig, tokenizer=None, source: Path | None = None):
+        super().__init__(networks)
+        self.config, self.source = config, source
+        self.lora_reports: dict[str, LoadReport] = {}
+        self._tokenizer = tokenizer
+
+    @property
+    def tokenizer(self):
+        """Built when first needed: importing transformers takes longer than loading a model."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer()
+        return self._tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return self["diffusion"].conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self["diffusion"].conv_in.weight.dtype
+
+    @property
+    def model_hash(self) -> str | None:
+        """First ten hex digits of the checkpoint's SHA-256; None for models that are not from one file."""
+        return model_hash(self.source) if self.source is not None and Path(self.source).is_file() else None
+
+    def to(self, device) -> Models:
+        for network in self.values():
+            network.to(device)
+        return self
+
+
+def default_device() -> torch.device:
+    """The best device present: CUDA, Apple MPS, CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def usable_device(name) -> torch.device:
+    """The device of that name. Raises DeviceError for one that is not here."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise DeviceError(f"device {str(name)!r} cannot be used ({str(error).splitlines()[0]}); the best one here is "
+                          f"{default_device()}") from None
+    if device.type == "meta":
+        raise DeviceError(f"device 'meta' holds no data, so nothing runs on it; the best one here is {default_device()}")
+    return device
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """fp32 on the CPU; elsewhere bf16 where the hardware has it, else fp16."""
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float16
+
+
+def build_networks(config: ModelConfig) -> dict[str, nn.Module]:
+    """The four networks with torch's random initial weights (on the meta device inside `with torch.device("meta")`)."""
+    return {"clip": CLIP(config.clip), **build_vae(config.vae), "diffusion": UNet(config.unet)}
+
+
+class NoInitialValues(TorchFunctionMode):
+    """Skips torch.nn.init: its values would be replaced at once, and on the meta device its normal_ imports for seconds."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+def new_models(config: ModelConfig, seed: int = 0) -> Models:
+    """Untrained models on the CPU in fp32, the same for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Models({k: m.eval().requires_grad_(False) for k, m in build_networks(config).items()}, config)
+
+
+def count_parameters(models) -> dict[str, int]:
+    """Parameters of the base (without learned words), of all adapters, and of those that are trainable now."""
+    networks = [models] if isinstance(models, nn.Module) else [m for m in models.values() if isinstance(m, nn.Module)]
+    adapters = sum(p.numel() for m in networks for layer in lora_layers(m).values() for p in layer.adapters.parameters())
+    words = sum(p.numel() for network in networks for m in network.modules() if isinstance(m, LearnedWords) for p in m.values())
+    total = sum(p.numel() for m in networks for p in m.parameters()) - words
+    trainable = sum(p.numel() for m in networks for p in m.parameters() if p.requires_grad)
+    return {"base": total - adapters, "lora": adapters, "trainable": trainable}

@@ -1,0 +1,96 @@
+"""Captions to context, once where the text encoder is frozen."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sd.prompts.tokenizer import tokenize
+from sd.training.dataset.batches import picture_options
+from sd.training.dataset.cache import Store, network_hash
+from sd.training.dataset.captions import fixed_captions
+from sd.training.dist import own_first
+
+CONTEXT_BYTES = 1 << 30  # of contexts that are kept in memory
+
+
+class Contexts:
+    """captions -> context [B, L, D] on the UNet's device; each is encoded once a batch, or once for good if the text encoder
+    is frozen.
+
+    What is encoded for good is kept on the CPU, `limit` bytes of it, and in `store` (sd/training/latent_cache.py: TextStore)
+    if there is one: the least recently used is encoded, or read, again.
+    """
+
+    def __init__(self, models, *, trained: bool, store=None, clip_skip: int = 1, limit: int = CONTEXT_BYTES):
+        self.models, self.trained, self.store, self.clip_skip = models, trained, store, clip_skip
+        self.kept: OrderedDict[str, Tensor] = OrderedDict()
+        self.limit, self.bytes = limit, 0
+
+    def __call__(self, captions: list[str]) -> Tensor:
+        unique = sorted(set(captions))
+        if self.trained:
+            return self._encode(unique)[[unique.index(caption) for caption in captions]]
+        found = {caption: self._frozen(caption) for caption in unique}
+        return torch.stack([found[caption] for caption in captions]).to(self.models.device)
+
+    def fill(self, captions: Iterable[str]) -> None:
+        """Encode all that will be needed, so that the text encoder may leave the device. Nothing if it is trained."""
+        captions = [] if self.trained else sorted(set(captions))
+        for caption in own_first(captions) if self.store else captions:
+            self._frozen(caption)
+
+    def _frozen(self, caption: str) -> Tensor:
+        if caption in self.kept:
+            self.kept.move_to_end(caption)
+            return self.kept[caption]
+        tokens = self.tokens([caption])
+        context = self.store.read(tokens) if self.store else None
+        if context is None:
+            # One at a time and without autocast: a row must not depend on what else is in the batch, or on who asks first.
+            with torch.no_grad(), torch.autocast(self.models.device.type, enabled=False):
+                context = self._encode([caption])[0].cpu()
+            if self.store:
+                self.store.write(tokens, context)
+        self.kept[caption] = context
+        self.bytes += context.nbytes
+        while self.bytes > self.limit and len(self.kept) > 1:
+            self.bytes -= self.kept.popitem(last=False)[1].nbytes
+        return context
+
+    def _encode(self, captions: list[str]) -> Tensor:
+        clip = self.models["clip"]
+        return clip(self.tokens(captions).to(clip.token_embedding.weight.device), self.clip_skip)
+
+    def tokens(self, captions: list[str]) -> Tensor:
+        return tokenize(self.models.tokenizer, captions, self.models.config.clip.max_tokens, self.models["clip"].words)
+
+
+def all_captions(dataset, config) -> list[str] | None:
+    """Every text that the training will show, sorted; None where wildcards or shuffling make each use another one."""
+    return fixed_captions(dataset.captions, [picture_options(dataset, config, i) for i in range(len(dataset))])
+
+
+class TextStore:
+    """tokens [1, L] -> context [L, D] in a folder, for `Contexts`; not for a text encoder that is trained.
+
+    The key holds the text encoder's weights with the adapters in force, its dtype, `clip_skip`, and the tokens, which are all
+    that tokenizer and text are to it. Above `limit` bytes no more are written: captions that vary would fill any disk.
+    """
+
+    def __init__(self, folder: str | Path, models, clip_skip: int = 1, limit: int = 2 << 30):
+        clip = models["clip"]
+        self.store = Store(Path(folder, "text"), limit)
+        self.about = {"what": "context", "text encoder": network_hash(clip), "clip skip": clip_skip,
+                      "dtype": str(clip.final_norm.weight.dtype)}
+
+    def read(self, tokens: Tensor) -> Tensor | None:
+        found = self.store.read(self.about | {"tokens": tokens[0].tolist()})
+        return None if found is None else found["context"]
+
+    def write(self, tokens: Tensor, context: Tensor) -> None:
+        self.store.write(self.about | {"tokens": tokens[0].tolist()}, {"context": context})

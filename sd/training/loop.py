@@ -1,0 +1,181 @@
+"""The training loop, for a LoRA, for whole networks and for the autoencoder. To resume, run the same command again.
+
+Everything random in micro-batch number n is a pure function of (seed, purpose, n), so no random state is saved, and
+N steps are the same bits as k steps, a kill at any instant and N - k steps (with the same number of threads).
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+
+import torch
+from torch import Tensor
+
+from sd.adapters.quant import quantize_base, quantized_kinds
+from sd.adapters.targets import lora_layers
+from sd.files.atomic import atomic_write
+from sd.lora_files.modules import modules_of
+from sd.model_loader import preload_models_from_standard_weights
+from sd.models import Models
+from sd.placement import placed, run_as
+from sd.training.config import TrainConfig
+from sd.training.dataset.open import open_pictures
+from sd.training.dataset.randomness import seed_of
+from sd.training.dist import add_up, check_accumulate, check_same, chief, clip_gradients, devices, own_numbers, processes
+from sd.training.errors import TrainError
+from sd.training.interrupt import asked_to_stop
+from sd.training.loss import vae_loss
+from sd.training.optim import (
+    autocast,
+    limit_norms,
+    lr_factor,
+    make_optimizer,
+    next_loss_scale,
+    set_learning_rate,
+    settle,
+    step_unless,
+    unscale,
+    update_ema,
+)
+from sd.training.relora import fold, restart
+from sd.training.result import save_result
+from sd.training.run_state import Progress, alone_in, fingerprint, load_state, open_folder, run_facts, save_state
+from sd.training.shard import shard, unshard
+from sd.training.step import diffusion_batches, idle_networks, vae_batches
+from sd.training.trained import frozen_parts, start_hash, training
+from sd.training.watch.estimate import announce, dry_run
+from sd.training.watch.monitor import MONITOR_FIELDS, Monitor, as_result, finite
+
+MAX_LOSS = 1000.0  # a network that answers 0 has a loss of 1
+MAX_SKIPPED = 20  # bad steps in a row, then the training stops
+READ_EVERY = 10  # steps between two readings of losses: a reading waits for the device
+
+
+@processes()
+def train(config: TrainConfig, models: Models | None = None, dataset=None, *, held_out=None,
+          autoencoder_loss=vae_loss) -> Models:
+    """Train `models` (none: `config.model`) on `dataset` (none: `config.data`); returns the models.
+
+    They are trained in place; a LoRA is left attached and active, and with `quantize` the base stays quantised. The result
+    goes into `config.out`, as `<name>.safetensors` or model.safetensors. `held_out` is a data set whose loss alone is measured
+    (none: what `config.validation` chooses, or `config.validation_data`). `autoencoder_loss` has the arguments of `vae_loss`
+    and may replace it. Ctrl-C saves after the present step, then raises KeyboardInterrupt. Raises TrainError, DataError
+    or ProcessError, before the first step wherever that can be known.
+    """
+    check_accumulate(config.accumulate)
+    config = replace(config, progress=config.progress and chief())
+    folder = None if config.dry_run else open_folder(config.out)
+    if models is None:
+        models = preload_models_from_standard_weights(config.model, dtype=torch.float32)
+    dataset, held_out = open_pictures(config, models, dataset, held_out)
+    if config.quantize != "none" and quantized_kinds(models) != [config.quantize]:
+        quantize_base(models, config.quantize)
+    if config.dry_run:
+        text = dry_run(config, models, dataset, held_out)
+        if chief():
+            print(text)
+        return models
+    with alone_in(folder), torch.random.fork_rng(devices()), training(config, models) as parameters, \
+            run_as(config, models), ExitStack() as stack:
+        facts = run_facts(config, FREE, dataset=dataset.fingerprint(), base=fingerprint(models, parameters),
+                          held_out=held_out and held_out.fingerprint(), from_lora=start_hash(config, models))
+        if config.shard:
+            parameters = shard(models, parameters)
+        optimizer = make_optimizer(parameters, config, modules_of(models))
+        layers = lora_layers(models) if config.max_norm else {}
+        ema = {name: p.detach().clone() for name, p in parameters.items()} if config.ema else {}
+        weights = parameters | frozen_parts(config, models)
+        done = load_state(folder, weights, optimizer, ema, facts, run_facts(TrainConfig(), FREE),
+                          ("steps",) if config.schedule == "constant" else ())
+        if done.step > config.steps:
+            raise TrainError(f"steps is {config.steps}, and {folder} has done {done.step}; allowed: {done.step} or more")
+        check_same(weights, **facts, step=done.step)
+        if chief():
+            with atomic_write(folder / "config.json") as file:
+                file.write((json.dumps(asdict(config), indent=2) + "\n").encode())
+        if config.progress and not config.shard and done.step < config.steps:
+            announce(config, models, dataset, parameters, steps=config.steps - done.step)
+        device = next(iter(parameters.values())).device
+        scale = torch.tensor([done.loss_scale if config.precision == "fp16" else 1.0, done.good_steps], device=device)
+        micro_loss = (vae_batches(config, models, dataset, autoencoder_loss) if config.train == "vae" else
+                      diffusion_batches(config, models, dataset))
+        watch = Monitor(config, models, folder, done.step, held_out, autoencoder_loss)
+        stack.enter_context(placed(models, idle_networks(config, models, dataset), "cpu"))
+        stop = stack.enter_context(asked_to_stop())  # until now Ctrl-C ends at once: what is cached is kept
+        unread: list[Tensor] = []  # (loss, norm of the gradient, whether they were bad) of steps, on the device
+
+        stopping = False
+        for step in range(done.step, config.steps + 1):
+            last = step == config.steps
+            save = stopping or last or (step % config.save_every == 0 and step > done.step)
+            look = watch.due(step) and not stopping
+            if save or look or len(unread) == READ_EVERY:
+                _read(unread, step, done, watch, config)
+            if look:
+                with as_result(models, parameters, optimizer, ema):
+                    watch.look(step)
+            if save:
+                check_same(weights, step=step)
+                watch.save(step)
+                done.step, done.loss_scale, done.good_steps = step, *scale.tolist()
+                save_state(folder, done, weights, optimizer, ema, facts)
+            if last:
+                break
+            if stopping:
+                raise KeyboardInterrupt(f"stopped after {step} of {config.steps} steps; the same command goes on from there")
+
+            restart(step, config, models, optimizer)
+            set_learning_rate(optimizer, lr_factor(step, config))
+            loss = torch.zeros((), device=device)
+            for number in own_numbers(step, config.accumulate):
+                torch.manual_seed(seed_of(config.seed, "layers", number))  # dropout inside the layers
+                with autocast(config.precision, device):
+                    micro = micro_loss(number) / config.accumulate
+                (micro * scale[0]).backward()
+                loss += micro.detach()
+            loss, stopping = add_up(parameters.values(), loss, stop())
+            unscale(parameters.values(), scale[0])
+            norm = clip_gradients(parameters.values(), config.clip_norm)
+            bad = ~(norm.isfinite() & (loss < MAX_LOSS))
+            step_unless(bad, optimizer)
+            limit_norms(layers, config.name, config.max_norm)
+            update_ema(ema, parameters, config.ema, step, bad)
+            optimizer.zero_grad()
+            if config.precision == "fp16":
+                scale = next_loss_scale(scale, norm.isfinite())
+            unread.append(torch.stack([loss, norm, bad]))
+            watch.bar.update()
+
+        watch.close()
+        settle(optimizer)
+        with torch.no_grad():
+            for name, value in ema.items():
+                parameters[name].copy_(value)
+        fold(config, models)
+        unshard(models)
+        if chief():
+            save_result(config, models, folder, facts, len(dataset))
+    return models
+
+
+# What may be another when a run is resumed: where things lie, and what changes no bit of the result.
+FREE = ("data", "reg_data", "cache", "out", "model", "save_every", "progress", "checkpointing", "shard",
+        *MONITOR_FIELDS)
+
+
+def _read(unread: list[Tensor], step: int, done: Progress, watch: Monitor, config: TrainConfig) -> None:
+    """Write the losses of the steps before `step`, and count the bad ones. Raises TrainError after too many in a row."""
+    rows = torch.stack(unread).tolist() if unread else []
+    unread.clear()
+    for i, (loss, norm, bad) in enumerate(rows, step - len(rows)):
+        done.skipped += int(bad)
+        done.skipped_in_a_row = done.skipped_in_a_row + 1 if bad else 0
+        watch.add(step=i, loss=finite(loss), grad_norm=finite(norm), lr=config.learning_rate * lr_factor(i, config),
+                  skipped=done.skipped)
+        if done.skipped_in_a_row >= MAX_SKIPPED:
+            raise TrainError(f"{MAX_SKIPPED} steps in a row, to step {i}, had no usable loss or gradient (the last loss "
+                             f"is {loss:g}): the training has diverged; use a lower learning rate than "
+                             f"{config.learning_rate:g} and another out folder")
+    watch.show()

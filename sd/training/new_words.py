@@ -1,0 +1,78 @@
+"""New words of the prompt (textual inversion, Gal et al. 2022), trained alone or beside a LoRA or the networks.
+
+k vectors of a word, D width of the text encoder.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sd.lora_files.embedding_files import file_name
+from sd.prompts.learned_words import EmbeddingError, word_key
+from sd.prompts.tokenizer import find_words, tokens_of
+from sd.training.dataset.batches import picture_options
+from sd.training.dataset.captions import seen_caption
+from sd.training.dataset.randomness import torch_rng
+from sd.training.errors import TrainError
+from sd.training.rules import NewWord, parse_word
+
+
+def new_words(config, models) -> dict[str, nn.Parameter]:
+    """Let the text encoder learn the words of `config`; returns their vectors by canonical name.
+
+    A word without a text starts at random; one that is loaded already, named alone, is trained further. Raises TrainError.
+    """
+    clip, found = models["clip"], {}
+    for new in map(parse_word, config.new_words):
+        try:
+            if clip.learned.find(new.word) is None:
+                clip.learn({new.word: start_vectors(config, models, new, len(found))})
+            elif new.vectors or new.text:
+                raise TrainError(f"new_words has {new.word!r}, which is loaded already; name it without text and number to "
+                                 f"train it further, or choose another word")
+        except EmbeddingError as error:
+            raise TrainError(f"new_words: {error}") from None
+        found[f"clip.learned.{word_key(clip.learned.find(new.word))}"] = clip.learned.of(new.word)
+    return found
+
+
+def word_files(config) -> dict[str, str]:
+    """New word -> the name of the file in which its training ends."""
+    return {word: file_name(word) for word, *_ in map(parse_word, config.new_words)}
+
+
+def start_vectors(config, models, new: NewWord, number: int) -> Tensor:
+    """[k, D]: the embeddings of the text's tokens, each for as many vectors as there are more of them; else N(0, std²).
+
+    std is that of the vocabulary's embeddings. `number`: of the word, for its own random numbers.
+    """
+    clip = models["clip"]
+    tokens, _ = tokens_of(models.tokenizer, new.text, clip.words)
+    k, n = new.vectors or len(tokens) or 1, len(tokens)
+    if n > k:
+        raise TrainError(f"new_words has {new.word!r} with {k} vectors, and its text {new.text!r} has {n} tokens; "
+                         f"shorten it, or give {n} vectors")
+    table = clip.token_embedding.weight.detach()
+    if not tokens:
+        return torch.randn(k, table.shape[1], generator=torch_rng(config.seed, "new words", number)) * table.float().std().cpu()
+    with torch.no_grad():
+        start = clip.embed(torch.tensor([tokens], device=table.device))[0].float()
+    return start[[i * n // k for i in range(k)]]
+
+
+def check_words_shown(config, dataset) -> None:
+    """Raises TrainError for a new word that stands in no caption: it would stay as it is."""
+    left = {parse_word(text).word for text in config.new_words}
+    for i, texts in enumerate(dataset.captions if left else ()):
+        options = picture_options(dataset, config, i)
+        for text in texts:  # as it stands too: a wildcard may hold the word
+            seen = seen_caption(text, options, np.random.default_rng(0))
+            left -= {word for shown in (seen, text) for *_, word in find_words(shown, dict.fromkeys(left))}
+        if not left:
+            return
+    if left:
+        word = min(left)
+        raise TrainError(f"new_words has {word!r}, which stands in no caption; write it there, or put it before all of them "
+                         f"(trigger or prefix)")

@@ -1,0 +1,75 @@
+"""What a person sees before a training starts: its data, what is trained, the options."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+
+from torch import nn
+
+from sd.training.dataset.batches import Batches, batch_captions
+
+NAMES = {"diffusion": "UNet", "clip": "text encoder", "encoder": "VAE encoder", "decoder": "VAE decoder"}
+
+
+def describe_data(dataset, config, n: int = 8) -> str:
+    """Counts, buckets with their numbers, and the first n captions as they will be seen."""
+    batches, regular = Batches(dataset, config), getattr(dataset, "regular", [False] * len(dataset))
+    uses, variants = len(batches.uses), getattr(dataset, "variants", 1)
+    lines = [f"{len(dataset)} pictures, {uses} uses and about {uses / config.batch_size:.1f} batches of {config.batch_size} an "
+             f"epoch; {config.steps} steps are {config.steps * config.accumulate * config.batch_size / uses:.1f} epochs"]
+    if variants > 1:
+        lines.append(f"{variants} crops and mirror images of each")
+    if any(regular):
+        lines.append(f"{sum(regular)} of them, and {sum(regular[i] for i in batches.uses)} of the uses, are for prior "
+                     f"preservation; their loss counts {config.prior_weight:g} times")
+    origins = Counter(e.origin for e in getattr(dataset, "entries", []))
+    if len(origins) > 1:
+        used = Counter(dataset.entries[i].origin for i in batches.uses)
+        lines += [f"  {origin}: {count} pictures, {used[origin]} uses" for origin, count in origins.items()]
+    if getattr(dataset, "masked", False):
+        lines.append(f"{sum(e.mask is not None for e in dataset.entries)} have a mask")
+    sizes = getattr(dataset, "sizes", None) or [tuple(dataset.picture(i).shape[:0:-1]) for i in range(len(dataset))]
+    pictures, used = Counter(sizes), Counter(sizes[i] for i in batches.uses)
+    lines += ["width x height:", *(f"  {w} x {h}: {pictures[w, h]} pictures, {used[w, h]} uses" for w, h in sorted(pictures))]
+    lines.append("captions as they will be seen:")
+    shown, number = [], 0
+    while len(shown) < n:
+        indices = batches(number)
+        shown += zip(indices, batch_captions(dataset, indices, config, number))
+        number += 1
+    names = [e.name for e in dataset.entries] if hasattr(dataset, "entries") else [f"picture {i}" for i in range(len(dataset))]
+    return "\n".join(lines + [f"  {names[i]}: {text!r}" for i, text in shown[:n]])
+
+
+def describe_parameters(models, parameters: Mapping[str, nn.Parameter]) -> str:
+    """Numbers that are trained, by component, and in how many layers."""
+    lines = []
+    for component, network in models.items():
+        own = {name: p for name, p in parameters.items() if name.startswith(f"{component}.")}
+        if own:
+            count, whole = sum(p.numel() for p in own.values()), sum(p.numel() for p in network.parameters())
+            layers = len({name.rpartition(".")[0] for name in own})
+            lines.append(f"{NAMES[component]:<16}{count:>13,} numbers in {layers} layers; {whole - count:,} are frozen")
+    return "\n".join(lines)
+
+
+def describe_held_out(held_out) -> str:
+    names = [entry.name for entry in getattr(held_out, "entries", [])[:8]]
+    more = ", ..." if len(names) < len(held_out) and names else ""
+    return f"{len(held_out)} pictures, for the validation loss alone" + (f": {', '.join(names)}{more}" if names else "")
+
+
+def describe_config(config) -> str:
+    """Every field that is not at its default, with the default beside it."""
+    rows = [(f.name, getattr(config, f.name), f.default) for f in fields(config)]
+    rows = [(name, value, default) for name, value, default in rows if default is not MISSING and value != default]
+    width = max((len(name) for name, _, _ in rows), default=0)
+    return "\n".join(f"{name:<{width}}  {_value(value)}   (default: {_value(default)})" for name, value, default in rows)
+
+
+def _value(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(_value, value)) or "none"
+    return "none" if value in (None, "") else str(value)

@@ -1,0 +1,109 @@
+"""Pictures of the same prompts and seeds as the training goes on: a contact sheet with a row for the base and for each time.
+
+They are a pure function of the run. The pictures lie in samples/, each with what made it; the sheet, samples.png, is made of
+them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from sd.pictures.image_io import load_image, save_image
+from sd.pictures.sheets import contact_sheet
+from sd.pipeline import NotFiniteError, generate
+from sd.placement import placed
+from sd.training.dist import chief, of_chief
+from sd.training.optim import autocast
+from sd.training.relora import adapters_in_training
+
+log = logging.getLogger("sd")
+
+SAMPLER, LARGEST, MOST_ROWS = "dpmpp_2m", 256, 40  # the sheet's pictures are scaled down to it, and its rows thinned out
+
+
+class Samples:
+    """The samples of a run that goes on at `step`: those of later steps, of a run that was killed, are removed.
+
+    All processes draw them, since a sharded network needs all, and the chief writes.
+    """
+
+    def __init__(self, config, models, folder: Path, step: int):
+        self.config, self.models, self.folder, self.sheet = config, models, folder / "samples", folder / "samples.png"
+        self.size = config.size or models.config.image_size
+        if not chief():
+            return
+        self.folder.mkdir(exist_ok=True)
+        for file in self.folder.glob("*.png"):
+            of = _step_of(file)
+            if step == 0 or of is not None and of > step:
+                file.unlink()
+
+    def take(self, step: int) -> Path:
+        """Make the pictures of this step, and the sheet anew; returns its path.
+
+        The base is made where it is missing: of a LoRA by leaving it off, of whole networks only before their first step.
+        """
+        lora = self.config.train == "lora"
+        trained = {"lora": dict.fromkeys(adapters_in_training(self.config), 1.0)} if lora else {}
+        for column in range(len(self.config.sample_prompts)):
+            if (lora or step == 0) and not of_chief(self._file("base", column).exists()):
+                self._make("base", column, {"use_lora": False}, 0)
+            if step > 0:
+                self._make(f"{step:08d}", column, trained, step)
+        if chief():
+            self._draw_sheet()
+        return self.sheet
+
+    def _make(self, row: str, column: int, which: dict, step: int) -> None:
+        """One at a time: a picture must not depend on the other prompts, and decoding many takes more than training."""
+        about = self._about(column)
+        # Half precision would overflow in the autoencoder of many models.
+        precision = "bf16" if self.config.precision == "bf16" else "fp32"
+        try:
+            with placed(self.models, self.models, self.models.device), autocast(precision, self.models.device):
+                picture = generate(models=self.models, merged=False, **about, **which)
+        except NotFiniteError as error:
+            log.warning("step %d: no sample of %r: %s", step, about["prompt"], error)
+            return
+        if chief():
+            save_image(picture, self._file(row, column), about | {"training_step": step})
+
+    def _about(self, column: int) -> dict:
+        return {"prompt": self.config.sample_prompts[column], "seed": self.config.sample_seed + column,
+                "n_inference_steps": self.config.sample_steps, "cfg_scale": self.config.sample_cfg, "sampler_name": SAMPLER,
+                "width": self.size, "height": self.size}
+
+    def _file(self, row: str, column: int) -> Path:
+        """Another prompt, seed or setting is another file, so a changed one leaves a gap, and no false neighbours."""
+        about = hashlib.sha256(json.dumps(self._about(column), sort_keys=True).encode()).hexdigest()[:8]
+        return self.folder / f"{row}-{about}.png"
+
+    def _draw_sheet(self) -> None:
+        columns = range(len(self.config.sample_prompts))
+        names = {file.name.split("-")[0] for file in self.folder.glob("*-*.png")}
+        names = [name for name in sorted(names, key=lambda name: (name != "base", name))
+                 if any(self._file(name, c).exists() for c in columns)]
+        if len(names) > MOST_ROWS:
+            names = [names[i] for i in np.linspace(0, len(names) - 1, MOST_ROWS).round().astype(int)]
+        rows = [[_small(file) if (file := self._file(name, c)).exists() else None for c in columns] for name in names]
+        labels = ["base" if name == "base" else f"step {int(name)}" for name in names]
+        if rows:
+            save_image(contact_sheet(rows, labels, self.config.sample_prompts), self.sheet)
+
+
+def _step_of(file: Path) -> int | None:
+    """None for the base, and for what is not ours."""
+    row = file.name.split("-")[0]
+    return int(row) if row.isdecimal() else None
+
+
+def _small(file: Path) -> Image.Image:
+    image = load_image(file)
+    image.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+    return image

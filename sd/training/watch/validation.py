@@ -1,0 +1,98 @@
+"""Pictures that are never learned from, and the loss on them: which they are, and what noise they get, never changes.
+
+B images, h, w latents, T timesteps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sd.training.dataset.batches import picture_options
+from sd.training.dataset.cache import Posteriors
+from sd.training.dataset.captions import seen_caption
+from sd.training.dataset.contexts import Contexts, TextStore
+from sd.training.loss import Objective, diffusion_loss
+from sd.training.optim import autocast
+
+TIMESTEPS = 8  # of each picture: one from each eighth of those that are trained
+
+
+# ---- their loss ------------------------------------------------------------------------------------------------------
+
+class Validation:
+    """() -> mean squared error on the held-out pictures, at noise and timesteps that follow from each picture alone.
+
+    So it is the same measure in every run, whatever seed, batch size (to rounding), weighting and other pictures: plain
+    captions, first crop, T timesteps spread evenly over those that are trained. Of the autoencoder it is `autoencoder_loss`.
+    """
+
+    def __init__(self, config, models, held_out, autoencoder_loss=None):
+        self.config, self.models, self.pictures, self.autoencoder_loss = config, models, held_out, autoencoder_loss
+        self.seeds = [_seed(held_out.picture(i)) for i in range(len(held_out))]
+        if config.train == "vae":
+            return
+        self.posteriors = Posteriors(models, held_out, config.cache, progress=config.progress)
+        store = TextStore(config.cache, models) if config.cache and not config.trains_text else None
+        self.contexts = Contexts(models, trained=config.trains_text, store=store)
+        self.contexts.fill(self._caption(i) for i in range(len(held_out)))
+
+    @torch.no_grad()
+    def __call__(self) -> float:
+        """One reading of the device in all."""
+        loss = self._autoencoder if self.config.train == "vae" else self._diffusion
+        device = self.models.device
+        total, count = torch.zeros((), device=device), 0
+        with autocast(self.config.precision, device):
+            for rows in self._batches(1 if self.config.train == "vae" else TIMESTEPS):
+                total += loss(rows, device) * len(rows)
+                count += len(rows)
+        return total.item() / count
+
+    def _batches(self, times: int) -> Iterator[list[tuple[int, int]]]:
+        """(picture, which of its timesteps), as many as in a training batch, all of one bucket."""
+        buckets = getattr(self.pictures, "bucket_of", [0] * len(self.pictures))
+        for bucket in sorted(set(buckets)):
+            rows = [(i, k) for i, own in enumerate(buckets) if own == bucket for k in range(times)]
+            yield from (rows[n:n + self.config.batch_size] for n in range(0, len(rows), self.config.batch_size))
+
+    def _diffusion(self, rows: list[tuple[int, int]], device: torch.device) -> Tensor:
+        indices, config = [i for i, _ in rows], self.config
+        mean, std = self.posteriors(indices)
+        draws = [self._draw(i, mean.shape[1:]) for i in indices]
+        latents = mean + std * torch.stack([posterior for posterior, _, _ in draws])
+        noise = torch.stack([noise[k] for (_, noise, _), (_, k) in zip(draws, rows)])
+        t = torch.tensor([t[k] for (_, _, t), (_, k) in zip(draws, rows)])
+        mask = self.posteriors.masks(indices)
+        return diffusion_loss(self.models, latents.to(device), self.contexts([self._caption(i) for i in indices]), t.to(device),
+                              noise.to(device), objective=Objective(zero_terminal_snr=config.zero_terminal_snr),
+                              mask=None if mask is None else mask.to(device))
+
+    def _draw(self, i: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, list[int]]:
+        """Of picture i: noise of its posterior [C, h, w], noise [T, C, h, w], and T timesteps."""
+        rng = torch.Generator().manual_seed(self.seeds[i])
+        low, high = self.config.min_timestep, self.config.max_timestep or self.models.config.train_timesteps
+        u = torch.rand((), generator=rng, dtype=torch.float64).item()
+        t = [low + int((high - low) * (k + u) / TIMESTEPS) for k in range(TIMESTEPS)]
+        return torch.randn(shape, generator=rng), torch.randn((TIMESTEPS, *shape), generator=rng), t
+
+    def _caption(self, i: int) -> str:
+        """The first one, with the same words each time where they are drawn."""
+        options = picture_options(self.pictures, self.config, i)
+        return seen_caption(self.pictures.captions[i][0], options, np.random.default_rng(self.seeds[i]))
+
+    def _autoencoder(self, rows: list[tuple[int, int]], device: torch.device) -> Tensor:
+        vae = self.models.config.vae
+        pictures = torch.stack([self.pictures.picture(i) for i, _ in rows])
+        shape = vae.latent_channels, pictures.shape[2] // vae.factor, pictures.shape[3] // vae.factor
+        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(self.seeds[i])) for i, _ in rows])
+        return self.autoencoder_loss(self.models, pictures.to(device), noise.to(device), self.config.kl_weight)
+
+
+def _seed(picture: Tensor) -> int:
+    """63 bits of the pixels' hash."""
+    return int.from_bytes(hashlib.sha256(picture.contiguous().numpy().tobytes()).digest()[:8], "big") >> 1

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sd.attention import SelfAttention
 from sd.config import CLIPConfig
+from sd.errors import SDError
 from sd.prompts.learned_words import LearnedWords
 
 
@@ -31,9 +32,9 @@ class CLIP(nn.Module):
     def forward(self, tokens: Tensor, clip_skip: int = 1) -> Tensor:
         """`clip_skip` 1 takes the last layer, 2 the one before, ...; then the final norm. Raises ValueError."""
         if not 1 <= clip_skip <= len(self.layers):
-            raise ValueError(f"clip_skip is {clip_skip}; allowed: 1 (last layer) to {len(self.layers)}")
+            raise SDError(f"clip_skip is {clip_skip}; allowed: 1 (last layer) to {len(self.layers)}")
         if tokens.shape[1] > self.config.max_tokens:
-            raise ValueError(f"{tokens.shape[1]} tokens are given, the text encoder takes {self.config.max_tokens}")
+            raise SDError(f"{tokens.shape[1]} tokens are given, the text encoder takes {self.config.max_tokens}")
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)  # a row for each image
         x = self.embed(tokens) + self.position_embedding(positions)  # [B, L, D]
         for layer in self.layers[: len(self.layers) - clip_skip + 1]:

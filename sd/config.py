@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
 
+from sd.errors import SDError
 
-class ConfigError(ValueError):
+
+class ConfigError(SDError):
     """A configuration that cannot be: the message names the field, its value and what is allowed."""
 
 

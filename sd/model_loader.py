@@ -18,6 +18,7 @@ from sd.checkpoints.names import COMPONENTS, FOLDERS, LDM_PREFIX, model_names
 from sd.checkpoints.reader import argument_hint, config_of_file, read_part, refuse_unexpected, state_for
 from sd.checkpoints.writer import check_target, save_checkpoint, save_merged
 from sd.config import SD15, ModelConfig
+from sd.errors import SDError
 from sd.files.atomic import former_folder, keep_sources
 from sd.files.folder import read_folder
 from sd.files.hashes import old_model_hash
@@ -79,7 +80,7 @@ def preload_models_from_standard_weights(ckpt_path: str | os.PathLike | None = N
     device = default_device() if device is None else usable_device(device)
     dtype = default_dtype(device) if dtype is None else dtype
     if dtype != "stored" and not isinstance(dtype, torch.dtype):
-        raise ValueError(f"dtype is {dtype!r}; allowed: a torch.dtype, 'stored', or None for the device's default")
+        raise SDError(f"dtype is {dtype!r}; allowed: a torch.dtype, 'stored', or None for the device's default")
     if former_folder(path).exists() and not path.exists():
         raise CheckpointError(f"{path}: a save of this folder was killed at its last step; what it was before "
                               f"lies whole in {former_folder(path)}: rename that back")

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from sd.adapters.targets import lora_layers
 from sd.clip import CLIP
 from sd.config import ModelConfig
+from sd.errors import SDError
 from sd.files.hashes import model_hash
 from sd.lora_files.read import LoadReport
 from sd.prompts.learned_words import LearnedWords
@@ -20,7 +21,7 @@ from sd.unet import UNet
 from sd.vae import build_vae
 
 
-class DeviceError(ValueError):
+class DeviceError(SDError):
     """A device that is not here."""
 
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from sd.adapters.merging import unmerge
 from sd.adapters.quant import quantized_kinds
 from sd.adapters.switch import active_multipliers, adapter_names, exclusive, use_adapters, use_rows
+from sd.errors import SDError
 from sd.model_loader import preload_models_from_standard_weights
 from sd.models import Models, usable_device
 from sd.pictures.image_io import load_image
@@ -38,7 +39,7 @@ from sd.vae import sample_posterior
 MAX_IMAGES = 4096  # in one call
 
 
-class GenerateError(ValueError):
+class GenerateError(SDError):
     """A request that cannot be met: the message names the argument, its value and what is allowed."""
 
 
@@ -93,7 +94,7 @@ def generate(prompt: str | Sequence[str], uncond_prompt: str | Sequence[str] | N
     try:
         steps = sampler_schedule(sampler_name, n_inference_steps, alphas_cumprod(config), spacing)
         steps = steps if picture is None else cut(steps, strength)
-    except ValueError as error:
+    except SDError as error:
         raise GenerateError(str(error)) from None
     if eta and sampler_name != "ddim":
         raise GenerateError(f"eta is {eta} for {sampler_name}; only ddim has an eta")

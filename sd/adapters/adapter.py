@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sd.adapters.weights import AdapterWeights, LayerShape, LoRAFormatError
+from sd.errors import SDError
 
 
 class Adapter(nn.Module):
@@ -36,9 +37,9 @@ class Adapter(nn.Module):
     def __init__(self, shape: LayerShape, *, dropout: float = 0.0, rank_dropout: float = 0.0, module_dropout: float = 0.0):
         super().__init__()
         if shape.embedding and not self.fits_embeddings:
-            raise ValueError(f"kind {self.kind!r} does not fit an embedding; allowed: lora, full")
+            raise SDError(f"kind {self.kind!r} does not fit an embedding; allowed: lora, full")
         if len(shape.weight) < 2 and not self.fits_norms:
-            raise ValueError(f"kind {self.kind!r} does not fit a norm, whose weight {list(shape.weight)} is no matrix; "
+            raise SDError(f"kind {self.kind!r} does not fit a norm, whose weight {list(shape.weight)} is no matrix; "
                              f"allowed: full")
         self.embedding = shape.embedding
         self.magnitude: nn.Parameter | None = None
@@ -50,11 +51,11 @@ class Adapter(nn.Module):
         """With what probability training drops each input, each rank, and the whole adapter. Raises ValueError."""
         for what, p in (("dropout", dropout), ("rank_dropout", rank_dropout), ("module_dropout", module_dropout)):
             if not 0.0 <= p < 1.0:
-                raise ValueError(f"{what} is {p}; allowed: 0 <= {what} < 1")
+                raise SDError(f"{what} is {p}; allowed: 0 <= {what} < 1")
         if rank_dropout and not self.drops_ranks:
-            raise ValueError(f"rank_dropout does not go with kind {self.kind!r}, which has no rank space to drop from")
+            raise SDError(f"rank_dropout does not go with kind {self.kind!r}, which has no rank space to drop from")
         if rank_dropout and self.magnitude is not None:
-            raise ValueError("rank_dropout does not go with DoRA: its norm belongs to the whole of ΔW")
+            raise SDError("rank_dropout does not go with DoRA: its norm belongs to the whole of ΔW")
         self.dropout, self.rank_dropout, self.module_dropout = dropout, rank_dropout, module_dropout
 
     @property
@@ -141,7 +142,7 @@ class Adapter(nn.Module):
         try:
             with torch.device("meta"):
                 adapter = cls._like(weights, shape)
-        except ValueError as error:
+        except SDError as error:
             raise LoRAFormatError(str(error)) from None
         given = {name: tensor for name, tensor in weights.tensors.items() if name not in cls.flags}
         for name, empty in list(adapter.named_parameters()):

@@ -19,6 +19,7 @@ from sd.adapters.switch import adapter_names, are_known, check_known, exclusive,
 from sd.adapters.targets import NORMS, adaptable_layers, components, find_targets, lora_layers, named_layers
 from sd.adapters.torch_attention import HOSTS, convert_hosts
 from sd.adapters.weights import AdapterWeights, LoRAError, LoRAFormatError
+from sd.errors import SDError
 
 # ---- adding and removing ---------------------------------------------------------------------------------------------
 
@@ -64,7 +65,7 @@ def apply_lora_to_model(models, rank: int | Mapping[str, int] = 4, alpha: float 
             else:
                 new[path] = KINDS[kind](shape, ranks[path], alphas[path], dropout=dropout, rank_dropout=rank_dropout,
                                         module_dropout=module_dropout, **options)
-        except ValueError as error:
+        except SDError as error:
             raise LoRAError(f"{path}: {error}") from None
     for path, adapter in new.items():
         if dora and not isinstance(targets[path], NORMS):
@@ -178,7 +179,7 @@ def attach_state(models, state: Mapping[str, AdapterWeights], name: str, multipl
     for path, weights in state.items():
         try:
             new[path] = loaded_adapter(weights, by_path[path], path)
-        except ValueError as error:
+        except SDError as error:
             misfits.append(f"{path}: {error}")
     if misfits:
         raise LoRAFormatError(f"{where}: {len(misfits)} of {len(state)} LoRA modules do not fit this model, "

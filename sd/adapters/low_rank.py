@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sd.adapters.adapter import Adapter, size_of, uniform
 from sd.adapters.weights import AdapterWeights, LayerShape
+from sd.errors import SDError
 
 
 class LowRank(Adapter):
@@ -34,10 +35,10 @@ class LowRank(Adapter):
         self.groups = shape.groups
         self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
         if rank % shape.groups:
-            raise ValueError(f"rank {rank} is not a multiple of the convolution's {shape.groups} groups")
+            raise SDError(f"rank {rank} is not a multiple of the convolution's {shape.groups} groups")
         tucker = tucker and shape.has_kernel
         if tucker and shape.groups > 1:
-            raise ValueError(f"a Tucker core does not go with a convolution of {shape.groups} groups")
+            raise SDError(f"a Tucker core does not go with a convolution of {shape.groups} groups")
         ones = (1,) * (len(shape.weight) - 2)
         inner = (shape.weight[0],) if shape.embedding else shape.weight[1:]
         self.down = nn.Parameter(torch.empty(rank, *((inner[0], *ones) if tucker else inner)))
@@ -59,7 +60,7 @@ class LowRank(Adapter):
         stays what it is. Raises ValueError for a grouped convolution or a Tucker core.
         """
         if self.groups > 1 or self.mid is not None:
-            raise ValueError("a start other than 0 does not go with a grouped convolution or a Tucker core")
+            raise SDError("a start other than 0 does not go with a grouped convolution or a Tucker core")
         self.up.copy_(up.reshape(self.up.shape))
         self.down.copy_(down.reshape(self.down.shape))
         self.start_up, self.start_down = self.up.detach().clone(), self.down.detach().clone()

@@ -17,11 +17,12 @@ from torch import Tensor
 from sd.adapters.adapter import Adapter, rebuild, size_of, uniform
 from sd.adapters.low_rank import Full, LowRank
 from sd.adapters.weights import AdapterWeights, LayerShape, LoRAFormatError
+from sd.errors import SDError
 
 
 def _check_rank(kind: str, rank: int) -> None:
     if not (isinstance(rank, int) and rank >= 1):
-        raise ValueError(f"rank {rank} does not go with kind {kind!r}; allowed: whole numbers from 1")
+        raise SDError(f"rank {rank} does not go with kind {kind!r}; allowed: whole numbers from 1")
 
 
 class LoHa(Adapter):
@@ -94,7 +95,7 @@ class LoKr(Adapter):
             form = Kron(a, c, not (decompose_both and 2 * rank < max(a, c)), 2 * rank >= max(b, d), tucker and shape.has_kernel)
         a, c = form.rows, form.columns
         if out % a or inner % c:
-            raise ValueError(f"w1 has shape {[a, c]}, which does not divide the layer's weight {list(shape.weight)}")
+            raise SDError(f"w1 has shape {[a, c]}, which does not divide the layer's weight {list(shape.weight)}")
         b, d, whole = out // a, inner // c, form.whole1 and form.whole2
         self.rank, self.alpha = (None, None) if whole else (rank, float(rank if alpha is None else alpha))
         self.w1 = self.w1_a = self.w1_b = self.w2 = self.w2_a = self.w2_b = self.t2 = None
@@ -198,7 +199,7 @@ class GLoRA(Adapter):
     def _like(cls, weights: AdapterWeights, shape: LayerShape) -> GLoRA:
         tucker = "bm" in weights.tensors
         if tucker and len(shape.weight) < 3:
-            raise ValueError(f"bm is a core for convolutions, the layer's weight is {list(shape.weight)}")
+            raise SDError(f"bm is a core for convolutions, the layer's weight is {list(shape.weight)}")
         return cls(shape, size_of(weights, "a2"), weights.alpha, tucker=tucker)
 
 
@@ -228,7 +229,7 @@ class OFT(Adapter):
     def new_sizes(out: int, rank: int) -> tuple[int, ...]:
         b, n = factorization(out, rank)
         if b < 2:
-            raise ValueError(f"rank {rank} cuts its {out} rows into blocks of {b}, which cannot turn; choose another rank")
+            raise SDError(f"rank {rank} cuts its {out} rows into blocks of {b}, which cannot turn; choose another rank")
         return n, b, b
 
     def turns(self, dtype: torch.dtype) -> Tensor:
@@ -260,7 +261,7 @@ class OFT(Adapter):
         name = "rotation" if rotation else "blocks"
         n, b = size_of(weights, name), size_of(weights, name, 1)
         if n * b != shape.weight[0]:
-            raise ValueError(f"{name} has shape {list(weights.tensors[name].shape)}, but {n} blocks of {b} are not the "
+            raise SDError(f"{name} has shape {list(weights.tensors[name].shape)}, but {n} blocks of {b} are not the "
                              f"{shape.weight[0]} rows of the layer's weight {list(shape.weight)}")
         return cls(shape, b, weights.alpha, rescaled="rescale" in weights.tensors, sizes=(n, b, b), rotation=rotation)
 
@@ -277,7 +278,7 @@ class BOFT(OFT):
     def new_sizes(out: int, rank: int) -> tuple[int, ...]:
         fits = [b for b in range(2, out + 1, 2) if out % b == 0 and (out // b).bit_count() == 1]
         if not fits or min(fits) > rank:
-            raise ValueError(f"rank {rank} does not cut its {out} rows into 2, 4, 8, ... blocks of an even number of rows; "
+            raise SDError(f"rank {rank} does not cut its {out} rows into 2, 4, 8, ... blocks of an even number of rows; "
                              f"allowed: {f'from {min(fits)}' if fits else 'none, choose another kind'}")
         b = max(b for b in fits if b <= rank)
         return (out // b).bit_length(), out // b, b, b
@@ -295,7 +296,7 @@ class BOFT(OFT):
     def _like(cls, weights: AdapterWeights, shape: LayerShape) -> BOFT:
         m, n, b = (size_of(weights, "blocks", axis) for axis in range(3))
         if n * b != shape.weight[0] or b % 2 or n % 2 ** (m - 1):
-            raise ValueError(f"blocks has shape {list(weights.tensors['blocks'].shape)}, but {m} stages of {n} blocks of {b} "
+            raise SDError(f"blocks has shape {list(weights.tensors['blocks'].shape)}, but {m} stages of {n} blocks of {b} "
                              f"do not turn the {shape.weight[0]} rows of the layer's weight {list(shape.weight)}")
         return cls(shape, b, weights.alpha, rescaled="rescale" in weights.tensors, sizes=(m, n, b, b))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sd.adapters.layer import LoRALayer
 from sd.adapters.weights import LayerShape
+from sd.errors import SDError
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -95,7 +96,7 @@ class LoRAMultiheadAttention(nn.MultiheadAttention):
             return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights,
                                    is_causal)
         if is_causal and attn_mask is None:
-            raise ValueError("is_causal says what attn_mask is, but there is none; give the mask too")
+            raise SDError("is_causal says what attn_mask is, but there is none; give the mask too")
         batched = query.dim() == 3
         if not batched:
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))
@@ -133,9 +134,9 @@ class LoRAMultiheadAttention(nn.MultiheadAttention):
             if mask is None:
                 continue
             if not (mask.dtype == torch.bool or mask.is_floating_point()):
-                raise ValueError(f"{name} is of {mask.dtype}; allowed: torch.bool and floating types")
+                raise SDError(f"{name} is of {mask.dtype}; allowed: torch.bool and floating types")
             if not any(mask.dim() == len(shape) and all(n in (None, m) for n, m in zip(shape, mask.shape)) for shape in shapes):
-                raise ValueError(f"{name} has the shape {list(mask.shape)}, which does not fit {b} samples of {length} queries")
+                raise SDError(f"{name} has the shape {list(mask.shape)}, which does not fit {b} samples of {length} queries")
         masks = []
         if attn_mask is not None:
             masks.append(attn_mask.view(len(q), self.num_heads, *attn_mask.shape[1:]) if attn_mask.dim() == 3 else attn_mask)

@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from sd.errors import SDError
 
-class LoRAError(ValueError):
+
+class LoRAError(SDError):
     """A LoRA that cannot be attached or used as asked; the message names it and what is there."""
 
 

@@ -22,6 +22,7 @@ from sd.adapters.low_rank import LowRank
 from sd.adapters.switch import adapter_names, are_known, exclusive, set_adapters
 from sd.adapters.targets import NORMS, TARGET_PRESETS, adaptable_layers, components, find_targets, layer_shapes, lora_layers
 from sd.adapters.weights import AdapterWeights, LayerShape, LoRAError
+from sd.errors import SDError
 from sd.lora_files.modules import modules_of
 from sd.lora_files.read import LoadReport, read_lora, report_of
 from sd.tools.decompose import RankRule, Row
@@ -123,7 +124,7 @@ def _once(pairs: list[tuple[str, object]]) -> dict:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is given twice")
+        raise SDError(f"{next(n for n in names if names.count(n) > 1)!r} is given twice")
     return found
 
 

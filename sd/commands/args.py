@@ -11,6 +11,8 @@ from typing import Literal
 
 import tyro
 
+from sd.errors import SDError
+
 DType = Literal["float32", "bfloat16", "float16"]
 
 
@@ -39,10 +41,10 @@ def load(on: ModelArgs, embeddings: tuple[str, ...] = ()):
     from sd.model_loader import load_embedding, load_lora_into_models, preload_models_from_standard_weights
     models = preload_models_from_standard_weights(on.model, on.device, dtype=dtype(on.dtype), vae=on.vae)
     if on.skip is not None and not on.lora:
-        raise ValueError("--skip needs --lora: it says what of the LoRAs to leave out")
+        raise SDError("--skip needs --lora: it says what of the LoRAs to leave out")
     for path, multiplier, blocks in map(lora, on.lora):
         if path.stem in models.lora_reports:
-            raise ValueError(f"two LoRAs are named {path.stem!r}; rename one of the files")
+            raise SDError(f"two LoRAs are named {path.stem!r}; rename one of the files")
         load_lora_into_models(models, path, multiplier=multiplier, skip=on.skip, block_weights=blocks)
     for path, word in map(embedding, embeddings):
         load_embedding(models, path, word)
@@ -54,13 +56,13 @@ def lora(text: str) -> tuple[Path, float, str | None]:
     number = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|nan|[-+]?inf"  # what is no number belongs to the path
     match = re.fullmatch(rf"(.+?)(?::({number})(?::([^:/\\]*[,=][^:/\\]*))?)?", text, re.S)
     if not text:
-        raise ValueError("--lora is empty; name a file as PATH, PATH:MULTIPLIER or PATH:MULTIPLIER:BLOCKS")
+        raise SDError("--lora is empty; name a file as PATH, PATH:MULTIPLIER or PATH:MULTIPLIER:BLOCKS")
     if Path(text).exists():  # a colon may belong to the name
         return Path(text), 1.0, None
     path, multiplier, blocks = (Path(match[1]), float(match[2] or 1), match[3]) if match else (Path(text), 1.0, None)
     found = shipped(path)
     if not found.exists() and ":" in path.name:
-        raise ValueError(f"{path}: no such file; a LoRA is named as PATH, PATH:MULTIPLIER or PATH:MULTIPLIER:BLOCKS, with "
+        raise SDError(f"{path}: no such file; a LoRA is named as PATH, PATH:MULTIPLIER or PATH:MULTIPLIER:BLOCKS, with "
                          f"BLOCKS as 17, 25 or 26 numbers or as in text_encoder=0.5,mid_block=0")
     return found, multiplier, blocks
 
@@ -75,7 +77,7 @@ def shipped(path: Path) -> Path:
 def embedding(text: str) -> tuple[Path, str | None]:
     """(file, word) of PATH[:WORD]."""
     if not text:
-        raise ValueError("--embedding is empty; name a file as PATH or PATH:WORD")
+        raise SDError("--embedding is empty; name a file as PATH or PATH:WORD")
     parts = text.split(":")  # a path may hold colons, and so may a word
     splits = [(":".join(parts[:n]), ":".join(parts[n:])) for n in range(len(parts), 0, -1)]
     path, word = next(((path, word) for path, word in splits if Path(path).exists()), (text, ""))
@@ -144,12 +146,12 @@ def picture_paths(out: str, count: int) -> list[Path]:
     from sd.pipeline import MAX_IMAGES
     path = Path(out)
     if not out:
-        raise ValueError("--out is empty; name a folder or a file")
+        raise SDError("--out is empty; name a folder or a file")
     if count > MAX_IMAGES:
-        raise ValueError(f"{count} pictures are asked for; allowed: up to {MAX_IMAGES}")
+        raise SDError(f"{count} pictures are asked for; allowed: up to {MAX_IMAGES}")
     if path.suffix and not path.is_dir():
         if path.suffix.lower() not in FORMATS:
-            raise ValueError(f"{path}: pictures are not saved as {path.suffix!r}; allowed: {', '.join(FORMATS)}, or a folder")
+            raise SDError(f"{path}: pictures are not saved as {path.suffix!r}; allowed: {', '.join(FORMATS)}, or a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         _try_writing(path.parent)
         return [path if count == 1 else path.with_stem(f"{path.stem}-{i + 1}") for i in range(count)]

@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from sd.commands.args import ModelArgs, PictureArgs, Positional, load, picture_paths
+from sd.errors import SDError
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def compare(args: Compare) -> None:
     models = load(args.on, args.embedding)
     loaded = active_multipliers(models)
     if not loaded:
-        raise ValueError("nothing to compare with the base: name at least one LoRA with --lora")
+        raise SDError("nothing to compare with the base: name at least one LoRA with --lora")
     if args.multipliers:
         variants = [{}, *({name: m} for name in loaded for m in args.multipliers)]
     else:

@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from sd.commands.args import ModelArgs, Positional, lora
+from sd.errors import SDError
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,10 @@ class Embed:
 def embed(args: Embed) -> None:
     from sd.tools.embed import embed as run
     if not args.on.lora:
-        raise ValueError("nothing to embed: name at least one LoRA with --lora PATH:MULTIPLIER")
+        raise SDError("nothing to embed: name at least one LoRA with --lora PATH:MULTIPLIER")
     chosen = [lora(text) for text in args.on.lora]
     if any(blocks is not None for *_, blocks in chosen) or args.on != ModelArgs(args.on.model, args.on.lora):
-        raise ValueError("the base's tensors stay as they are, and a LoRA is embedded whole, with one multiplier; leave out "
+        raise SDError("the base's tensors stay as they are, and a LoRA is embedded whole, with one multiplier; leave out "
                          "block weights and all flags but --model and --lora")
     run(args.on.model, {path: m for path, m, _ in chosen}, args.out)
     print(f"{args.out}: the model with {', '.join(path.stem for path, *_ in chosen)} inside")

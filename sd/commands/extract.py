@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from sd.commands.args import DType, Format, Positional, dtype
+from sd.errors import SDError
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Extract:
 
     def __post_init__(self):
         if self.tuned is None and any(getattr(self, f.name) != f.default for f in fields(self)[2:]):
-            raise ValueError("without --tuned the LoRAs inside a checkpoint are taken out as they are; leave out all flags but "
+            raise SDError("without --tuned the LoRAs inside a checkpoint are taken out as they are; leave out all flags but "
                              "--model")
 
 
@@ -45,7 +46,7 @@ def extract(args: Extract) -> None:
     from sd.tools.extract import extract_lora
     if args.tuned is None:
         if args.model is None:
-            raise ValueError("nothing to extract from: name the fine-tuned checkpoint with --tuned and its base with --model, "
+            raise SDError("nothing to extract from: name the fine-tuned checkpoint with --tuned and its base with --model, "
                              "or with --model alone a checkpoint that has LoRAs inside")
         for path in take_out(args.model, args.out):
             print(path)

@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from sd.commands.args import ModelArgs, PictureArgs, Positional, load, picture_paths
+from sd.errors import SDError
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,11 @@ class Generate:
 
     def __post_init__(self):
         if self.again is None and not self.prompts:
-            raise ValueError("no prompt is given; prompts stand before the flags: python -m sd generate \"a cat\" --seed 1")
+            raise SDError("no prompt is given; prompts stand before the flags: python -m sd generate \"a cat\" --seed 1")
         if self.again is not None and (self.prompts or self.how != PictureArgs() or self.count != 1):
-            raise ValueError("--again takes prompt, seed and settings from the picture; leave them out")
+            raise SDError("--again takes prompt, seed and settings from the picture; leave them out")
         if self.input is None and (self.mask is not None or self.strength != Generate.strength):
-            raise ValueError(f"--{'strength' if self.mask is None else 'mask'} needs --input: the picture to start from")
+            raise SDError(f"--{'strength' if self.mask is None else 'mask'} needs --input: the picture to start from")
 
 
 def generate(args: Generate) -> None:
@@ -75,30 +76,30 @@ def _again(about: dict, path: str, models, picture: str | None) -> tuple[list[st
              "cfg_scale": float, "width": int, "height": int}
     for key, kind in kinds.items():
         if type(about.get(key)) is not kind:
-            raise ValueError(f"{path}: cannot be made again: what it says of itself has no {key} that is a {kind.__name__}")
+            raise SDError(f"{path}: cannot be made again: what it says of itself has no {key} that is a {kind.__name__}")
     if not isinstance(about.get("lora", {}), dict) or not isinstance(about.get("lora_hashes", {}), dict):
-        raise ValueError(f"{path}: cannot be made again: what it says of its LoRAs is damaged")
+        raise SDError(f"{path}: cannot be made again: what it says of its LoRAs is damaged")
     if "strength" in about and picture is None:
-        raise ValueError(f"{path}: made from another picture, which it does not hold; name it with --input")
+        raise SDError(f"{path}: made from another picture, which it does not hold; name it with --input")
     if about.get("model_hash", models.model_hash) != models.model_hash:
-        raise ValueError(f"{path}: made with model {about.get('model')!r} of hash {about['model_hash']}; "
+        raise SDError(f"{path}: made with model {about.get('model')!r} of hash {about['model_hash']}; "
                          f"this one has {models.model_hash}; name it with --model")
     missing = sorted(set(about.get("lora", {})) - set(models.lora_reports))
     if missing:
-        raise ValueError(f"{path}: made with the LoRA {missing[0]!r}; load it with --lora")
+        raise SDError(f"{path}: made with the LoRA {missing[0]!r}; load it with --lora")
     for name, digest in about.get("lora_hashes", {}).items():
         if name in models.lora_reports and models.lora_reports[name].hash != digest:
-            raise ValueError(f"{path}: made with another LoRA {name!r}, of hash {digest}; "
+            raise SDError(f"{path}: made with another LoRA {name!r}, of hash {digest}; "
                              f"this one has {models.lora_reports[name].hash}")
     then, now = about.get("embeddings") or {}, used_embeddings(models, about["prompt"], about["uncond_prompt"])
     if then != now:
-        raise ValueError(f"{path}: made with the embeddings {then or 'none'} (word: hash) in its prompts; this one has "
+        raise SDError(f"{path}: made with the embeddings {then or 'none'} (word: hash) in its prompts; this one has "
                          f"{now or 'none'}; name them with --embedding")
     for key, what in (("lora_blocks", "blocks"), ("lora_skipped", "skipped")):
         for name in about.get("lora", {}):
             then, now = (about.get(key) or {}).get(name) or None, getattr(models.lora_reports[name], what) or None
             if then != now:
-                raise ValueError(f"{path}: made with {what} {then} of the LoRA {name!r}; this one has {now}; "
+                raise SDError(f"{path}: made with {what} {then} of the LoRA {name!r}; this one has {now}; "
                                  f"say so with --lora PATH:MULTIPLIER:BLOCKS and --skip")
     keys = ("uncond_prompt", "n_inference_steps", "sampler_name", "cfg_scale", "width", "height", "spacing", "clip_skip", "eta")
     return [about["prompt"]], about["seed"], {k: about[k] for k in keys if k in about} | {"lora": about.get("lora", {})}

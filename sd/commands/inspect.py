@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 
 from sd.commands.args import Positional
+from sd.errors import SDError
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Inspect:
 def inspect(args: Inspect) -> None:
     from sd.tools.inspect import as_text, inspect_file
     if not args.paths:
-        raise ValueError("nothing to inspect: name files or folders")
+        raise SDError("nothing to inspect: name files or folders")
     facts = {path: inspect_file(path, args.model, verify=args.verify) for path in args.paths}
     if args.json:
         print(json.dumps(facts, indent=2, ensure_ascii=False))

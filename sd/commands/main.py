@@ -24,6 +24,7 @@ from sd.commands.inspect import Inspect, inspect
 from sd.commands.merge import Merge, merge
 from sd.commands.resize import Resize, resize
 from sd.commands.train import train
+from sd.errors import SDError
 
 NO_MEMORY = "there is not enough memory for pictures of this size and number; make fewer or smaller ones"
 
@@ -60,7 +61,7 @@ def _parse(argv: list[str]):
     flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
     for flag in flags:
         if flags.count(flag) > 1:
-            raise ValueError(f"{flag} is given twice; name all of its values after one {flag}")
+            raise SDError(f"{flag} is given twice; name all of its values after one {flag}")
     box = io.StringIO()
     try:
         with redirect_stderr(box):
@@ -71,7 +72,7 @@ def _parse(argv: list[str]):
             raise
         text = re.sub(r"([╭╮╰╯│─\s]|-{5,})+", " ", box.getvalue()).partition("For full helptext")[0].partition(" in python ")[0]
         text = text.replace("Unrecognized options Unrecognized", "Unrecognized").strip()
-        raise ValueError(re.sub(r"^.*Error parsing \w+: ", "", text)) from None
+        raise SDError(re.sub(r"^.*Error parsing \w+: ", "", text)) from None
 
 
 def _with_config(argv: list[str], flags: list[str]) -> list[str]:

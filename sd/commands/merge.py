@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from sd.commands.args import ModelArgs, Positional, dtype, lora
+from sd.errors import SDError
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,14 @@ class Merge:
 
     def __post_init__(self):
         if not self.on.lora:
-            raise ValueError("nothing to merge: name at least one LoRA with --lora PATH:MULTIPLIER")
+            raise SDError("nothing to merge: name at least one LoRA with --lora PATH:MULTIPLIER")
         if self.into == "model" and (self.method != "concat" or self.rank is not None or self.randomized):
-            raise ValueError("--method, --rank and --randomized are for --into lora; into a model the sum is exact")
+            raise SDError("--method, --rank and --randomized are for --into lora; into a model the sum is exact")
         if self.into == "lora" and (self.on.vae or self.on.device):
-            raise ValueError("--vae and --device are for --into model; merging LoRAs needs neither")
+            raise SDError("--vae and --device are for --into model; merging LoRAs needs neither")
         if (self.density != Merge.density and self.method not in ("ties", "dare", "magnitude")
                 or self.seed != Merge.seed and self.method != "dare"):
-            raise ValueError("--density is for ties, dare and magnitude, --seed for dare")
+            raise SDError("--density is for ties, dare and magnitude, --seed for dare")
 
 
 # ---- the commands ----------------------------------------------------------------------------------------------------
@@ -48,7 +49,7 @@ def merge(args: Merge) -> None:
     from sd.model_loader import merge_lora_into_checkpoint
     on, chosen = args.on, [lora(text) for text in args.on.lora]
     if len({path for path, *_ in chosen}) < len(chosen):
-        raise ValueError("the same LoRA is named twice; give it once, with the sum of the multipliers")
+        raise SDError("the same LoRA is named twice; give it once, with the sum of the multipliers")
     names = " + ".join(f"{m:g} x {path.name}" for path, m, _ in chosen)
     multipliers, blocks = {path: m for path, m, _ in chosen}, {path: b for path, _, b in chosen if b is not None}
     if args.into == "lora":

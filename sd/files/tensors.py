@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sd.errors import SDError
 from sd.files.atomic import atomic_write, remove_stale_temporaries
 from sd.files.pickles import DAMAGE, read_pickle, type_name
 from sd.files.tensor_file import DTYPE_NAMES, DTYPES, CheckpointError, Lazy, TensorFile
@@ -185,7 +186,7 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor | Lazy], me
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-(8 + len(text)) % 64)  # the first tensor starts on a cache line
     if len(text) > MAX_HEADER:
-        raise ValueError(f"{path}: names and metadata take {len(text):,} bytes; allowed: {MAX_HEADER:,}")
+        raise SDError(f"{path}: names and metadata take {len(text):,} bytes; allowed: {MAX_HEADER:,}")
     remove_stale_temporaries(Path(path).parent)
     with atomic_write(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
@@ -197,7 +198,7 @@ def _raw(tensor: Tensor | Lazy, what: str) -> memoryview:
     if isinstance(tensor, Lazy):
         lazy, tensor = tensor, tensor.make()
         if (tensor.shape, tensor.dtype) != (lazy.shape, lazy.dtype):
-            raise ValueError(f"{what} was made with shape {list(tensor.shape)} and {tensor.dtype}, its header says "
+            raise SDError(f"{what} was made with shape {list(tensor.shape)} and {tensor.dtype}, its header says "
                              f"{list(lazy.shape)} and {lazy.dtype}")
     plain = tensor.detach().to("cpu").contiguous().reshape(-1)
     return memoryview(plain.view(torch.uint8).numpy()) if plain.numel() else memoryview(b"")

@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sd.checkpoints.names import FOLDERS, LDM_PREFIX, Name
+from sd.errors import SDError
 from sd.lora_files.modules import Modules
 
 
-class BlockWeightError(ValueError):
+class BlockWeightError(SDError):
     """Block weights that do not say what to do."""
 
 

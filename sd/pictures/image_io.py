@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
 
+from sd.errors import SDError
 from sd.files.atomic import atomic_write
 from sd.pictures.parameters import format_parameters, parse_parameters
 
 
-class ImageError(ValueError):
+class ImageError(SDError):
     """A picture that cannot be read or written: the message names it and says why."""
 
 

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from sd.config import CLIPConfig
+from sd.errors import SDError
 from sd.files.tensor_file import all_finite
 from sd.prompts.tokenizer import vocabulary
 
 WIDTHS = {768: "SD 1.x", 1024: "SD 2.x", 1280: "SDXL"}  # of vectors, by family
 
 
-class EmbeddingError(ValueError):
+class EmbeddingError(SDError):
     """A learned word that cannot be read, added or written; the message names it and says why."""
 
 

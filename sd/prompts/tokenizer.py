@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sd.errors import SDError
+
 
 def data_dir() -> Path:
     """The folder of the vocabulary and the embedded models: in the installed package, or beside it in a checkout."""
@@ -48,15 +50,18 @@ def tokenize(tokenizer, prompts: list[str], max_tokens: int, words: Mapping[str,
     """Token ids [B, max_tokens]: start, prompt, end, padded with the tokenizer's pad token (in SD 1.x the end token).
 
     `words`: the ids of each learned word (`CLIP.words`). A prompt that is too long is cut, with one warning that shows what
-    was cut. Raises TypeError for what is not a list of strings, ValueError for max_tokens below 2 and for lone surrogates.
+    was cut. Raises TypeError for what is not a list of strings, SDError for max_tokens below 2 and for lone surrogates.
     """
     if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
         raise TypeError(f"prompts must be a list of strings, not {prompts!r:.200}")
     if max_tokens < 2:
-        raise ValueError(f"max_tokens is {max_tokens}; start and end need at least 2")
+        raise SDError(f"max_tokens is {max_tokens}; start and end need at least 2")
     ids = torch.full((len(prompts), max_tokens), tokenizer.pad_token_id, dtype=torch.long)
     for row, prompt in zip(ids, prompts, strict=True):
-        prompt.encode("utf-8")  # a lone surrogate is a ValueError that names its place; tokenizers would say nothing
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError as error:  # tokenizers would drop the character without a word
+            raise SDError(f"the prompt {prompt!r:.200} cannot be encoded: {error.reason} at character {error.start}") from None
         tokens, starts = tokens_of(tokenizer, prompt, words or {})
         room = max_tokens - 2
         if len(tokens) > room:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sd.errors import SDError
 from sd.sampling.noise import Schedule
 
 
@@ -58,9 +59,9 @@ class CFGDenoiser:
         if scale == 1:
             return
         if uncond is None:
-            raise ValueError(f"cfg_scale {scale} needs an unconditional context; without one it can only be 1")
+            raise SDError(f"cfg_scale {scale} needs an unconditional context; without one it can only be 1")
         if uncond.shape[1:] != context.shape[1:] or len(uncond) not in (1, len(context)):
-            raise ValueError(f"the unconditional context is {list(uncond.shape)}, the other {list(context.shape)}")
+            raise SDError(f"the unconditional context is {list(uncond.shape)}, the other {list(context.shape)}")
         self.context = torch.cat([uncond.expand_as(context), context])
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sd.config import ModelConfig
+from sd.errors import SDError
 
 SPACINGS = ("leading", "trailing", "linspace", "karras", "exponential", "lcm")
 LCM_STEPS = 50  # timesteps on which LCM models are distilled; sampling takes some of them
@@ -95,7 +96,7 @@ class Schedule:
         """The t that belongs to one of the sigmas. Raises ValueError on any other sigma."""
         found = (self.sigmas[:-1] == sigma).nonzero()
         if not len(found):
-            raise ValueError(f"sigma {sigma} has no timestep in this schedule of {len(self.timesteps)} steps")
+            raise SDError(f"sigma {sigma} has no timestep in this schedule of {len(self.timesteps)} steps")
         return float(self.timesteps[found[0, 0]])
 
 
@@ -111,9 +112,9 @@ def schedule(spacing: str, n: int, alphas_cumprod: Tensor, *, extra_point: bool 
     T = len(alphas_cumprod)
     most = min(LCM_STEPS, T) if spacing == "lcm" else T
     if spacing not in SPACINGS:
-        raise ValueError(f"spacing {spacing!r} is unknown; allowed: {', '.join(SPACINGS)}")
+        raise SDError(f"spacing {spacing!r} is unknown; allowed: {', '.join(SPACINGS)}")
     if not isinstance(n, int) or not 1 <= n <= most:
-        raise ValueError(f"{n!r} steps are not possible with {spacing} spacing; allowed: 1 to {most}")
+        raise SDError(f"{n!r} steps are not possible with {spacing} spacing; allowed: 1 to {most}")
 
     if spacing in ("karras", "exponential"):
         ends = t_to_sigma(torch.tensor([T - 1, 0]), alphas_cumprod)
@@ -131,7 +132,7 @@ def schedule(spacing: str, n: int, alphas_cumprod: Tensor, *, extra_point: bool 
             timesteps = timesteps.round()
         sigmas = t_to_sigma(timesteps, alphas_cumprod)
     if not (sigmas.diff() < 0).all():
-        raise ValueError(f"{n} steps with {spacing} spacing repeat a timestep; use fewer steps or another spacing")
+        raise SDError(f"{n} steps with {spacing} spacing repeat a timestep; use fewer steps or another spacing")
 
     last = torch.zeros(1, dtype=torch.float64) if to_zero else t_to_sigma(torch.zeros(1), alphas_cumprod)
     sigma0 = float(sigmas[0])
@@ -161,10 +162,10 @@ def cut(schedule: Schedule, strength: float) -> Schedule:
     """
     n = len(schedule.timesteps)
     if not 0 <= strength <= 1:
-        raise ValueError(f"strength is {strength}; allowed: 0 to 1")
+        raise SDError(f"strength is {strength}; allowed: 0 to 1")
     first = n - min(int(n * strength), n)
     if first == n:
-        raise ValueError(f"strength {strength} of {n} steps leaves no step; use at least 1/{n}, or more steps")
+        raise SDError(f"strength {strength} of {n} steps leaves no step; use at least 1/{n}, or more steps")
     sigmas = schedule.sigmas[first:]
     return replace(schedule, sigmas=sigmas, timesteps=schedule.timesteps[first:], start=float(sigmas[0]))
 

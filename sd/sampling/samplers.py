@@ -16,13 +16,14 @@ from math import expm1, log, sqrt
 
 from torch import Tensor
 
+from sd.errors import SDError
 from sd.sampling.noise import SPACINGS, Schedule, schedule
 
 
 def sample_ddim(denoise, x, sigmas, *, noise=None, on_step=None, eta=0.0):
     """DDIM, Song et al. 2021, equations 12 and 16; eta 0 is the ODE, 1 the ancestral sampler. n draws if eta > 0."""
     if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}; allowed: 0 to 1")
+        raise SDError(f"eta is {eta}; allowed: 0 to 1")
     if eta > 0:
         _require(noise)
     steps = _steps(sigmas)
@@ -163,7 +164,7 @@ def _steps(sigmas: Tensor) -> list[tuple[float, float]]:
 
 def _require(noise) -> None:
     if noise is None:
-        raise ValueError("this sampler adds noise: it needs noise=, a function that gives the noise of step i")
+        raise SDError("this sampler adds noise: it needs noise=, a function that gives the noise of step i")
 
 
 def _midpoint(x0, x0_before, s_before, s, s_next):
@@ -223,10 +224,10 @@ SAMPLERS = {
 def sampler_schedule(name: str, n: int, alphas_cumprod: Tensor, spacing: str | None = None) -> Schedule:
     """The n steps of sampler `name`, by its default spacing or another. Raises ValueError on what it does not have."""
     if name not in SAMPLERS:
-        raise ValueError(f"sampler {name!r} is unknown; allowed: {', '.join(SAMPLERS)}")
+        raise SDError(f"sampler {name!r} is unknown; allowed: {', '.join(SAMPLERS)}")
     row = SAMPLERS[name]
     spacing = row.spacing if spacing is None else spacing
     if spacing not in row.spacings:
-        raise ValueError(f"spacing {spacing!r} is not possible with sampler {name}; allowed: {', '.join(row.spacings)}")
+        raise SDError(f"spacing {spacing!r} is not possible with sampler {name}; allowed: {', '.join(row.spacings)}")
     return schedule(spacing, n, alphas_cumprod, extra_point=row.extra_point, fractional=row.fractional,
                     to_zero=row.to_zero, unit_start=row.unit_start)

@@ -15,6 +15,7 @@ from sd.adapters.lycoris import KINDS
 from sd.adapters.targets import layer_shapes
 from sd.adapters.weights import AdapterWeights, LayerShape, LoRAFormatError
 from sd.config import CONFIG_KEY, PRESETS, SD15, ModelConfig
+from sd.errors import SDError
 from sd.files.tensor_file import TensorFile
 from sd.lora_files.modules import Modules, modules_of
 from sd.lora_files.read import LoRAFile, read_lora
@@ -86,7 +87,7 @@ def check_fit(lora: LoRAFile, base: Base) -> None:
     for path, weights in lora.state.items():
         try:
             fit(weights, base.layers[path])
-        except ValueError as error:
+        except SDError as error:
             misfits.append(f"{path}: {error}")
     if misfits:
         raise LoRAFormatError(f"{lora.path.name}: {len(misfits)} of {len(lora.state)} LoRA modules do not fit "

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
+from sd.errors import SDError
 from sd.training.config import TrainConfig
 from sd.training.errors import TrainError
 
@@ -88,7 +89,7 @@ def _yaml(text: str) -> object:
     try:
         return yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        raise ValueError(error) from None
+        raise SDError(error) from None
 
 
 def _from_loraw(section: dict[str, object], path: str | Path) -> dict[str, object]:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sd.errors import SDError
 from sd.sampling.noise import LOG_SNR, add_noise, alphas_cumprod, cosine_angle, velocity, zero_terminal
 from sd.training.errors import TrainError
 from sd.vae import sample_posterior
@@ -68,13 +69,13 @@ def diffusion_loss(models, latents: Tensor, context: Tensor, t: Tensor, noise: T
     for name, value, shape in (("t", t, (b,)), ("noise", noise, latents.shape), ("input_noise", input_noise, latents.shape),
                                ("weights", weights, (b,)), ("mask", mask, (b, 1, h, w))):
         if value is not None and value.shape != shape:
-            raise ValueError(f"latents are {list(latents.shape)}, so {name} must be {list(shape)}; it is {list(value.shape)}")
+            raise SDError(f"latents are {list(latents.shape)}, so {name} must be {list(shape)}; it is {list(value.shape)}")
     unet, abar = models["diffusion"], noise_levels(models.config, objective.zero_terminal_snr)
     dtype = unet.conv_in.weight.dtype  # the network may be half; noise levels and the loss are fp32
     at = t  # where in abar the images' levels are
     if t.is_floating_point():
         if models.config.beta_schedule != "cosine":
-            raise ValueError(f"t is {t.dtype}; with the schedule {models.config.beta_schedule} timesteps are whole numbers")
+            raise SDError(f"t is {t.dtype}; with the schedule {models.config.beta_schedule} timesteps are whole numbers")
         abar = cosine_angle(t, models.config.train_timesteps).cos().square().clamp(max=1 - 2**-24)  # below 1 in fp32 too
         at = torch.arange(b, device=t.device)
     x_t = add_noise(latents.float(), (noise if input_noise is None else input_noise).float(), at, abar)

@@ -19,6 +19,7 @@ from sd.adapters.low_rank import LowRank
 from sd.adapters.quant import quantized_kinds
 from sd.adapters.switch import adapter_names, use_adapters
 from sd.adapters.targets import find_targets, lora_layers, named_layers
+from sd.errors import SDError
 from sd.lora_files.block_weights import BlockWeightError, block_multipliers
 from sd.lora_files.modules import Modules, modules_of
 from sd.lora_files.read import read_lora
@@ -167,7 +168,7 @@ def start_with_principal(adapter: LowRank, layer: LoRALayer, path: str) -> None:
         root = math.sqrt(adapter.scale)
         try:
             adapter.start_at(found.up / root, found.down / root)
-        except ValueError as error:
+        except SDError as error:
             raise TrainError(f"{path}: {error}") from None
 
 
@@ -196,7 +197,7 @@ def _prepare(adapter: Adapter, config, where: str) -> None:
     try:
         full = adapter.kind == "full"  # it has no ranks to drop
         adapter.set_dropouts(config.dropout, 0.0 if full else config.rank_dropout, config.module_dropout)
-    except ValueError as error:
+    except SDError as error:
         raise TrainError(f"{where}: {error}") from None
 
 

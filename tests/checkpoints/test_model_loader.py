@@ -638,7 +638,7 @@ SAVE = """
 import os, shutil, signal, sys
 import sd.model_loader as loader
 from sd.config import DIGITS
-from sd.checkpoint import former_folder
+from sd.files.atomic import former_folder
 path, done, swap, deadly = sys.argv[1], 0, 0, 0
 def counted(name, real):
     def change(*args, **kwargs):

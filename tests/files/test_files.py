@@ -390,7 +390,7 @@ def memory(tmp_path_factory):
     torch.save({"state_dict": tensors}, folder / "a.ckpt")
     result = run("""if 1:
         import json, re, sys, torch
-        from sd.checkpoint import read_tensors, write_safetensors
+        from sd.files.tensors import read_tensors, write_safetensors
         torch.ones(8).sum()
         def status(key, file="status"):
             return int(re.search(key + r":\\s+(\\d+) kB", open(f"/proc/self/{file}").read())[1]) * 1024 / (20 * 2**23)
@@ -500,7 +500,7 @@ def test_a_folder_that_cannot_be_read_says_why(tmp_path):
 def test_a_writer_killed_at_any_moment_leaves_the_old_file_or_the_new_one(tmp_path):
     result = run("""if 1:
         import glob, os, signal, sys, time, torch
-        from sd.checkpoint import read_tensors, write_safetensors
+        from sd.files.tensors import read_tensors, write_safetensors
         path, killed = sys.argv[1] + "/a.safetensors", 0
         tensors = [{"w": torch.full((2_000_000,), float(i))} for i in range(2)]
         start = time.perf_counter()

@@ -137,13 +137,14 @@ def test_loading_uses_no_network_and_importing_is_quick():
         def refuse(*args, **kwargs):
             raise AssertionError("network")
         socket.socket.connect = socket.getaddrinfo = refuse
-        import sd, sd.tokenizer, sd.checkpoint, sd.image_io
+        import sd.files.tensors, sd.pictures
+        from sd.prompts.tokenizer import load_tokenizer, tokenize
         assert not {"transformers", "diffusers", "matplotlib"} & set(sys.modules), "imported at the top"
-        tokenizer = sd.tokenizer.load_tokenizer()
-        print(sd.tokenizer.tokenize(tokenizer, ["cat"], 4).tolist())
+        tokenizer = load_tokenizer()
+        print(tokenize(tokenizer, ["cat"], 4).tolist())
         import warnings
         warnings.simplefilter("ignore")
-        sd.tokenizer.tokenize(tokenizer, ["cat " * 100], 77)  # our warning is the only one
+        tokenize(tokenizer, ["cat " * 100], 77)  # our warning is the only one
     """
     command = [sys.executable, "-W", "error::UserWarning", "-c", code]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

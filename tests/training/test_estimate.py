@@ -21,7 +21,7 @@ from sd.training.trained import training
 from sd.training.watch.estimate import duration, estimate, one_step, optimizer_bytes, peak_bytes
 from tests.training.tiny import SMALL, changed, copy_of, pictures
 
-measure = importlib.import_module("sd.training.watch.estimate")  # `sd.training.estimate.estimate` is a function
+measure = importlib.import_module("sd.training.watch.estimate")
 
 LORA = TrainConfig(rank=2, alpha=3.0, batch_size=4, progress=False, targets=("kohya",))
 

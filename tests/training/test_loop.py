@@ -22,7 +22,7 @@ from sd.training.noise import draw_timesteps
 from sd.training.optim import lr_factor, update_ema
 from tests.training.tiny import SMALL, changed, copy_of, metrics, pictures
 
-loop = importlib.import_module("sd.training.loop")  # `sd.training.train` is the function
+loop = importlib.import_module("sd.training.loop")
 batches = importlib.import_module("sd.training.step")
 
 QUICK = TrainConfig(rank=2, alpha=2.0, steps=6, batch_size=2, save_every=100, progress=False)

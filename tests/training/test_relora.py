@@ -23,7 +23,7 @@ from sd.training.trained import frozen_parts, training
 from tests.training.test_resume import LORA, files, stopped
 from tests.training.tiny import SMALL, changed, copy_of, metrics, pictures
 
-loop = importlib.import_module("sd.training.loop")  # `sd.training.train` is the function
+loop = importlib.import_module("sd.training.loop")
 
 EVERY = TrainConfig(rank=2, alpha=3.0, steps=7, batch_size=2, save_every=100, progress=False, learning_rate=1e-2,
                     relora_every=3, relora_warmup=2)

@@ -52,10 +52,10 @@ def allocated(step, folder: Path) -> int:
 
 
 @pytest.mark.parametrize("change, error", [
-    ({"checkpointing": True, "dropout": 0.2, "module_dropout": 0.1}, 0.03), ({"precision": "bf16", "text_encoder": True}, 0.03),
-    ({"train": "full", "text_encoder": True}, 0.03), ({"quantize": "int8"}, 0.03),
+    ({"checkpointing": True, "dropout": 0.2, "module_dropout": 0.1}, 0.03), ({"train": "full", "text_encoder": True}, 0.03),
+    ({"quantize": "int8"}, 0.03), ({"precision": "bf16", "text_encoder": True}, 0.06),  # without bf16 in hardware: buffers
     ({"train": "vae"}, 0.1)],  # large convolutions, which have buffers of their own
-    ids=["checkpointing", "bf16", "full", "int8", "vae"])
+    ids=["checkpointing", "full", "int8", "bf16", "vae"])
 def test_the_peak_of_a_step_is_what_the_allocator_gave(tmp_path, models, change, error):
     config = changed(LORA, **change)
     if config.quantize != "none":

@@ -273,7 +273,8 @@ def test_a_picture_that_is_not_finite_is_a_gap_and_a_warning(tmp_path, models, m
 
 def test_the_plot_has_the_validation_loss_and_is_renewed_at_every_save(tmp_path, models, monkeypatch):
     plots = []
-    monkeypatch.setattr("sd.training.watch.monitor.line_plot", lambda curves, *rest: plots.append(curves) or Image.new("L", (8, 8)))
+    monkeypatch.setattr("sd.training.watch.monitor.line_plot",
+                        lambda curves, *rest: plots.append(curves) or Image.new("L", (8, 8)))
     train(changed(WATCHED, out=str(tmp_path), sample_prompts=()), models, pictures(), held_out=HELD_OUT)
     assert [len(curves["training"]) for curves in plots] == [2, 4]
     rows = metrics(tmp_path)

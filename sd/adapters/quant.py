@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sd.adapters.derived import exact
-from sd.adapters.layer import LoRALayer
+from sd.adapters.layer import MERGED, LoRALayer
 from sd.adapters.layers import as_lora_layer, lora_class
 from sd.adapters.switch import exclusive
 from sd.adapters.targets import components, find_targets, named_layers
@@ -283,7 +283,7 @@ def base_bytes(models) -> int:
     tensors = chain.from_iterable((*network.named_parameters(), *network.named_buffers())
                                   for network in components(models).values())
     return sum(t.nbytes for name, t in tensors
-               if ".adapters." not in f".{name}" and name.rpartition(".")[2] not in ("merged_weight", "merged_bias"))
+               if ".adapters." not in f".{name}" and name.rpartition(".")[2] not in MERGED)
 
 
 def _quantized_layers(models) -> dict[str, LoRALayer]:

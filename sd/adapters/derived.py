@@ -25,9 +25,9 @@ class Stamp(NamedTuple):
     def of(cls, layer) -> Stamp:
         tensors = layer.sources()
         # Between backward and step: a fused optimizer may write next, and raises no counter. Inference tensors have none.
-        unsettled = any(p.grad is not None or p.is_inference() for p in tensors)
-        versions = None if unsettled else [(p.data_ptr(), p._version) for p in tensors]
-        return cls(layer.effective.fingerprint, versions, [(adapter.alpha, adapter.rank) for adapter in layer.derived.on])
+        versions = [(p.data_ptr(), p._version) for p in tensors if p.grad is None and not p.is_inference()]
+        scales = [(adapter.alpha, adapter.rank) for adapter in layer.derived.on]
+        return cls(layer.effective.fingerprint, versions if len(versions) == len(tensors) else None, scales)
 
     @property
     def settled(self) -> bool:

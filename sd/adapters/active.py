@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from hashlib import blake2b
 
 import torch
@@ -17,16 +17,14 @@ class ActiveSet:
 
     multipliers: dict[str, float | tuple[float, ...]]
     rows: tuple[int, ...] | None = None
-    _parts: dict[tuple[str, ...], ActiveSet] = field(default_factory=dict, compare=False, repr=False)
+
+    def __hash__(self) -> int:
+        return hash((frozenset(self.multipliers.items()), self.rows))
 
     def only(self, names: Iterable[str]) -> ActiveSet:
         """The part of it that concerns a layer with these adapters, in an order that does not depend on loading."""
         names = tuple(names)
-        if self._sorted and self.multipliers.keys() <= set(names):
-            return self  # and not a copy, of which each would keep the next one
-        if names not in self._parts:  # the layers of a model have mostly the same
-            self._parts[names] = ActiveSet({n: self.multipliers[n] for n in sorted(self.multipliers) if n in names}, self.rows)
-        return self._parts[names]
+        return self if self._sorted and self.multipliers.keys() <= set(names) else _part(self, names)
 
     def times(self, factors: Mapping[str, float]) -> ActiveSet:
         """Every multiplier times its adapter's factor; what has the factor 0 is not on at all."""
@@ -66,6 +64,11 @@ class ActiveSet:
         if not self.per_image or any(sum(map(bool, row)) > 1 for row in self._table):
             return None
         return [next((i for i, m in enumerate(row) if m), 0) for row in self._table]
+
+
+@lru_cache(maxsize=64)  # the layers of a model have few different lists of adapters, and a set comes to all of them in a row
+def _part(whole: ActiveSet, names: tuple[str, ...]) -> ActiveSet:
+    return ActiveSet({n: whole.multipliers[n] for n in sorted(whole.multipliers) if n in names}, whole.rows)
 
 
 NOTHING = ActiveSet({})

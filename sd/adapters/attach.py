@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.nn as nn
@@ -15,8 +15,8 @@ from sd.adapters.adapter import Adapter
 from sd.adapters.layers import as_lora_layer, check_rank, shape_of
 from sd.adapters.low_rank import Full
 from sd.adapters.lycoris import KINDS
-from sd.adapters.switch import adapter_names, are_known, check_known, exclusive, names_on, set_lora_enabled, use_adapters
-from sd.adapters.targets import NORMS, adaptable_layers, components, find_targets, lora_layers, named_layers
+from sd.adapters.switch import adapter_names, check_known, exclusive, names_on, set_lora_enabled, use_adapters
+from sd.adapters.targets import NORMS, adaptable_layers, components, find_targets, lora_layers, refuse_bypassed
 from sd.adapters.torch_attention import HOSTS, convert_hosts
 from sd.adapters.weights import AdapterWeights, LoRAError, LoRAFormatError
 from sd.errors import SDError
@@ -51,7 +51,7 @@ def apply_lora_to_model(models, rank: int | Mapping[str, int] = 4, alpha: float 
     targets = {path: layer for path, layer in targets.items() if not isinstance(rank, Mapping) or ranks[path] != 0}
     if name in adapter_names(models):
         raise LoRAError(f"an adapter named {name!r} is there already; remove_lora it first, or choose another name")
-    refuse_bypassed(models, targets)
+    _refuse_bypassed(models, targets)
     new = {}
     for path, layer in targets.items():
         norm, shape = isinstance(layer, NORMS), shape_of(layer, path)
@@ -101,15 +101,10 @@ def attach_adapters(models, layers: Mapping[str, nn.Module], adapters: Mapping[s
         set_lora_enabled(models, enabled)  # also on layers that had no adapter when it was switched
 
 
-def refuse_bypassed(models, targets: Mapping[str, nn.Module]) -> None:
-    """torch's own attention reads these layers' weights without calling them; where it has no LoRA class to prevent it, as a
-    class of one's own made from it, an adapter would be ignored in silence."""
-    for path, module in named_layers(models):
-        if isinstance(module, tuple(HOSTS)) and type(module) not in (*HOSTS, *HOSTS.values()):
-            for target in targets:
-                if not path or target.startswith(path + "."):
-                    raise LoRAError(f"{target} lies in a {type(module).__name__}, which can bypass its layers' forward; "
-                                    f"LoRA on it would be ignored")
+def _refuse_bypassed(models, targets: Iterable[str]) -> None:
+    def without_lora(module: nn.Module) -> bool:  # such as a class derived from torch's attention
+        return isinstance(module, tuple(HOSTS)) and type(module) not in (*HOSTS, *HOSTS.values())
+    refuse_bypassed(models, targets, without_lora, "LoRA on it would be ignored")
 
 
 def remove_lora(models, name: str | None = None) -> None:
@@ -161,7 +156,7 @@ def lora_state(models, name: str | None = None) -> dict[str, AdapterWeights]:
     names = names_on(layers.values())
     if name is None:
         if len(names) != 1:
-            raise LoRAError(f"name the adapter to save; there {are_known(names)}")
+            raise LoRAError(f"name the adapter to save; loaded: {', '.join(map(repr, names)) or 'none'}")
         name = names[0]
     check_known(layers.values(), [name])
     return {path: layer.adapter(name).weights() for path, layer in layers.items() if name in layer.adapter_names}
@@ -174,7 +169,7 @@ def attach_state(models, state: Mapping[str, AdapterWeights], name: str, multipl
     if not math.isfinite(multiplier):
         raise LoRAError(f"the multiplier of {name!r} is {multiplier}; a finite number is needed")
     by_path = adaptable_layers(models)
-    refuse_bypassed(models, {path: by_path[path] for path in state})
+    _refuse_bypassed(models, {path: by_path[path] for path in state})
     new, misfits = {}, []
     for path, weights in state.items():
         try:

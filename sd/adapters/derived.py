@@ -1,116 +1,122 @@
-"""The adapters of one layer that are on, as one pair of products: base + up((down x) · m).
-
-Legend: A adapters, R rank, ΣR the ranks of all, g groups of a convolution.
-"""
+"""What a layer keeps beside its parameters, fused and merged weights, and when it is stale."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sd.adapters.adapter import Adapter
-from sd.adapters.low_rank import LowRank, project_up
-from sd.adapters.weights import LoRAError
+from sd.adapters.fused import Fused, fuse
+
+SETS_KEPT = 8
 
 
-@dataclass
-class Fused:
-    """A layer's low-rank adapters together, in compute dtype, and what the others change."""
+class Stamp(NamedTuple):
+    """What derived weights were made from. Any write to an adapter or to the base makes another stamp."""
 
-    state: tuple  # of the layer when it was made
-    rows: int | None  # of the call that it is for, where images differ
-    down: Tensor | None = None  # [ΣR, ...]; for embeddings [num, ΣR]
-    up: Tensor | None = None  # [out, ΣR/g, ...], alpha / R folded in, and the multipliers too where all images share them
-    bias: Tensor | None = None  # Σ mᵢ Δbᵢ of the low-rank ones, [out] or, where images differ, [rows, out]
-    multipliers: Tensor | None = None  # [rows, ΣR] where images differ
-    index: Tensor | None = None  # [rows], the one adapter of each row: then down [A, R, in], up [A, out, R], multipliers [rows]
-    deltas: list[tuple[Tensor, Tensor | None, float | Tensor]] = field(default_factory=list)  # ΔW, Δb, multipliers
+    fingerprint: int  # of the active set
+    versions: list[tuple[int, int]] | None  # address and version counter of each tensor; None: not settled
+    scales: list[tuple[float | None, int | None]]  # alpha and rank of each adapter
 
-    def add_to(self, out: Tensor, x: Tensor, layer) -> Tensor:
-        """out + what the adapters add to layer(x)."""
-        if self.rows is not None:
-            out, x = self._by_row(out), self._by_row(x)
-        if self.index is not None:
-            down, up = self.down[self.index], self.up[self.index] * self.multipliers[:, None, None]
-            h = torch.bmm(x.reshape(self.rows, -1, x.shape[-1]), down.mT)
-            out = torch.baddbmm(out.reshape(self.rows, -1, out.shape[-1]), h, up.mT).view(out.shape)
-        elif self.down is not None:
-            h = layer.op(x, self.down, None)
-            if self.multipliers is not None:
-                axis = 1 if self.up.dim() > 2 else h.dim() - 1  # the axis of the ranks: channels of a convolution
-                h = h * self.multipliers.view([n if i in (0, axis) else 1 for i, n in enumerate(h.shape)])
-            if self.up.dim() == 2:  # product and sum in one pass over the output
-                out = torch.addmm(out.reshape(-1, out.shape[-1]), h.reshape(-1, h.shape[-1]), self.up.T).view(out.shape)
-            else:
-                out = out + project_up(h, self.up, layer.lora_shape().groups)
-        if self.bias is not None:
-            spatial = max(self.up.dim() - 2, 0) if self.index is None else 0
-            bias = self.bias.view(*self.bias.shape, *(1,) * spatial)
-            if self.rows is not None and not spatial:  # [rows, 1..., out]
-                bias = bias.unflatten(0, (-1, *(1,) * (out.dim() - 2)))
-            out = out + bias
-        for weight, bias, multiplier in self.deltas:
-            out = out + times(layer.op(x, weight, bias), multiplier)
-        return out
+    @classmethod
+    def of(cls, layer) -> Stamp:
+        tensors = layer.sources()
+        # Between backward and step: a fused optimizer may write next, and raises no counter. Inference tensors have none.
+        versions = [(p.data_ptr(), p._version) for p in tensors if p.grad is None and not p.is_inference()]
+        scales = [(adapter.alpha, adapter.rank) for adapter in layer.derived.on]
+        return cls(layer.effective.fingerprint, versions if len(versions) == len(tensors) else None, scales)
 
-    def _by_row(self, t: Tensor) -> Tensor:
-        """One row for each multiplier. A single one, such as the positions [1, T] of a table, is that of all."""
-        if t.shape[0] == self.rows:
-            return t
-        if t.shape[0] != 1:
-            raise LoRAError(f"multipliers are given for {self.rows} rows, but the layer got {t.shape[0]} rows; "
-                            f"say with use_rows() which image each row belongs to")
-        return t.expand(self.rows, *t.shape[1:])
+    @property
+    def settled(self) -> bool:
+        """False while a gradient waits for its step: nothing derived is kept then."""
+        return self.versions is not None
+
+    def still_valid(self, layer) -> bool:
+        return self.settled and self == Stamp.of(layer)
 
 
-def is_pair(adapter: Adapter) -> bool:
-    """Whether all that the adapter does to a weight is the product of its two factors."""
-    return isinstance(adapter, LowRank) and adapter.magnitude is None
+class Kept(NamedTuple):
+    """Fused weights in one compute dtype, and what they were made from."""
+
+    fused: Fused
+    dtype: torch.dtype
+    stamp: Stamp
 
 
-def times(change: Tensor, multiplier: float | Tensor) -> Tensor:
-    """change · multiplier, which is a number or one for each row."""
-    if isinstance(multiplier, Tensor):
-        return change * multiplier.to(change.dtype).view(-1, *(1,) * (change.dim() - 1))
-    return change if multiplier == 1.0 else change * multiplier
+class Derived:
+    """All that follows from a layer's base, adapters and active set.
 
+    It does not know its layer, which would be a cycle that only the garbage collector frees: methods take it.
+    The two bools are plain attributes of their own, since compiled code is guarded by them alone: values and names of the
+    active set change without recompiling.
+    """
 
-def fuse(layer, weighted: list[tuple[Adapter, float | Tensor]], dtype: torch.dtype, state: tuple = ()) -> Fused:
-    """What these adapters of the layer do, each with its multiplier (one number, or fp32 [rows]); differentiable."""
-    per_image, groups = layer.effective.per_image, layer.lora_shape().groups
-    wide = torch.promote_types(dtype, torch.float32)
-    fused = Fused(state, len(weighted[0][1]) if per_image else None)
-    pairs = [(adapter, m) for adapter, m in weighted if is_pair(adapter)]
-    for adapter, m in weighted:
-        if not is_pair(adapter):
-            delta, bias = adapter.effective_delta(layer.base_weight()), adapter.bias_delta(layer.base_bias())
-            if not per_image:  # folded in while all is fp32
-                delta, bias, m = delta * m, None if bias is None else bias * m, 1.0
-            fused.deltas.append((delta.to(dtype), None if bias is None else bias.to(dtype), m))
-    if not pairs:
-        return fused
-    downs = [adapter.whole_down(wide) for adapter, _ in pairs]
-    ups = [adapter.whole_up(wide) * (adapter.scale if per_image else adapter.scale * m) for adapter, m in pairs]
-    table = torch.stack([m for _, m in pairs], dim=1).to(dtype) if per_image else None  # [rows, A]
-    routes = layer.effective.routes if len(pairs) == len(weighted) > 1 else None
-    if routes is not None and layer.routable and len({up.shape[1] for up in ups}) == 1:
-        fused.index = torch.tensor(routes, device=table.device)
-        fused.down, fused.up, fused.multipliers = torch.stack(downs).to(dtype), torch.stack(ups).to(dtype), table.sum(dim=1)
-    else:  # groups keep their ranks: [g, R/g, ...]
-        fused.down = torch.cat([down.unflatten(0, (groups, -1)) for down in downs], dim=1).flatten(0, 1).to(dtype)
-        fused.up = torch.cat(ups, dim=1).to(dtype)
-        if per_image:
-            columns = [table[:, i, None, None].expand(-1, groups, up.shape[1]) for i, up in enumerate(ups)]
-            fused.multipliers = torch.cat(columns, dim=2).flatten(1)
-    biases = [(adapter.bias_delta(layer.base_bias()), m) for adapter, m in pairs]
-    biases = [m[:, None] * bias if per_image else m * bias for bias, m in biases if bias is not None]
-    fused.bias = sum(biases).to(dtype) if biases else None
-    if layer.lora_shape().embedding:
-        fused.down = fused.down.T if torch.is_grad_enabled() else fused.down.T.contiguous()  # made once, looked up often
-    return fused
+    def __init__(self):
+        self.on: list[Adapter] = []  # the adapters that are on, in order of their names
+        self.any_on = False
+        self.kept: dict[int, Kept] = {}  # fused weights of the last sets, by fingerprint, since tasks come back
+        self.present: Kept | None = None  # of the present set
+        self.merged: Stamp | None = None  # of what is in the layer's merged buffers
+        self.merged_on = False  # whether that was made for the present set
+
+    def follow(self, layer) -> None:
+        """Adopt the layer's active set."""
+        self.on = [layer.adapter(name) for name in layer.effective.multipliers]
+        self.any_on = bool(self.on)
+        fingerprint = layer.effective.fingerprint
+        self.merged_on = self.merged is not None and self.merged.fingerprint == fingerprint
+        kept = self.kept.get(fingerprint)
+        self.present = kept if kept is not None and kept.stamp.still_valid(layer) else None
+
+    def drop(self) -> None:
+        """Forget everything. The merged buffers stay, to be rewritten in place."""
+        self.present, self.kept = None, {}
+        self.drop_merged()
+
+    def drop_merged(self) -> None:
+        self.merged, self.merged_on = None, False
+
+    def forward(self, x: Tensor, layer) -> Tensor:
+        """layer(x) with what is on, for inference: by the merged weight, or base + fused."""
+        if self.is_merged(layer):
+            return layer.op(x, layer.merged_weight, layer.bias if layer.merged_bias is None else layer.merged_bias)
+        return self.fused(layer, layer.compute_dtype(x)).add_to(layer.base_forward(x), x, layer)
+
+    def fused(self, layer, dtype: torch.dtype) -> Fused:
+        """One pair of products for all low ranks that are on, made at the first call with the present set."""
+        kept = self.present
+        if kept is None or not (torch.compiler.is_compiling() or kept.dtype == dtype and kept.stamp.still_valid(layer)):
+            stamp = Stamp.of(layer)
+            with exact():
+                kept = Kept(fuse(layer, layer.weighted(), dtype), dtype, stamp)
+            self.present = self.kept[layer.effective.fingerprint] = kept
+            if len(self.kept) > SETS_KEPT:
+                del self.kept[next(iter(self.kept))]
+        return kept.fused
+
+    def is_merged(self, layer) -> bool:
+        """Whether the merged buffers are those of the present set."""
+        if layer.merged_weight is None or not self.merged_on:
+            return False
+        return torch.compiler.is_compiling() or self.merged.still_valid(layer)
+
+    def merge(self, layer) -> None:
+        """Write round(W + Σ mᵢ ΔWᵢ) into the merged buffer, in place once it exists: a stable address for graphs."""
+        if self.is_merged(layer):
+            return
+        with exact():
+            if layer.merged_weight is None:
+                layer.merged_weight = torch.empty_like(layer.plain_weight(), requires_grad=False)
+            self.drop_merged()  # until it is written whole
+            direct = layer.weight.dtype.itemsize >= 4 and layer.merged_weight.is_contiguous()  # no rounding, so no copy
+            weight, bias = layer.merged_sum(out=layer.merged_weight if direct else None)
+            if weight is not layer.merged_weight:
+                layer.merged_weight.copy_(weight)
+            layer.merged_bias = None if bias is None else bias.to(layer.weight.dtype)
+            self.merged, self.merged_on = Stamp.of(layer), True
 
 
 @contextmanager

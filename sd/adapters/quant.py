@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sd.adapters.derived import exact
-from sd.adapters.layer import LoRALayer
+from sd.adapters.layer import MERGED, LoRALayer
 from sd.adapters.layers import as_lora_layer, lora_class
 from sd.adapters.switch import exclusive
-from sd.adapters.targets import components, find_targets, named_layers
+from sd.adapters.targets import components, find_targets, named_layers, refuse_bypassed
 from sd.adapters.weights import LoRAError
 
 BLOCK = 64  # values that share an absmax (Dettmers et al. 2023, section 3)
@@ -140,8 +140,6 @@ class QuantizedWeight(nn.Module):
         """The weight as a tensor of `shape` and `dtype`: made in fp32, rounded once."""
         return self.unpack(*self._buffers.values())
 
-    detach = dequantize  # what reads `layer.weight.detach()`, such as the writer of checkpoints, gets the tensor
-
     def unpack(self, *parts: Tensor) -> Tensor:
         values = FORMATS[self.kind].unpack(*parts).flatten()
         return values[:self.shape.numel()].view(self.shape).to(self.dtype)
@@ -249,7 +247,8 @@ def quantize_base(models, kind: str = "nf4", target_modules=None):
         raise LoRAError(f"quantisation {kind!r} is unknown; allowed: {', '.join(FORMATS)}")
     with exclusive(models), exact():
         targets = find_targets(models, "full" if target_modules is None else target_modules)
-        _refuse_bypassed(models, targets)
+        refuse_bypassed(models, targets, lambda m: isinstance(m, (nn.MultiheadAttention, nn.TransformerEncoderLayer)),
+                        "it cannot be quantised")
         for path, layer in targets.items():
             _check(layer, path)
         for path, layer in targets.items():
@@ -283,7 +282,7 @@ def base_bytes(models) -> int:
     tensors = chain.from_iterable((*network.named_parameters(), *network.named_buffers())
                                   for network in components(models).values())
     return sum(t.nbytes for name, t in tensors
-               if ".adapters." not in f".{name}" and name.rpartition(".")[2] not in ("merged_weight", "merged_bias"))
+               if ".adapters." not in f".{name}" and name.rpartition(".")[2] not in MERGED)
 
 
 def _quantized_layers(models) -> dict[str, LoRALayer]:
@@ -301,12 +300,3 @@ def _check(layer: nn.Module, path: str) -> None:
         raise LoRAError(f"{path} is trainable; only a frozen base can be quantised: requires_grad_(False) on the model first")
     if not layer.weight.is_meta and not math.isfinite(layer.weight.detach().abs().amax()):
         raise LoRAError(f"{path} holds weights that are not finite, so it cannot be quantised")
-
-
-def _refuse_bypassed(models, targets) -> None:
-    for path, module in named_layers(models):
-        if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-            for target in targets:
-                if not path or target.startswith(path + "."):
-                    raise LoRAError(f"{target} lies in a {type(module).__name__}, which can bypass its layers' forward and "
-                                    f"read their weights; it cannot be quantised")

@@ -27,9 +27,8 @@ def names_on(layers: Iterable[LoRALayer]) -> list[str]:
     return sorted({name for layer in layers for name in layer.adapter_names})
 
 
+# One lock for each network in use; it goes with the network. Not an attribute of it, since locks cannot be copied or pickled.
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
-
-
 _LOCKS_GUARD = threading.Lock()
 
 
@@ -148,11 +147,7 @@ def check_known(layers: Iterable[LoRALayer], names: Iterable[str]) -> None:
     known = names_on(layers)
     for name in names:
         if name not in known:
-            raise LoRAError(f"no adapter is named {name!r}; there {are_known(known)}")
-
-
-def are_known(names: list[str]) -> str:
-    return "are " + ", ".join(map(repr, names)) if names else "is none"
+            raise LoRAError(f"no adapter is named {name!r}; loaded: {', '.join(map(repr, known)) or 'none'}")
 
 
 def checkpoint(function: Callable, *args):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch.nn as nn
 
@@ -119,6 +119,16 @@ def _matches(target: str, path: str, module: nn.Module) -> bool:
         return re.search(target, path) is not None
     except re.error as error:
         raise LoRAError(f"target {target!r} is not a regular expression: {error}") from None
+
+
+def refuse_bypassed(models, targets: Iterable[str], bypasses: Callable[[nn.Module], bool], why: str) -> None:
+    """Raise LoRAError for a target inside a module that `bypasses` its layers: torch's own attention reads their weights
+    without calling them."""
+    for path, module in named_layers(models):
+        if bypasses(module):
+            for target in targets:
+                if not path or target.startswith(path + "."):
+                    raise LoRAError(f"{target} lies in a {type(module).__name__}, which can bypass its layers' forward; {why}")
 
 
 def lora_layers(models) -> dict[str, LoRALayer]:

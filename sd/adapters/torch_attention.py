@@ -84,7 +84,7 @@ def projections(attention: nn.MultiheadAttention) -> dict[str, AttentionProjecti
 
 def any_on(module: nn.Module) -> bool:
     """Whether some adapter in the module is on."""
-    return any(m._is_on and m.lora_enabled for m in module.modules() if isinstance(m, LoRALayer))
+    return any(m.is_on for m in module.modules() if isinstance(m, LoRALayer))
 
 
 class LoRAMultiheadAttention(nn.MultiheadAttention):

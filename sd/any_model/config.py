@@ -19,7 +19,7 @@ from sd.adapters.attach import apply_lora_to_model, attach_state, lora_state, re
 from sd.adapters.layer import LoRALayer
 from sd.adapters.layers import as_lora_layer, shape_of
 from sd.adapters.low_rank import LowRank
-from sd.adapters.switch import adapter_names, are_known, exclusive, set_adapters
+from sd.adapters.switch import adapter_names, exclusive, set_adapters
 from sd.adapters.targets import NORMS, TARGET_PRESETS, adaptable_layers, components, find_targets, layer_shapes, lora_layers
 from sd.adapters.weights import AdapterWeights, LayerShape, LoRAError
 from sd.errors import SDError
@@ -46,13 +46,17 @@ class AppliedConfig:
 class ScaledLowRank(LowRank):
     """LoRA with a trained factor: ΔW = scale · alpha / R · up · down. A file holds the factor in `up`."""
 
-    trained_scale: nn.Parameter
+    def __init__(self, shape: LayerShape, rank: int, alpha: float | None = None, **options):
+        super().__init__(shape, rank, alpha, **options)
+        self.trained_scale = nn.Parameter(torch.ones(()))
 
-    @staticmethod
-    def of(adapter: LowRank, scale: float) -> None:
-        """Give a LoRA the factor, in place."""
-        adapter.__class__ = ScaledLowRank
-        adapter.trained_scale = nn.Parameter(torch.full((), scale, device=adapter.up.device))
+    @classmethod
+    @torch.inference_mode(False)
+    def of(cls, adapter: LowRank, shape: LayerShape, scale: float) -> ScaledLowRank:
+        """A LoRA with the values of another, and the factor."""
+        weights = adapter.weights()
+        weights.tensors["trained_scale"] = torch.tensor(scale, device=adapter.up.device)
+        return cls.from_weights(weights, shape)
 
     @torch.no_grad()
     def restart(self, shape: LayerShape) -> None:
@@ -150,8 +154,8 @@ def _apply_wrapper(models, config: Mapping, name: str) -> AppliedConfig:
     apply_lora_to_model(models, ranks, alphas, target_modules=_exactly(owners), name=name)
     layers = lora_layers(models)
     for path in trained:
-        ScaledLowRank.of(layers[path].adapter(name), scales[path])
-        layers[path].drop_derived()
+        layer = layers[path]
+        layer.add_adapter(name, ScaledLowRank.of(layer.adapter(name), layer.lora_shape(), scales[path]))
     return AppliedConfig(owners, {path: options[key]["lr"] for path, key in owners.items()}, train_base)
 
 
@@ -284,7 +288,7 @@ def _applied(models, name: str | None) -> tuple[str, AppliedConfig]:
         (name,) = configs
     if name not in configs:
         what = "name the adapter" if name is None else f"no adapter named {name!r} was made by apply_lora_config"
-        raise LoRAError(f"{what}; there {are_known(sorted(configs))}")
+        raise LoRAError(f"{what}; adapters with a config: {', '.join(map(repr, sorted(configs))) or 'none'}")
     return name, configs[name]
 
 
@@ -309,7 +313,7 @@ def merge_weights(models, path: str | os.PathLike | Mapping[str, Tensor], multip
         for p, layer in lora_layers(models).items():
             if name in layer.adapter_names:
                 if isinstance(old.get(p), ScaledLowRank):
-                    ScaledLowRank.of(layer.adapter(name), 1.0)
+                    layer.add_adapter(name, ScaledLowRank.of(layer.adapter(name), layer.lora_shape(), 1.0))
                 _continue(layer.adapter(name), old.get(p, next(iter(old.values()))))
                 layer.set_block_multiplier(name, old[p].block_multiplier if p in old else 1.0)
         set_adapters(models, active)

@@ -13,11 +13,11 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from urllib.parse import quote, unquote
 
 from torch import Tensor
 
 from sd.checkpoints.names import Name
+from sd.escape import escaped, unescaped
 from sd.files.tensor_file import CheckpointError, TensorFile
 
 EMBEDDED = "sdlora.embedded"
@@ -37,7 +37,7 @@ class EmbeddedLoRA:
 
 def embed_keys(loras: Iterable[EmbeddedLoRA]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata that a checkpoint with these LoRAs in it has more. Inverse of `embedded_loras`."""
-    tensors = {f"{_PREFIX}{_escaped(lora.name)}.{key}": tensor for lora in loras for key, tensor in lora.tensors.items()}
+    tensors = {f"{_PREFIX}{escaped(lora.name)}.{key}": tensor for lora in loras for key, tensor in lora.tensors.items()}
     facts = {lora.name: {"multiplier": lora.multiplier, "metadata": lora.metadata} for lora in loras}
     return tensors, {EMBEDDED: json.dumps(facts, ensure_ascii=False)}
 
@@ -72,7 +72,7 @@ def _ours(inside: TensorFile) -> list[EmbeddedLoRA]:
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in inside.items():
         name, _, rest = key.removeprefix(_PREFIX).partition(".")
-        parts.setdefault(unquote(name), {})[rest] = tensor
+        parts.setdefault(unescaped(name), {})[rest] = tensor
     wrong = f"{inside.path}: its {EMBEDDED} metadata does not describe the LoRAs in it"
     try:
         facts = json.loads(inside.metadata[EMBEDDED])
@@ -111,7 +111,3 @@ def _of_lora_wrapper(inside: TensorFile, names: Sequence[Name]) -> EmbeddedLoRA:
         tensors |= {f"{kohya[module]}.lora_down.weight": down, f"{kohya[module]}.lora_up.weight": up,
                     f"{kohya[module]}.alpha": scale.double().reshape(()) * len(down)}  # so that alpha / R is the scale
     return EmbeddedLoRA(inside.path.stem, 1.0, tensors, {"format": "pt"})
-
-
-def _escaped(name: str) -> str:
-    return quote(name, safe="").replace(".", "%2E")

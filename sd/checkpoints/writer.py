@@ -117,7 +117,8 @@ def _made(layer: nn.Module, tail: str, read: Reader, shape: tuple[int, ...], dty
 
 
 def _base(layer: nn.Module, tail: str) -> Tensor:
-    return getattr(layer, tail).detach()
+    tensor = layer.plain_weight() if tail == "weight" and isinstance(layer, LoRALayer) else getattr(layer, tail)
+    return tensor.detach()
 
 
 def _merged(layer: nn.Module, tail: str) -> Tensor:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections.abc import Mapping
-from urllib.parse import quote, unquote
 
 import torch
 from torch import Tensor, nn
 
 from sd.config import CLIPConfig
 from sd.errors import SDError
+from sd.escape import escaped, unescaped
 from sd.files.tensor_file import all_finite
 from sd.prompts.tokenizer import vocabulary
 
@@ -39,7 +39,7 @@ class LearnedWords(nn.ParameterDict):
         """Word -> the token ids for which its vectors stand, in order: the first after the vocabulary's."""
         found, first = {}, self.config.vocab_size
         for key, vectors in self.items():
-            found[unquote(key[1:])] = range(first, first + len(vectors))
+            found[unescaped(key[1:])] = range(first, first + len(vectors))
             first += len(vectors)
         return found
 
@@ -111,7 +111,7 @@ def one_space(word: str) -> str:
 
 def word_key(word: str) -> str:
     """A word's key in LearnedWords: names of parameters may not hold dots, nor equal an attribute such as `keys`."""
-    return "_" + quote(word, safe="").replace(".", "%2E")
+    return "_" + escaped(word)
 
 
 def vectors_hash(vectors: Tensor) -> str:

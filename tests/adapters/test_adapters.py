@@ -174,6 +174,60 @@ def test_each_row_gets_the_multipliers_of_its_image(kind, dora, grad):
             assert torch.allclose(out[row:row + 1], alone, rtol=0, atol=2e-6 * float(alone.detach().abs().max()))
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_routes_are_those_of_all_adapters_also_where_one_is_no_low_rank(grad):
+    model, x = model_and_input("linear")
+    for name in "abc":
+        apply_lora_to_model(model, rank=2, target_modules=["0"], name=name, dora=name == "a")
+    fill(model)
+    with torch.set_grad_enabled(grad), use_adapters(model, {n: torch.eye(4)[i] for i, n in enumerate("abc")}):
+        out = model(x)
+    for row, multipliers in enumerate(({"a": 1.0}, {"b": 1.0}, {"c": 1.0}, {})):
+        with use_adapters(model, multipliers):
+            assert torch.allclose(out[row:row + 1], model(x[row:row + 1]), atol=2e-6)
+
+
+def test_a_layer_adds_the_fields_that_its_class_names_and_loses_them_when_it_is_plain_again():
+    plain = nn.Linear(4, 4)
+    model = nn.Sequential(copy.deepcopy(plain))
+
+    def fields(layer):
+        return {*vars(layer), *layer._parameters, *layer._buffers, *layer._modules}
+    apply_lora_to_model(model, rank=2, target_modules=["0"])
+    merge(model)
+    assert fields(model[0]) - fields(plain) == set(LoRALayer.__annotations__) and len(LoRALayer.__annotations__) <= 8
+    remove_lora(model)
+    assert fields(model[0]) == fields(plain) and type(model[0]) is nn.Linear
+
+
+def test_nothing_derived_is_valid_while_a_gradient_waits_for_its_step():
+    model, x = adapted("linear")
+    layer = model[0]
+    with torch.no_grad():
+        model(x)
+    kept = layer.derived.present
+    assert kept.stamp.settled and kept.stamp.still_valid(layer)
+    layer.adapter("a").up.grad = torch.zeros_like(layer.adapter("a").up)
+    assert not kept.stamp.still_valid(layer)
+    with torch.no_grad():
+        model(x)
+    assert not layer.derived.present.stamp.settled and not layer.derived.present.stamp.still_valid(layer)
+    layer.adapter("a").up.grad = None
+    assert kept.stamp.still_valid(layer) and not layer.derived.present.stamp.still_valid(layer)
+
+
+def test_the_fused_weights_of_eight_sets_are_kept():
+    model, x = adapted("linear")
+    made = []
+    with torch.no_grad():
+        for m in (*range(1, 10), *range(9, 0, -1)):  # the ninth takes the place of the first
+            with use_adapters(model, {"a": float(m)}):
+                before = model[0].derived.present
+                model(x)
+                made.append(before is None)
+    assert made == [True] * 9 + [False] * 8 + [True]
+
+
 def test_a_batch_that_does_not_match_its_rows_is_an_error():
     model, x = adapted("linear")
     with use_adapters(model, {"a": torch.tensor([1.0, 2.0])}), pytest.raises(LoRAError, match="2 rows.*got 4 rows"):
@@ -585,7 +639,7 @@ def test_the_active_set_is_exact_and_returns_after_an_exception():
                   {"a": torch.tensor([1.0]), "b": torch.tensor([1.0, 2.0])}):
         with pytest.raises(LoRAError), use_adapters(model, wrong):
             raise AssertionError("must not get here")
-    with pytest.raises(LoRAError, match="no adapter is named 'c'; there are 'a', 'b'"), use_adapters(model, {"c": 1.0}):
+    with pytest.raises(LoRAError, match="no adapter is named 'c'; loaded: 'a', 'b'"), use_adapters(model, {"c": 1.0}):
         pass
     assert active_multipliers(model) == {"a": 0.5}
 

@@ -261,7 +261,7 @@ def test_a_second_config_of_the_same_name_is_refused_and_of_another_is_a_second_
     with pytest.raises(LoRAError, match="'default' is there already"):
         apply_lora_config(model, WRAPPER)
     apply_lora_config(model, LORAW, "b")
-    with pytest.raises(LoRAError, match="name the adapter; there are 'b', 'default'"):
+    with pytest.raises(LoRAError, match="name the adapter; adapters with a config: 'b', 'default'"):
         prepare_for_training(model)
     assert len(prepare_for_training(model, "b")[0]["params"]) == 2 * 7
     with pytest.raises(LoRAError, match="no adapter named 'c' was made by apply_lora_config"):

@@ -22,7 +22,7 @@ from sd.training.dataset.sources import read_sources
 ROOT = Path(__file__).resolve().parents[2]
 # A file imports from its own folder, and from files and folders on lower floors; the ground floor comes first.
 FLOORS = (
-    ("errors",),
+    ("errors", "escape"),
     ("config", "adapters", "files"),
     ("attention", "prompts", "sampling", "pictures"),
     ("clip", "unet", "vae", "checkpoints"),

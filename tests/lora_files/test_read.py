@@ -470,11 +470,11 @@ def test_another_base_is_worth_a_line_and_no_more(models, tmp_path, caplog):
 
 
 def test_which_adapter_to_save_must_be_clear(models, tmp_path):
-    with pytest.raises(LoRAError, match="there is none"):
+    with pytest.raises(LoRAError, match="loaded: none"):
         save_models_lora(models, tmp_path / "x.safetensors")
     for name in ("a", "b"):
         apply_lora_to_model(models, 2, name=name)
-    with pytest.raises(LoRAError, match="name the adapter to save; there are 'a', 'b'"):
+    with pytest.raises(LoRAError, match="name the adapter to save; loaded: 'a', 'b'"):
         save_models_lora(models, tmp_path / "x.safetensors")
     with pytest.raises(LoRAError, match="no adapter is named 'c'"):
         save_models_lora(models, tmp_path / "x.safetensors", "c")

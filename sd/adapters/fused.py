@@ -1,0 +1,165 @@
+"""The adapters of one layer that are on, as one pair of products: base + up((down x) · m).
+
+Legend: A adapters, R rank, ΣR the ranks of all, g groups of a convolution; rows of a network call, each of one image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sd.adapters.adapter import Adapter
+from sd.adapters.low_rank import LowRank, project_up
+from sd.adapters.weights import LoRAError
+
+
+@dataclass
+class Shared:
+    """Low ranks with the same multipliers for every row."""
+
+    down: Tensor  # [ΣR, ...]; for embeddings [num, ΣR]
+    up: Tensor  # [out, ΣR/g, ...], alpha / R and the multipliers folded in
+    bias: Tensor | None  # Σ mᵢ Δbᵢ, [out]
+
+    def add_to(self, out: Tensor, x: Tensor, layer) -> Tensor:
+        out = _add_up(out, layer.op(x, self.down, None), self.up, layer)
+        return out if self.bias is None else out + self.bias.view(-1, *(1,) * (self.up.dim() - 2))
+
+
+@dataclass
+class Mixed:
+    """Low ranks of which each row has its own mixture."""
+
+    down: Tensor  # as in Shared
+    up: Tensor  # [out, ΣR/g, ...], alpha / R folded in
+    multipliers: Tensor  # [rows, ΣR]
+    bias: Tensor | None  # [rows, out]
+
+    def add_to(self, out: Tensor, x: Tensor, layer) -> Tensor:
+        h = layer.op(x, self.down, None)
+        axis = 1 if self.up.dim() > 2 else h.dim() - 1  # the axis of the ranks: channels of a convolution
+        h = h * self.multipliers.view([n if i in (0, axis) else 1 for i, n in enumerate(h.shape)])
+        out = _add_up(out, h, self.up, layer)
+        if self.bias is None:
+            return out
+        spatial = self.up.dim() - 2
+        return out + (self.bias.view(*self.bias.shape, *(1,) * spatial) if spatial else _by_row(self.bias, out))
+
+
+@dataclass
+class Routed:
+    """Low ranks of equal size, at most one of them for each row: each row is multiplied by its own alone."""
+
+    down: Tensor  # [A, R, in]
+    up: Tensor  # [A, out, R], alpha / R folded in
+    index: Tensor  # [rows], which adapter
+    multipliers: Tensor  # [rows]
+    bias: Tensor | None  # [rows, out]
+
+    def add_to(self, out: Tensor, x: Tensor, layer) -> Tensor:
+        rows = len(self.index)
+        down, up = self.down[self.index], self.up[self.index] * self.multipliers[:, None, None]
+        h = torch.bmm(x.reshape(rows, -1, x.shape[-1]), down.mT)
+        out = torch.baddbmm(out.reshape(rows, -1, out.shape[-1]), h, up.mT).view(out.shape)
+        return out if self.bias is None else out + _by_row(self.bias, out)
+
+
+@dataclass
+class Delta:
+    """What an adapter of another kind changes, as a whole weight."""
+
+    weight: Tensor  # ΔW
+    bias: Tensor | None  # Δb
+    multiplier: float | Tensor  # [rows] where images differ; else 1, and it is folded in
+
+    def add_to(self, out: Tensor, x: Tensor, layer) -> Tensor:
+        return out + times(layer.op(x, self.weight, self.bias), self.multiplier)
+
+
+@dataclass
+class Fused:
+    """All that is on, in compute dtype."""
+
+    parts: list[Shared | Mixed | Routed | Delta]
+    rows: int | None  # of the call that it is for, where images differ
+
+    def add_to(self, out: Tensor, x: Tensor, layer) -> Tensor:
+        """out + what the adapters add to layer(x)."""
+        if self.rows is not None:
+            out, x = self._expanded(out), self._expanded(x)
+        for part in self.parts:
+            out = part.add_to(out, x, layer)
+        return out
+
+    def _expanded(self, t: Tensor) -> Tensor:
+        """One row for each multiplier. A single one, such as the positions [1, T] of a table, is that of all."""
+        if t.shape[0] == self.rows:
+            return t
+        if t.shape[0] != 1:
+            raise LoRAError(f"multipliers are given for {self.rows} rows, but the layer got {t.shape[0]} rows; "
+                            f"say with use_rows() which image each row belongs to")
+        return t.expand(self.rows, *t.shape[1:])
+
+
+def _add_up(out: Tensor, h: Tensor, up: Tensor, layer) -> Tensor:
+    if up.dim() == 2:  # product and sum in one pass over the output
+        return torch.addmm(out.reshape(-1, out.shape[-1]), h.reshape(-1, h.shape[-1]), up.T).view(out.shape)
+    return out + project_up(h, up, layer.lora_shape().groups)
+
+
+def _by_row(bias: Tensor, out: Tensor) -> Tensor:
+    """[rows, out] -> [rows, 1..., out], for an output [rows, ..., out]."""
+    return bias.unflatten(0, (-1, *(1,) * (out.dim() - 2)))
+
+
+def is_pair(adapter: Adapter) -> bool:
+    """Whether all that the adapter does to a weight is the product of its two factors."""
+    return isinstance(adapter, LowRank) and adapter.magnitude is None
+
+
+def times(change: Tensor, multiplier: float | Tensor) -> Tensor:
+    """change · multiplier, which is a number or one for each row."""
+    if isinstance(multiplier, Tensor):
+        return change * multiplier.to(change.dtype).view(-1, *(1,) * (change.dim() - 1))
+    return change if multiplier == 1.0 else change * multiplier
+
+
+def fuse(layer, weighted: list[tuple[Adapter, float | Tensor]], dtype: torch.dtype) -> Fused:
+    """What these adapters of the layer do, each with its multiplier (one number, or fp32 [rows]); differentiable."""
+    pairs = [(adapter, m) for adapter, m in weighted if is_pair(adapter)]
+    others = [_delta(layer, adapter, m, dtype) for adapter, m in weighted if not is_pair(adapter)]
+    return Fused([_pairs(layer, pairs, dtype), *others] if pairs else others,
+                 len(weighted[0][1]) if layer.effective.per_image else None)
+
+
+def _delta(layer, adapter: Adapter, m: float | Tensor, dtype: torch.dtype) -> Delta:
+    delta, bias = adapter.effective_delta(layer.base_weight()), adapter.bias_delta(layer.base_bias())
+    if not layer.effective.per_image:  # folded in while all is fp32
+        delta, bias, m = delta * m, None if bias is None else bias * m, 1.0
+    return Delta(delta.to(dtype), None if bias is None else bias.to(dtype), m)
+
+
+def _pairs(layer, pairs: list[tuple[LowRank, float | Tensor]], dtype: torch.dtype) -> Shared | Mixed | Routed:
+    per_image, groups = layer.effective.per_image, layer.lora_shape().groups
+    wide = torch.promote_types(dtype, torch.float32)
+    downs = [adapter.whole_down(wide) for adapter, _ in pairs]
+    ups = [adapter.whole_up(wide) * (adapter.scale if per_image else adapter.scale * m) for adapter, m in pairs]
+    biases = [(adapter.bias_delta(layer.base_bias()), m) for adapter, m in pairs]
+    biases = [m[:, None] * bias if per_image else m * bias for bias, m in biases if bias is not None]
+    bias = sum(biases).to(dtype) if biases else None
+    table = torch.stack([m for _, m in pairs], dim=1).to(dtype) if per_image else None  # [rows, A]
+    routes = layer.effective.routes if len(pairs) == len(layer.effective.multipliers) > 1 else None
+    if routes is not None and layer.routable and len({up.shape[1] for up in ups}) == 1:
+        return Routed(torch.stack(downs).to(dtype), torch.stack(ups).to(dtype), torch.tensor(routes, device=table.device),
+                      table.sum(dim=1), bias)
+    # Groups keep their ranks: [g, R/g, ...]
+    down = torch.cat([down.unflatten(0, (groups, -1)) for down in downs], dim=1).flatten(0, 1).to(dtype)
+    up = torch.cat(ups, dim=1).to(dtype)
+    if layer.lora_shape().embedding:
+        down = down.T if torch.is_grad_enabled() else down.T.contiguous()  # made once, looked up often
+    if not per_image:
+        return Shared(down, up, bias)
+    columns = [table[:, i, None, None].expand(-1, groups, up.shape[1]) for i, up in enumerate(ups)]
+    return Mixed(down, up, torch.cat(columns, dim=2).flatten(1), bias)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sd.adapters.lycoris import KINDS
+from sd.adapters.kinds import KINDS
 from sd.adapters.quant import dequantize_base, quantize_base, quantized_kinds
 from sd.files.tensors import read_tensors
 from sd.lora import lora_layers, lora_state, merge_loss, remove_lora

@@ -45,7 +45,7 @@ class Adapter(nn.Module):
 
     # How files hold it.
     keys: Mapping[str, str] = {}  # name of a tensor in files (kohya's or LyCORIS's) -> our own
-    flags: tuple[str, ...] = ()  # tensors that are not parameters; they may be 0-d
+    flags: tuple[str, ...] = ()  # tensors that are not parameters: one bool, the attribute of that name
     needed: tuple[str, ...] = ()  # tensors without which a file holds half an adapter
     cores: tuple[str, ...] = ()  # tensors that are Tucker cores
     only_beside: Mapping[str, str] = {}  # name in files that any tensor may have -> the name that must stand beside it
@@ -187,7 +187,9 @@ class Adapter(nn.Module):
 
     def weights(self) -> AdapterWeights:
         """Everything that a file must hold, detached."""
-        return AdapterWeights(self.kind, {name: p.detach() for name, p in self.named_parameters()}, alpha=self.alpha)
+        tensors = {name: p.detach() for name, p in self.named_parameters()}
+        flags = {name: torch.tensor(getattr(self, name)) for name in self.flags}
+        return AdapterWeights(self.kind, tensors | flags, alpha=self.alpha)
 
     @classmethod
     def from_weights(cls, weights: AdapterWeights, shape: LayerShape) -> Adapter:
@@ -241,6 +243,14 @@ def size_of(weights: AdapterWeights, name: str, axis: int = 0) -> int:
     if tensor.dim() <= axis or not tensor.numel():
         raise LoRAFormatError(f"{name} has shape {list(tensor.shape)}, which fits no layer")
     return tensor.shape[axis]
+
+
+def flag_of(weights: AdapterWeights, name: str, what: str) -> bool:
+    """The value of a flag, which says `what`; a file may lack it."""
+    flag = weights.tensors.get(name)
+    if flag is None or flag.numel() != 1:
+        raise LoRAFormatError(f"it has no {name} of one value, which says {what}")
+    return bool(flag)
 
 
 def _own(tensor: Tensor) -> nn.Parameter:

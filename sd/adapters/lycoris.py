@@ -15,8 +15,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from sd.adapters.adapter import MODIFIERS, Adapter, check_rank, rebuild, size_of, uniform
-from sd.adapters.weights import AdapterWeights, LayerShape, LoRAFormatError
+from sd.adapters.adapter import MODIFIERS, Adapter, check_rank, flag_of, rebuild, size_of, uniform
+from sd.adapters.weights import AdapterWeights, LayerShape
 from sd.errors import SDError
 
 
@@ -175,17 +175,9 @@ class IA3(Adapter):
     def delta(self, W: Tensor) -> Tensor:
         return W * self.weight.to(W.dtype).reshape([-1 if axis == self.on_input else 1 for axis in range(W.dim())])
 
-    def weights(self) -> AdapterWeights:
-        weights = super().weights()
-        weights.tensors["on_input"] = torch.tensor(self.on_input)
-        return weights
-
     @classmethod
     def _like(cls, weights: AdapterWeights, shape: LayerShape) -> IA3:
-        flag = weights.tensors.get("on_input")
-        if flag is None or flag.numel() != 1:
-            raise LoRAFormatError("it has no on_input of one value, which says what its weight is for: rows or input columns")
-        return cls(shape, on_input=bool(flag))
+        return cls(shape, on_input=flag_of(weights, "on_input", "what its weight is for: rows or input columns"))
 
 
 class GLoRA(Adapter):

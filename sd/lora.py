@@ -15,6 +15,7 @@ from torch import Tensor
 from sd.adapters.active import ActiveSet
 from sd.adapters.adapter import Adapter
 from sd.adapters.attach import apply_lora_to_model, attach_state, get_lora_parameters, lora_state, remove_lora, unreached_layers
+from sd.adapters.kinds import KINDS
 from sd.adapters.layer import LoRALayer
 from sd.adapters.layers import (
     LORA_CLASSES,
@@ -27,7 +28,6 @@ from sd.adapters.layers import (
     LoRALinear,
     register_lora_layer,
 )
-from sd.adapters.lycoris import KINDS
 from sd.adapters.merging import merge, merge_lora_weights, merge_loss, tied_layers, unmerge
 from sd.adapters.quant import dequantize_base, quantize_base
 from sd.adapters.switch import (

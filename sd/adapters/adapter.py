@@ -7,6 +7,7 @@ ConvNd [out, in/g, *k], Embedding [num, dim], norms [C].
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn as nn
@@ -16,12 +17,14 @@ from torch import Tensor
 from sd.adapters.weights import AdapterWeights, LayerShape, LoRAFormatError
 from sd.errors import SDError
 
+MODIFIERS = ("magnitude", "diff_b")  # tensors that any kind may have beside its own
+
 
 class Adapter(nn.Module):
     """One weight change for one layer; knows no names, multipliers or other adapters.
 
-    A kind defines its parameters in the constructor (zero change at the start), `delta`, and `_like`. `magnitude` and
-    `diff_b` are modifiers that any kind may have beside its own tensors.
+    A kind defines its parameters in the constructor (zero change at the start), `delta`, and `_like`, states its facts in
+    the attributes below, and has a row in KINDS. `magnitude` and `diff_b` are modifiers that any kind may have.
     """
 
     kind: str
@@ -29,18 +32,37 @@ class Adapter(nn.Module):
     rank: int | None = None
     block_multiplier = 1.0  # the user's factor for this one layer; written by LoRALayer.set_block_multiplier
     options: tuple[str, ...] = ()  # what the constructor takes beside rank, alpha and dropouts
-    flags: tuple[str, ...] = ()  # tensors of a file that are no parameters
     fits_norms = fits_embeddings = drops_ranks = takes_dora = False
     of_weight = False  # whether ΔW is made from W
     low_rank = False  # whether a rank above min(in, out) is a mistake
 
+    # How it is trained.
+    sized = True  # whether the constructor's rank chooses a size
+    scaled = False  # whether ΔW has the factor alpha / rank
+    bounded = False  # whether alpha limits the change instead
+    adds = False  # whether sums of its changes are meant, as ReLoRA makes them
+    is_product = False  # whether ΔW is a product of all its matrices, so that scaling each of n by s scales ΔW by sⁿ
+
+    # How files hold it.
+    keys: Mapping[str, str] = {}  # name of a tensor in files (kohya's or LyCORIS's) -> our own
+    flags: tuple[str, ...] = ()  # tensors that are not parameters: one bool, the attribute of that name
+    needed: tuple[str, ...] = ()  # tensors without which a file holds half an adapter
+    cores: tuple[str, ...] = ()  # tensors that are Tucker cores
+    only_beside: Mapping[str, str] = {}  # name in files that any tensor may have -> the name that must stand beside it
+    held_by: Mapping[str, tuple[str, ...]] = {}  # format other than kohya's -> the tensors that its programs read
+    lycoris_name: str | None = None  # `algo` in the header; None: LyCORIS does not know the kind
+    no_alpha: float | None = None  # written where there is no alpha: LyCORIS loads no module of some kinds without one
+    peft_type: str | None = None  # in PEFT's adapter_config.json; None: not read
+    peft_alpha = "alpha"  # alpha's name there
+    peft_fields: Mapping[str, str] = {}  # field of that config -> name in files of the flag that it stands for
+
     def __init__(self, shape: LayerShape, *, dropout: float = 0.0, rank_dropout: float = 0.0, module_dropout: float = 0.0):
         super().__init__()
         if shape.embedding and not self.fits_embeddings:
-            raise SDError(f"kind {self.kind!r} does not fit an embedding; allowed: lora, full")
+            raise SDError(f"kind {self.kind!r} does not fit an embedding; allowed: {_kinds_that('fits_embeddings')}")
         if len(shape.weight) < 2 and not self.fits_norms:
             raise SDError(f"kind {self.kind!r} does not fit a norm, whose weight {list(shape.weight)} is no matrix; "
-                             f"allowed: full")
+                          f"allowed: {_kinds_that('fits_norms')}")
         self.embedding = shape.embedding
         self.magnitude: nn.Parameter | None = None
         self.diff_b: nn.Parameter | None = None
@@ -132,9 +154,42 @@ class Adapter(nn.Module):
             return moved if moved.dtype == t.dtype else t.to(moved.device)
         return super()._apply(keep_dtype, recurse)
 
+    def why_not_trained(self) -> str | None:
+        """Why an adapter of a file cannot be trained, and what can; None where it can."""
+        return None
+
+    # ---- files: `tensors` are those of one layer, under our own names ------------------------------------------------
+
+    @classmethod
+    def rank_of(cls, tensors: Mapping[str, Tensor]) -> int | None:
+        """What alpha is divided by; None where the change has no such scale."""
+        return None
+
+    @classmethod
+    def kind_of(cls, tensors: Mapping[str, Tensor]) -> str:
+        """This kind, or another one whose files have the same names."""
+        return cls.kind
+
+    @classmethod
+    def missing(cls, tensors: Mapping[str, Tensor]) -> list[str]:
+        """The tensors that these need beside them."""
+        return [name for name in cls.needed if name not in tensors]
+
+    @classmethod
+    def multiplied(cls, tensors: Mapping[str, Tensor], factor: float) -> dict[str, Tensor] | None:
+        """The tensors of `factor` times the change, for a change without alpha / rank; None where they cannot hold it."""
+        return None
+
+    @classmethod
+    def spelling(cls, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """Our name -> the name in files, for all that the kind may have; inverse of `keys`."""
+        return {name: key for key, name in cls.keys.items()}
+
     def weights(self) -> AdapterWeights:
         """Everything that a file must hold, detached."""
-        return AdapterWeights(self.kind, {name: p.detach() for name, p in self.named_parameters()}, alpha=self.alpha)
+        tensors = {name: p.detach() for name, p in self.named_parameters()}
+        flags = {name: torch.tensor(getattr(self, name)) for name in self.flags}
+        return AdapterWeights(self.kind, tensors | flags, alpha=self.alpha)
 
     @classmethod
     def from_weights(cls, weights: AdapterWeights, shape: LayerShape) -> Adapter:
@@ -164,9 +219,20 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
 
+def _kinds_that(fact: str) -> str:
+    from sd.adapters.kinds import KINDS  # the kinds are built on this file
+    return ", ".join(name for name, kind in KINDS.items() if getattr(kind, fact))
+
+
 def at_least_fp32(tensor: Tensor) -> Tensor:
     """Half precision to fp32, in which changes are summed; fp64 stays what it is."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def check_rank(kind: str, rank: int) -> None:
+    """Raises SDError for what is not a rank of any layer."""
+    if not (isinstance(rank, int) and rank >= 1):
+        raise SDError(f"rank {rank} does not go with kind {kind!r}; allowed: whole numbers from 1")
 
 
 def size_of(weights: AdapterWeights, name: str, axis: int = 0) -> int:
@@ -177,6 +243,14 @@ def size_of(weights: AdapterWeights, name: str, axis: int = 0) -> int:
     if tensor.dim() <= axis or not tensor.numel():
         raise LoRAFormatError(f"{name} has shape {list(tensor.shape)}, which fits no layer")
     return tensor.shape[axis]
+
+
+def flag_of(weights: AdapterWeights, name: str, what: str) -> bool:
+    """The value of a flag, which says `what`; a file may lack it."""
+    flag = weights.tensors.get(name)
+    if flag is None or flag.numel() != 1:
+        raise LoRAFormatError(f"it has no {name} of one value, which says {what}")
+    return bool(flag)
 
 
 def _own(tensor: Tensor) -> nn.Parameter:

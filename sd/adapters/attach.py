@@ -12,9 +12,9 @@ import torch
 import torch.nn as nn
 
 from sd.adapters.adapter import Adapter
+from sd.adapters.kinds import KINDS
 from sd.adapters.layers import as_lora_layer, check_rank, shape_of
 from sd.adapters.low_rank import Full
-from sd.adapters.lycoris import KINDS
 from sd.adapters.switch import adapter_names, check_known, exclusive, names_on, set_lora_enabled, use_adapters
 from sd.adapters.targets import NORMS, adaptable_layers, components, find_targets, lora_layers, refuse_bypassed
 from sd.adapters.torch_attention import HOSTS, convert_hosts

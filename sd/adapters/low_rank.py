@@ -6,13 +6,14 @@ Legend: as in adapter.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from sd.adapters.adapter import Adapter, size_of, uniform
+from sd.adapters.adapter import MODIFIERS, Adapter, size_of, uniform
 from sd.adapters.weights import AdapterWeights, LayerShape
 from sd.errors import SDError
 
@@ -29,6 +30,12 @@ class LowRank(Adapter):
     kind = "lora"
     options = ("tucker",)
     fits_embeddings = drops_ranks = takes_dora = low_rank = True
+    scaled = adds = is_product = True
+    keys = {"lora_down.weight": "down", "lora_up.weight": "up", "lora_mid.weight": "mid"}
+    needed, cores = ("down", "up"), ("mid",)
+    held_by = dict.fromkeys(("diffusers", "peft", "comfyui"), (*keys.values(), *MODIFIERS))
+    lycoris_name = "locon"
+    peft_type, peft_alpha = "LORA", "lora_alpha"
 
     def __init__(self, shape: LayerShape, rank: int, alpha: float | None = None, *, tucker: bool = False, **dropouts):
         super().__init__(shape, **dropouts)
@@ -130,6 +137,10 @@ class LowRank(Adapter):
         return weights
 
     @classmethod
+    def rank_of(cls, tensors: Mapping[str, Tensor]) -> int | None:
+        return tensors["down"].shape[0] if "down" in tensors else None
+
+    @classmethod
     def _like(cls, weights: AdapterWeights, shape: LayerShape) -> LowRank:
         return cls(shape, size_of(weights, "down"), weights.alpha, tucker="mid" in weights.tensors)
 
@@ -147,6 +158,11 @@ class Full(Adapter):
 
     kind = "full"
     fits_norms = fits_embeddings = takes_dora = True
+    sized = False
+    is_product = True
+    keys = {"diff": "diff", "w_norm": "diff"}
+    held_by = {"comfyui": ("diff", "diff_b")}
+    lycoris_name = "full"
 
     def __init__(self, shape: LayerShape, rank: int = 0, alpha: float | None = None, **dropouts):
         super().__init__(shape, **dropouts)
@@ -154,6 +170,11 @@ class Full(Adapter):
 
     def delta(self, W: Tensor) -> Tensor:
         return torch.zeros_like(W) if self.diff is None else self.diff.to(W.dtype)
+
+    @classmethod
+    def spelling(cls, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        norm = "diff" in tensors and tensors["diff"].dim() == 1  # LyCORIS has names of its own for norms
+        return {"diff": "w_norm", "diff_b": "b_norm"} if norm else {"diff": "diff"}
 
     @classmethod
     def _like(cls, weights: AdapterWeights, shape: LayerShape) -> Full:

@@ -1,12 +1,13 @@
-"""The other kinds of adapter (LyCORIS, Yeh et al. 2024), and the table of all.
+"""Kinds of adapter that LyCORIS (Yeh et al. 2024) introduced to diffusion models: products, sums and factors of rows.
 
-Legend: R rank, `in`, `out` widths of the weight as it is stored (of a grouped convolution in/g), k the kernel's size,
-n blocks of b rows. W and ΔW are taken as matrices [out, in·k] where a formula says so.
+Legend: R rank, `in`, `out` widths of the weight as it is stored (of a grouped convolution in/g), k the kernel's size.
+W and ΔW are taken as matrices [out, in·k] where a formula says so.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,15 +15,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from sd.adapters.adapter import Adapter, rebuild, size_of, uniform
-from sd.adapters.low_rank import Full, LowRank
-from sd.adapters.weights import AdapterWeights, LayerShape, LoRAFormatError
+from sd.adapters.adapter import MODIFIERS, Adapter, check_rank, flag_of, rebuild, size_of, uniform
+from sd.adapters.weights import AdapterWeights, LayerShape
 from sd.errors import SDError
-
-
-def _check_rank(kind: str, rank: int) -> None:
-    if not (isinstance(rank, int) and rank >= 1):
-        raise SDError(f"rank {rank} does not go with kind {kind!r}; allowed: whole numbers from 1")
 
 
 class LoHa(Adapter):
@@ -35,6 +30,12 @@ class LoHa(Adapter):
     kind = "loha"
     options = ("tucker",)
     takes_dora = low_rank = True
+    scaled = adds = is_product = True
+    keys = {f"hada_{name}": name for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")}
+    needed, cores = ("w1_a", "w1_b", "w2_a", "w2_b"), ("t1", "t2")
+    held_by = {"comfyui": (*keys.values(), *MODIFIERS)}
+    lycoris_name = "loha"
+    peft_type = "LOHA"
 
     def __init__(self, shape: LayerShape, rank: int, alpha: float | None = None, *, tucker: bool = False, **dropouts):
         super().__init__(shape, **dropouts)
@@ -49,6 +50,10 @@ class LoHa(Adapter):
     def delta(self, W: Tensor) -> Tensor:
         halves = (rebuild(self.w1_a, self.w1_b, self.t1, W.dtype), rebuild(self.w2_a, self.w2_b, self.t2, W.dtype))
         return (halves[0] * halves[1] * self.scale).reshape(W.shape)
+
+    @classmethod
+    def rank_of(cls, tensors: Mapping[str, Tensor]) -> int | None:
+        return tensors["w1_b"].shape[0] if "w1_b" in tensors else None
 
     @classmethod
     def _like(cls, weights: AdapterWeights, shape: LayerShape) -> LoHa:
@@ -84,11 +89,18 @@ class LoKr(Adapter):
     kind = "lokr"
     options = ("factor", "decompose_both", "tucker")
     takes_dora = True
+    scaled = adds = is_product = True
+    keys = {f"lokr_{name}": name for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}
+    cores = ("t2",)
+    held_by = {"comfyui": (*keys.values(), *MODIFIERS)}
+    lycoris_name = "lokr"
+    no_alpha = 1.0  # scales by 1, where both factors are whole
+    peft_type = "LOKR"
 
     def __init__(self, shape: LayerShape, rank: int, alpha: float | None = None, *, factor: int = -1,
                  decompose_both: bool = False, tucker: bool = False, form: Kron | None = None, **dropouts):
         super().__init__(shape, **dropouts)
-        _check_rank(self.kind, rank)
+        check_rank(self.kind, rank)
         out, inner, *kernel = shape.weight
         if form is None:
             (a, b), (c, d) = factorization(out, factor), factorization(inner, factor)
@@ -119,6 +131,18 @@ class LoKr(Adapter):
         return torch.kron(w1.reshape(a, c, *(1,) * len(kernel)), w2.contiguous()) * self.scale
 
     @classmethod
+    def rank_of(cls, tensors: Mapping[str, Tensor]) -> int | None:
+        return next((tensors[name].shape[0] for name in ("w1_b", "w2_b") if name in tensors), None)
+
+    @classmethod
+    def missing(cls, tensors: Mapping[str, Tensor]) -> list[str]:
+        return [w for w in ("w1", "w2") if w not in tensors and not {f"{w}_a", f"{w}_b"} <= tensors.keys()]
+
+    @classmethod
+    def multiplied(cls, tensors: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+        return {**tensors, "w1": tensors["w1"].float() * factor}
+
+    @classmethod
     def _like(cls, weights: AdapterWeights, shape: LayerShape) -> LoKr:
         whole1, whole2 = ("w1" in weights.tensors, "w2" in weights.tensors)
         rows, columns = (size_of(weights, "w1" if whole1 else "w1_a"), size_of(weights, "w1" if whole1 else "w1_b", 1))
@@ -135,6 +159,12 @@ class IA3(Adapter):
     kind = "ia3"
     of_weight = True
     options = flags = ("on_input",)
+    sized = False
+    is_product = True
+    keys = {"on_input": "on_input", "weight": "weight"}
+    needed = ("weight", "on_input")
+    only_beside = {"weight": "on_input"}
+    lycoris_name = "ia3"
 
     def __init__(self, shape: LayerShape, rank: int = 0, alpha: float | None = None, *, on_input: bool = False, **dropouts):
         super().__init__(shape, **dropouts)
@@ -145,17 +175,9 @@ class IA3(Adapter):
     def delta(self, W: Tensor) -> Tensor:
         return W * self.weight.to(W.dtype).reshape([-1 if axis == self.on_input else 1 for axis in range(W.dim())])
 
-    def weights(self) -> AdapterWeights:
-        weights = super().weights()
-        weights.tensors["on_input"] = torch.tensor(self.on_input)
-        return weights
-
     @classmethod
     def _like(cls, weights: AdapterWeights, shape: LayerShape) -> IA3:
-        flag = weights.tensors.get("on_input")
-        if flag is None or flag.numel() != 1:
-            raise LoRAFormatError("it has no on_input of one value, which says what its weight is for: rows or input columns")
-        return cls(shape, on_input=bool(flag))
+        return cls(shape, on_input=flag_of(weights, "on_input", "what its weight is for: rows or input columns"))
 
 
 class GLoRA(Adapter):
@@ -169,6 +191,11 @@ class GLoRA(Adapter):
     kind = "glora"
     of_weight = True
     low_rank = True
+    scaled = adds = True
+    keys = {f"{name}.weight": name for name in ("a1", "a2", "b1", "b2", "bm")}
+    needed, cores = ("a1", "a2", "b1", "b2"), ("bm",)
+    held_by = {"comfyui": (*needed, *MODIFIERS)}
+    lycoris_name = "glora"
 
     def __init__(self, shape: LayerShape, rank: int, alpha: float | None = None, *, tucker: bool = False, **dropouts):
         super().__init__(shape, **dropouts)
@@ -187,6 +214,10 @@ class GLoRA(Adapter):
         return (torch.einsum("oi...,ir,rj->oj...", W, a1, a2) + b.reshape(W.shape)) * self.scale
 
     @classmethod
+    def rank_of(cls, tensors: Mapping[str, Tensor]) -> int | None:
+        return min(tensors["a2"].shape[:2])  # in both orientations
+
+    @classmethod
     def from_weights(cls, weights: AdapterWeights, shape: LayerShape) -> GLoRA:
         rows = {name: size_of(weights, name) for name in ("a1", "a2", "b1", "b2")}
         wanted = shape.weight[1:2] + shape.weight[:1]
@@ -201,109 +232,3 @@ class GLoRA(Adapter):
         if tucker and len(shape.weight) < 3:
             raise SDError(f"bm is a core for convolutions, the layer's weight is {list(shape.weight)}")
         return cls(shape, size_of(weights, "a2"), weights.alpha, tucker=tucker)
-
-
-class OFT(Adapter):
-    """Orthogonal finetuning (Qiu et al. 2023, as LyCORIS): each block k of b output rows is turned, W'_k = rescale · R_kᵀ W_k.
-
-    blocks [n, b, b]: Q = blocks - blocksᵀ, R = (I + Q)(I - Q)⁻¹ (Cayley). alpha > 0 is no scale but the constraint: Q is
-    shortened to a norm, over all blocks, of at most alpha · out. `rotation` [n, b, b] (old files) holds R itself.
-    A new adapter's blocks have at most `rank` rows; `rescaled` adds rescale [out, 1...].
-    """
-
-    kind = "oft"
-    of_weight = True
-    options = ("rescaled",)
-
-    def __init__(self, shape: LayerShape, rank: int, alpha: float | None = None, *, rescaled: bool = False,
-                 sizes: tuple[int, ...] | None = None, rotation: bool = False, **dropouts):
-        super().__init__(shape, **dropouts)
-        _check_rank(self.kind, rank)
-        self.alpha = None if alpha is None else float(alpha)
-        out = shape.weight[0]
-        zeros = nn.Parameter(torch.zeros(sizes or self.new_sizes(out, rank)))
-        self.blocks, self.rotation = (None, zeros) if rotation else (zeros, None)
-        self.rescale = nn.Parameter(torch.ones(out, *(1,) * (len(shape.weight) - 1))) if rescaled else None
-
-    @staticmethod
-    def new_sizes(out: int, rank: int) -> tuple[int, ...]:
-        b, n = factorization(out, rank)
-        if b < 2:
-            raise SDError(f"rank {rank} cuts its {out} rows into blocks of {b}, which cannot turn; choose another rank")
-        return n, b, b
-
-    def turns(self, dtype: torch.dtype) -> Tensor:
-        """R - I of every block; exactly 0 where Q is."""
-        if self.rotation is not None:
-            return self.rotation.to(dtype) - torch.eye(self.rotation.shape[-1], dtype=dtype, device=self.rotation.device)
-        blocks = self.blocks.to(dtype)
-        Q = blocks - blocks.mT
-        if self.alpha is not None and self.alpha > 0:
-            limit = self.alpha * Q.shape[-3] * Q.shape[-1]
-            Q = Q * (limit / torch.linalg.vector_norm(Q).clamp(min=limit))
-        return torch.linalg.solve(torch.eye(Q.shape[-1], dtype=dtype, device=Q.device) - Q, 2 * Q)
-
-    def turned(self, W: Tensor) -> Tensor:
-        """What turning adds to the matrix W [out, in·k]."""
-        turns = self.turns(W.dtype)
-        return (turns.mT @ W.unflatten(0, turns.shape[:2])).flatten(0, 1)
-
-    def delta(self, W: Tensor) -> Tensor:
-        change = self.turned(W.flatten(1)).reshape(W.shape)
-        if self.rescale is None:
-            return change
-        rescale = self.rescale.to(W.dtype)
-        return rescale * change + (rescale - 1) * W
-
-    @classmethod
-    def _like(cls, weights: AdapterWeights, shape: LayerShape) -> OFT:
-        rotation = "rotation" in weights.tensors
-        name = "rotation" if rotation else "blocks"
-        n, b = size_of(weights, name), size_of(weights, name, 1)
-        if n * b != shape.weight[0]:
-            raise SDError(f"{name} has shape {list(weights.tensors[name].shape)}, but {n} blocks of {b} are not the "
-                             f"{shape.weight[0]} rows of the layer's weight {list(shape.weight)}")
-        return cls(shape, b, weights.alpha, rescaled="rescale" in weights.tensors, sizes=(n, b, b), rotation=rotation)
-
-
-class BOFT(OFT):
-    """OFT in butterfly stages (Liu et al. 2023, as LyCORIS): stage i turns rows that lie 2ⁱ·b/2 apart, by R and not Rᵀ.
-
-    blocks [m, n, b, b], b even. A new adapter has b of at most `rank`, n a power of 2, and all 1 + log₂ n stages.
-    """
-
-    kind = "boft"
-
-    @staticmethod
-    def new_sizes(out: int, rank: int) -> tuple[int, ...]:
-        fits = [b for b in range(2, out + 1, 2) if out % b == 0 and (out // b).bit_count() == 1]
-        if not fits or min(fits) > rank:
-            raise SDError(f"rank {rank} does not cut its {out} rows into 2, 4, 8, ... blocks of an even number of rows; "
-                             f"allowed: {f'from {min(fits)}' if fits else 'none, choose another kind'}")
-        b = max(b for b in fits if b <= rank)
-        return (out // b).bit_length(), out // b, b, b
-
-    def turned(self, W: Tensor) -> Tensor:
-        turns, change = self.turns(W.dtype), torch.zeros_like(W)
-        b = turns.shape[-1]
-        for i, stage in enumerate(turns):
-            apart = 2**i * b // 2
-            x = (W + change).unflatten(0, (-1, 2, apart)).transpose(1, 2).reshape(-1, b, W.shape[1])
-            change = change + (stage @ x).reshape(-1, apart, 2, W.shape[1]).transpose(1, 2).flatten(0, 2)
-        return change
-
-    @classmethod
-    def _like(cls, weights: AdapterWeights, shape: LayerShape) -> BOFT:
-        m, n, b = (size_of(weights, "blocks", axis) for axis in range(3))
-        if n * b != shape.weight[0] or b % 2 or n % 2 ** (m - 1):
-            raise SDError(f"blocks has shape {list(weights.tensors['blocks'].shape)}, but {m} stages of {n} blocks of {b} "
-                             f"do not turn the {shape.weight[0]} rows of the layer's weight {list(shape.weight)}")
-        return cls(shape, b, weights.alpha, rescaled="rescale" in weights.tensors, sizes=(m, n, b, b))
-
-
-KINDS: dict[str, type[Adapter]] = {kind.kind: kind for kind in (LowRank, Full, LoHa, LoKr, IA3, GLoRA, OFT, BOFT)}
-
-
-def needs_base(weights: AdapterWeights) -> bool:
-    """Whether what these weights do to a layer depends on the layer's own: some kinds, and all with a magnitude (DoRA)."""
-    return KINDS[weights.kind].of_weight or "magnitude" in weights.tensors

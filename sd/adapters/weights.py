@@ -19,9 +19,6 @@ class LoRAFormatError(LoRAError):
     """A LoRA file that cannot be read or written as asked; the message names the file's offenders."""
 
 
-RANK = {"lora": ("down",), "loha": ("w1_b",), "lokr": ("w1_b", "w2_b")}
-
-
 @dataclass
 class AdapterWeights:
     """The tensors of one adapter under its kind's own names. alpha None: the kind has no scale."""
@@ -33,9 +30,8 @@ class AdapterWeights:
     @property
     def rank(self) -> int | None:
         """What alpha is divided by; None for kinds without a rank."""
-        if self.kind == "glora":  # both orientations of its factors are published
-            return min(self.tensors["a2"].shape[:2])
-        return next((self.tensors[name].shape[0] for name in RANK.get(self.kind, ()) if name in self.tensors), None)
+        from sd.adapters.kinds import KINDS  # the kinds are built on this file
+        return KINDS[self.kind].rank_of(self.tensors)
 
 
 class LayerShape(NamedTuple):

@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from sd.adapters.kinds import KINDS
+from sd.adapters.low_rank import Full
 from sd.adapters.weights import AdapterWeights, LoRAFormatError
 from sd.files.tensor_file import all_finite
 from sd.lora_files.embedding_files import words_in
 from sd.lora_files.modules import Modules
-from sd.lora_files.spellings import IGNORED, MODIFIERS, NEEDED, SCALES, SPARSE, TENSORS, TOKEN, UP_BIAS, Entry, guess_clause
+from sd.lora_files.spellings import FLAGS, IGNORED, MODIFIERS, SCALES, SPARSE, TENSORS, TOKEN, UP_BIAS, Entry, guess_clause
 from sd.prompts.learned_words import EmbeddingError
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -105,19 +107,18 @@ def _weights(module: str, found: dict[str, Tensor], shape: tuple[int, ...] | Non
             raise LoRAFormatError(f"{where}: {module}.{tail} holds complex numbers; real ones are expected")
         if not all_finite(tensor):
             raise LoRAFormatError(f"{where}: {module}.{tail} holds values that are not finite (NaN or infinity)")
-        if not tensor.numel() or tensor.dim() == 0 and tail not in (*SCALES, "on_input"):
+        if not tensor.numel() or tensor.dim() == 0 and tail not in (*SCALES, *FLAGS):
             raise LoRAFormatError(f"{where}: {module}.{tail} has shape {list(tensor.shape)}, which fits no layer")
     kinds = sorted({TENSORS[tail][0] for tail in found if tail in TENSORS})
     if not kinds and {"diff_b", "b_norm"} & found.keys():
-        kinds = ["full"]
+        kinds = [Full.kind]
     if len(kinds) != 1:
         has = " and ".join(kinds) or "only " + ", ".join(sorted(found))
         raise LoRAFormatError(f"{where}: {module} is no adapter of one kind: it has {has}")
-    kind = kinds[0]
-    weights = AdapterWeights(kind, {TENSORS[t][1]: v for t, v in found.items() if t in TENSORS})
-    if kind == "oft" and "oft_blocks" in found and found["oft_blocks"].dim() == 4:
-        weights.kind = "boft"
-    _refuse_halves(module, weights, found, where)
+    own = {TENSORS[t][1]: v for t, v in found.items() if t in TENSORS}
+    weights = AdapterWeights(KINDS[kinds[0]].kind_of(own), own)
+    if missing := KINDS[weights.kind].missing(own):
+        raise LoRAFormatError(f"{where}: {module} is half a pair: {', '.join(sorted(found))} without its {missing[0]}")
     for tail, name in MODIFIERS.items():
         if tail in found:
             weights.tensors[name] = found[tail]
@@ -136,29 +137,18 @@ def _like_weight(magnitude: Tensor, dims: int, embedding: bool) -> Tensor:
     return magnitude.reshape(*magnitude.shape, *(1,) * (dims - magnitude.dim()))
 
 
-def _refuse_halves(module: str, weights: AdapterWeights, found: Mapping[str, Tensor], where: str) -> None:
-    have, missing = weights.tensors, [n for n in NEEDED.get(weights.kind, ()) if n not in weights.tensors]
-    if weights.kind == "lokr":
-        missing = [w for w in ("w1", "w2") if w not in have and not {f"{w}_a", f"{w}_b"} <= have.keys()]
-    elif weights.kind in ("oft", "boft"):
-        missing = [] if {"blocks", "rotation"} & have.keys() else ["blocks"]
-    elif weights.kind == "full" and not ({"diff"} & have.keys() or {"diff_b", "b_norm"} & found.keys()):
-        missing = ["diff"]
-    if missing:
-        raise LoRAFormatError(f"{where}: {module} is half a pair: {', '.join(sorted(found))} without its {missing[0]}")
-
-
 def _alpha(module: str, weights: AdapterWeights, found: Mapping[str, Tensor], where: str) -> float | None:
     for tail in SCALES:
         if tail in found and found[tail].numel() != 1:
             raise LoRAFormatError(f"{where}: {module}.{tail} has shape {list(found[tail].shape)}; one number is expected")
     value = {tail: float(found[tail]) for tail in SCALES if tail in found}
     rank, factor = weights.rank, value.get("scale", 1.0) * value.get("scalar", 1.0)
-    if rank is None and factor != 1.0 and weights.kind == "lokr":
-        weights.tensors["w1"] = weights.tensors["w1"].float() * factor
-    elif rank is None and factor != 1.0:
-        raise LoRAFormatError(f"{where}: {module} has a scale, but its kind ({weights.kind}) has none")
-    if weights.kind in ("oft", "boft"):  # here alpha is not a scale: it bounds the rotation
+    if rank is None and factor != 1.0:
+        tensors = KINDS[weights.kind].multiplied(weights.tensors, factor)
+        if tensors is None:
+            raise LoRAFormatError(f"{where}: {module} has a scale, but its kind ({weights.kind}) has none")
+        weights.tensors = tensors
+    if KINDS[weights.kind].bounded:  # here alpha is not a scale: it bounds the rotation
         return value.get("alpha") or None  # LyCORIS writes 0 for none
     if rank is None:  # LyCORIS writes an alpha for such kinds too, and no program reads it
         return None

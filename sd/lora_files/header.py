@@ -8,16 +8,13 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from sd.adapters.kinds import KINDS
 from sd.adapters.weights import AdapterWeights
 from sd.config import CONFIG_KEY, SD15, ModelConfig
 from sd.files.hashes import tensor_bytes_hash
 
 # What other programs or we derive from the tensors: never taken over from another file.
 DERIVED = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "lora_adapter_metadata", "sdlora.modules", "format")
-
-
-ALGORITHMS = {"lora": "locon", "full": "full", "loha": "loha", "lokr": "lokr", "ia3": "ia3", "glora": "glora",
-              "oft": "diag-oft", "boft": "boft"}
 
 
 def lora_metadata(state: Mapping[str, AdapterWeights], config: ModelConfig | None = None,
@@ -43,18 +40,21 @@ def _network(state: Mapping[str, AdapterWeights]) -> dict[str, str]:
     alphas = {w.alpha for w in state.values() if w.rank and w.alpha is not None}
     found = {"ss_network_dim": ranks, "ss_network_alpha": alphas}
     header = {key: str(plain_number(min(values))) if len(values) == 1 else "Dynamic" for key, values in found.items() if values}
+    listed = {"sdlora.modules": json.dumps({path: [w.kind, w.rank, w.alpha] for path, w in sorted(state.items())})}
+    if any(KINDS[w.kind].lycoris_name is None for w in state.values()):
+        return header | listed  # no other program has a module for it
     modifiers = {name for w in state.values() for name in w.tensors}
+    cores = {name for w in state.values() for name in KINDS[w.kind].cores if name in w.tensors}
     norms = {path for path, w in state.items() if w.kind == "full" and all(t.dim() == 1 for t in w.tensors.values())}
     if {w.kind for w in state.values()} <= {"lora"} and modifiers <= {"down", "up"}:
         header["ss_network_module"] = "networks.lora"
     else:
         kinds = Counter(w.kind for path, w in state.items() if path not in norms) or Counter(["full"])
-        arguments = {"algo": ALGORITHMS[kinds.most_common(1)[0][0]]}
+        arguments = {"algo": KINDS[kinds.most_common(1)[0][0]].lycoris_name}
         arguments |= {key: "True" for key, on in (("dora_wd", "magnitude" in modifiers), ("train_norm", norms),
-                                                  ("use_tucker", modifiers & {"mid", "t1", "t2", "bm"})) if on}
+                                                  ("use_tucker", cores)) if on}
         header |= {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps(arguments)}
-    listed = {path: [w.kind, w.rank, w.alpha] for path, w in sorted(state.items())}
-    return header | {"sdlora.modules": json.dumps(listed)}
+    return header | listed
 
 
 def renewed(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:

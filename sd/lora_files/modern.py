@@ -10,9 +10,11 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from sd.adapters.adapter import Adapter
+from sd.adapters.kinds import KINDS
 from sd.adapters.weights import LoRAFormatError
 from sd.lora_files.modules import WRAPPERS
-from sd.lora_files.spellings import MODIFIERS, SCALES, SPARSE, TENSORS, TOKEN, UP_BIAS, Entry
+from sd.lora_files.spellings import MODIFIERS, ONLY_BESIDE, SCALES, SPARSE, TENSORS, TOKEN, UP_BIAS, Entry
 
 # Other programs' names for the same tensors: pattern -> (what to put after the module's name, tensor, format).
 _PEFT_NAME = r"(?:\.(?!weight$|bias$)[^.]+)?"  # a dump from memory has the adapter's name in its keys
@@ -62,7 +64,7 @@ def read_entries(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | No
         entries.append(Entry(key, module, tail, tensor))
     name = "PEFT" if configs else _format(entries, programs)
     configs = configs or _configs_in(metadata or {})
-    entries += [entry for prefix, config in configs.items() for entry in _alphas_of(config, prefix, entries)]
+    entries += [entry for prefix, config in configs.items() for entry in _of_config(config, prefix, entries)]
     return entries, strange, name
 
 
@@ -72,7 +74,7 @@ def _split(key: str, keys) -> tuple[str, str | None, str | None]:
     module, _, before = head.rpartition(".")
     if f"{before}.{last}" in _TAILS and module:
         return module, f"{before}.{last}", None
-    if last in _TAILS and head and (last != "weight" or f"{head}.on_input" in keys):
+    if last in _TAILS and head and (last not in ONLY_BESIDE or f"{head}.{ONLY_BESIDE[last]}" in keys):
         return head, last, None
     for pattern, more, tail, program in SPELLINGS if "lora" in key else ():
         match = pattern.fullmatch(key)
@@ -87,10 +89,13 @@ def _format(entries: list[Entry], programs: set[str]) -> str:
         names = {"PEFT": "PEFT" if wrapped or not any(e.module.startswith(("unet.", "text_encoder.")) for e in entries)
                  else "diffusers"}
         return " and ".join(sorted({names.get(p, p) for p in programs}))
-    family = {TENSORS[e.tail][0] for e in entries if e.tail in TENSORS} - {"lora", "full"}
+    kinds = {TENSORS[e.tail][0] for e in entries if e.tail in TENSORS}
     if any(e.module.startswith(("diffusion_model.", "text_encoders.")) for e in entries):
         return "ComfyUI"
-    return "LyCORIS" if family or any(e.tail in ("diff", "w_norm", "lora_mid.weight", *SPARSE) for e in entries) else "kohya"
+    if any(KINDS[kind].lycoris_name is None for kind in kinds):
+        return "sdlora"  # no other program writes such a kind in these names
+    lycoris = kinds - {"lora"} or any(e.tail in ("lora_mid.weight", *SPARSE) for e in entries)
+    return "LyCORIS" if lycoris else "kohya"
 
 
 def _configs_in(metadata: Mapping[str, str]) -> dict[str, dict]:
@@ -109,17 +114,31 @@ def _configs_in(metadata: Mapping[str, str]) -> dict[str, dict]:
     return configs
 
 
-def _alphas_of(config: Mapping, prefix: str, entries: list[Entry]) -> Iterator[Entry]:
-    """An alpha for each module of one network, by PEFT's rules: a pattern that ends the module's name wins over the rest."""
+def _of_config(config: Mapping, prefix: str, entries: list[Entry]) -> Iterator[Entry]:
+    """What PEFT's config of one network says and the tensors do not: each module's alpha, and flags."""
+    allowed = {cls.peft_type: cls for cls in KINDS.values() if cls.peft_type}
     kind = str(config.get("peft_type", "LORA")).rpartition(".")[2].upper()
-    if kind not in ("LORA", "LOHA", "LOKR"):
-        raise LoRAFormatError(f"its peft_type is {kind!r}; read are LORA, LOHA and LOKR")
-    overall, patterns = config.get("lora_alpha" if kind == "LORA" else "alpha"), config.get("alpha_pattern") or {}
-    inner = ("lora_down.weight", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")  # their first axis is the rank
-    ranks = {e.module: e.tensor.shape[0] for e in entries if e.tail in inner and e.tensor.dim() and e.module.startswith(prefix)}
-    whole = {e.module for e in entries if e.tail == "lokr_w1" and e.module.startswith(prefix)}
-    whole &= {e.module for e in entries if e.tail == "lokr_w2"}
-    given = {e.module for e in entries if e.tail == "alpha"}
+    if kind not in allowed:
+        *some, last = allowed
+        raise LoRAFormatError(f"its peft_type is {kind!r}; read are {', '.join(some)} and {last}")
+    modules: dict[str, dict[str, Tensor]] = {}
+    for entry in entries:
+        if entry.module.startswith(prefix) and entry.tail in TENSORS and entry.tensor.dim():
+            modules.setdefault(entry.module, {})[entry.tail] = entry.tensor
+    yield from _alphas_of(config, prefix, modules, {e.module for e in entries if e.tail == "alpha"}, allowed[kind].peft_alpha)
+    for field, tail in allowed[kind].peft_fields.items():
+        if not isinstance(config.get(field), bool):
+            raise LoRAFormatError(f"its config has the {field} {config.get(field)!r}; true or false is needed")
+        for module, found in modules.items():
+            if found.keys() & allowed[kind].keys.keys():
+                yield Entry("", module, tail, torch.tensor(config[field]))
+
+
+def _alphas_of(config: Mapping, prefix: str, modules: Mapping[str, Mapping[str, Tensor]], given: set[str],
+               field: str) -> Iterator[Entry]:
+    """An alpha for each module that has none, by PEFT's rules: a pattern that ends the module's name wins over the rest."""
+    overall, patterns = config.get(field), config.get("alpha_pattern") or {}
+    ranks, whole = _ranks(modules)
     for module in [*ranks, *whole]:
         name = module.removeprefix(prefix)
         for wrapper in WRAPPERS:  # PEFT's patterns are for the names inside
@@ -137,6 +156,25 @@ def _alphas_of(config: Mapping, prefix: str, entries: list[Entry]) -> Iterator[E
         # LyCORIS scales a product of two whole factors by 1, PEFT by alpha / rank as any other
         yield Entry("", module, "scale" if module in whole else "alpha",
                     torch.tensor(alpha / rank if module in whole else float(alpha), dtype=torch.float64))
+
+
+def _ranks(modules: Mapping[str, Mapping[str, Tensor]]) -> tuple[dict[str, int], list[str]]:
+    """Module -> rank, and the modules of scaled kinds that have none since their factors are whole."""
+    ranks, whole = {}, []
+    for module, found in modules.items():
+        for cls in _peft_kinds(found):
+            own = {ours: found[key] for key, ours in cls.keys.items() if key in found}
+            rank = cls.rank_of(own)
+            if rank is not None:
+                ranks[module] = rank
+            elif not cls.missing(own):
+                whole.append(module)
+    return ranks, whole
+
+
+def _peft_kinds(found: Mapping[str, Tensor]) -> list[type[Adapter]]:
+    """The scaled kinds of PEFT whose tensors are among these; of a sound file it is one."""
+    return [cls for cls in KINDS.values() if cls.peft_type and cls.scaled and cls.keys.keys() & found.keys()]
 
 
 def _of_pattern(name: str, patterns: Mapping, overall):

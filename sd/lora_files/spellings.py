@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from sd.adapters.kinds import KINDS
+
 
 class Entry(NamedTuple):
     """One tensor of a file, or a slice of one."""
@@ -18,39 +20,25 @@ class Entry(NamedTuple):
     tensor: Tensor
 
 
-# Tensor names of kohya and LyCORIS -> (kind, our name); one table for both directions.
-TENSORS = {
-    "lora_down.weight": ("lora", "down"), "lora_up.weight": ("lora", "up"), "lora_mid.weight": ("lora", "mid"),
-    "diff": ("full", "diff"), "w_norm": ("full", "diff"),
-    **{f"hada_{name}": ("loha", name) for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
-    **{f"lokr_{name}": ("lokr", name) for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
-    **{f"{name}.weight": ("glora", name) for name in ("a1", "a2", "b1", "b2", "bm")},
-    "oft_blocks": ("oft", "blocks"), "oft_diag": ("oft", "rotation"), "rescale": ("oft", "rescale"),
-    "on_input": ("ia3", "on_input"), "weight": ("ia3", "weight"),
-}
+# Tensor names of kohya and LyCORIS -> (kind, our name). Of kinds that share names, the first in KINDS tells them apart.
+TENSORS = {key: (kind, ours) for kind, cls in reversed(KINDS.items()) for key, ours in cls.keys.items()}
 
+# Those of tensors that are flags, and those that any tensor may have, with what must stand beside them.
+FLAGS = {key for cls in KINDS.values() for key, ours in cls.keys.items() if ours in cls.flags}
+ONLY_BESIDE = {key: other for cls in KINDS.values() for key, other in cls.only_beside.items()}
 
 # What any kind may have beside its own tensors.
 MODIFIERS = {"diff_b": "diff_b", "b_norm": "diff_b", "dora_scale": "magnitude"}
 
-
 SCALES = ("alpha", "scale", "scalar")  # `scale` takes the place of alpha / rank, `scalar` is one more factor
-
 
 SPARSE = ("bias_indices", "bias_values", "bias_size")  # the residual of ΔW that a low rank leaves (not of a bias)
 
-
 UP_BIAS = "lora_up.bias"  # added after `up`, so it has the scale alpha / rank
-
 
 TOKEN = "token"  # a learned word of the prompt that lies beside the LoRA; its module is the word
 
-
 IGNORED = "ignored"  # a tensor that its own program writes and never reads
-
-
-NEEDED = {"lora": ("down", "up"), "loha": ("w1_a", "w1_b", "w2_a", "w2_b"), "glora": ("a1", "a2", "b1", "b2"),
-          "ia3": ("weight", "on_input")}
 
 
 def guess_file(tensors: Mapping[str, Tensor]) -> str:
@@ -84,6 +72,6 @@ def guess_clause(tensors: Mapping[str, Tensor] | None) -> str:
 
 def looks_like_lora(tensors: Mapping[str, Tensor]) -> bool:
     """Whether a file of these tensors is a LoRA rather than a checkpoint, by its names alone."""
-    parts = (*(tail for tail in TENSORS if tail not in ("weight", "diff", "rescale")), ".diff")
+    parts = (*(tail for tail in TENSORS if re.search(r"[._]", tail)), ".diff")  # one plain word says nothing of a LoRA
     return any("lora" in key.lower() or key.endswith(parts) or re.match(r"(unet|text_encoder):\d+:|lycoris_", key)
                or key.endswith((".module.A", ".module.B")) for key in tensors)

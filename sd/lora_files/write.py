@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sd.adapters.kinds import KINDS
 from sd.adapters.weights import AdapterWeights, LoRAFormatError
 from sd.checkpoints.names import FOLDERS, Name
 from sd.files.atomic import atomic_folder, atomic_write
@@ -22,22 +23,9 @@ from sd.files.tensor_file import all_finite
 from sd.files.tensors import write_safetensors, write_tensors
 from sd.lora_files.header import lora_metadata, plain_number, with_hash
 from sd.lora_files.modules import Modules
-from sd.lora_files.spellings import TENSORS
 
 FORMATS = ("kohya", "diffusers", "peft", "comfyui")
 PEFT_FILES = {"adapter_model.safetensors", "adapter_config.json"}  # nothing else is ever replaced
-
-# Kind -> the tensors of it that the programs of a format read; kohya's spelling, with LyCORIS's, holds everything.
-_LYCORIS = {"magnitude", "diff_b"}
-_PEFT = {"lora": {"down", "up", "mid", "magnitude", "diff_b"}}
-HOLDS = {
-    "diffusers": _PEFT, "peft": _PEFT,
-    "comfyui": {"lora": {"down", "up", "mid"} | _LYCORIS, "full": {"diff", "diff_b"},
-                "loha": {"w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2"} | _LYCORIS,
-                "lokr": {"w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2"} | _LYCORIS,
-                "glora": {"a1", "a2", "b1", "b2"} | _LYCORIS,
-                "oft": {"blocks", "rescale"} | _LYCORIS, "boft": {"blocks", "rescale"} | _LYCORIS},
-}
 
 
 def write_lora(path: str | os.PathLike, state: Mapping[str, AdapterWeights], modules: Modules, *, format: str = "kohya",
@@ -82,23 +70,24 @@ def refusals(state: Mapping[str, AdapterWeights], modules: Modules, format: str)
     """{module path: what `format` cannot hold of it, and why}; empty where it holds all."""
     if format not in FORMATS:
         raise LoRAFormatError(f"format {format!r} cannot be written; allowed: {', '.join(FORMATS)}")
-    if format == "kohya":
+    if format == "kohya":  # with LyCORIS's spelling it holds everything
         return {}
-    names, held, found = {name.path: name for name in modules.names}, HOLDS[format], {}
+    names, found = {name.path: name for name in modules.names}, {}
     networks: dict[str, list[AdapterWeights]] = {}
     for path, weights in state.items():
         networks.setdefault(path.split(".")[0], []).append(weights)
     for path, weights in state.items():
-        name, strange = names.get(path), weights.tensors.keys() - held.get(weights.kind, set())
+        name, held = names.get(path), KINDS[weights.kind].held_by
+        strange = weights.tensors.keys() - set(held.get(format, ()))
         if name is None or name.component not in ("clip", "diffusion"):
             found[path] = NAMELESS
-        elif weights.kind not in held:
+        elif format not in held:
             found[path] = f"kind {weights.kind!r}"
         elif strange:
             found[path] = f"kind {weights.kind!r} with {', '.join(sorted(strange))}"
         elif format == "comfyui" and path in modules.embeddings:
             found[path] = "a low rank of an embedding, which ComfyUI transposes"
-        elif held is _PEFT and (why := _why_not_peft(weights, networks[name.component], path in modules.embeddings)):
+        elif format != "comfyui" and (why := _why_not_peft(weights, networks[name.component], path in modules.embeddings)):
             found[path] = f"kind {weights.kind!r} with {why}"
     return found
 
@@ -252,13 +241,10 @@ def write_kohya(state: Mapping[str, AdapterWeights], names: Iterable[Name], dtyp
 
 def spell_tensors(weights: AdapterWeights, dtype: torch.dtype | None, where: str) -> dict[str, Tensor]:
     """{kohya's or LyCORIS's tensor name: tensor} of one module, alpha included."""
-    norm = weights.tensors.get("diff", torch.empty(0, 0)).dim() == 1
-    kind = "oft" if weights.kind == "boft" else weights.kind
-    tails = {ours: tail for tail, (of, ours) in TENSORS.items() if of == kind and tail != ("diff" if norm else "w_norm")}
-    tails |= {"diff_b": "b_norm" if norm else "diff_b", "magnitude": "dora_scale"}
+    kind = KINDS[weights.kind]
+    tails = {"diff_b": "diff_b", "magnitude": "dora_scale"} | kind.spelling(weights.tensors)
     found = {tails[name]: as_written(tensor, dtype, f"{where}: {name}") for name, tensor in weights.tensors.items()}
-    # LyCORIS makes no module of these kinds without an alpha: here it scales by 1, or bounds nothing
-    alpha = {"lokr": 1.0, "oft": 0.0, "boft": 0.0}.get(weights.kind) if weights.alpha is None else weights.alpha
+    alpha = kind.no_alpha if weights.alpha is None else weights.alpha
     return found if alpha is None else found | {"alpha": _number(alpha)}
 
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from sd.adapters.lycoris import KINDS
+from sd.adapters.kinds import KINDS
 from sd.adapters.targets import layer_shapes
 from sd.adapters.weights import AdapterWeights, LayerShape, LoRAFormatError
 from sd.config import CONFIG_KEY, PRESETS, SD15, ModelConfig

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from sd.adapters.lycoris import needs_base
+from sd.adapters.kinds import needs_base
 from sd.adapters.weights import AdapterWeights, LoRAFormatError
 from sd.config import CONFIG_KEY, SD15
 from sd.files.atomic import keep_sources

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sd.adapters.lycoris import needs_base
+from sd.adapters.kinds import needs_base
 from sd.adapters.weights import LoRAFormatError
 from sd.checkpoints.lora_inside import EMBEDDED, embedded_loras, split_embedded
 from sd.checkpoints.names import FOLDERS, guess_checkpoint, ldm_facts, model_names

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sd.adapters.adapter import at_least_fp32
-from sd.adapters.lycoris import KINDS, needs_base
+from sd.adapters.kinds import KINDS, needs_base
 from sd.adapters.weights import AdapterWeights, LayerShape, LoRAError, LoRAFormatError
 from sd.files.atomic import keep_sources
 from sd.lora_files.block_weights import block_multipliers

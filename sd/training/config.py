@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sd.adapters.kinds import Kind
 from sd.training.errors import TrainError
 from sd.training.rules import (
     effect_rules,
@@ -79,8 +80,8 @@ class TrainConfig:
 
     name: str = "lora"
     """Name of the LoRA, and of its file in the out folder."""
-    kind: Literal["lora", "full", "loha", "lokr", "ia3", "glora", "oft", "boft"] = "lora"
-    """What is learned beside each weight: see sd/lora_kinds.py."""
+    kind: Kind = "lora"
+    """What is learned beside each weight: see sd/adapters/kinds.py."""
     rank: int = 4
     """Rank of the LoRA."""
     alpha: float = 4.0

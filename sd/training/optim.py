@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from sd.adapters.kinds import KINDS
 from sd.lora_files.block_weights import BlockWeightError, block_multipliers
 from sd.lora_files.modules import Modules
 from sd.training.errors import TrainError
@@ -213,7 +214,7 @@ def step_unless(bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
 
 
-FACTORS = {"lora", "loha", "lokr", "full", "ia3"}  # kinds whose ΔW is a product of all their matrices
+PRODUCTS = sorted(name for name, kind in KINDS.items() if kind.is_product)
 
 
 @torch.no_grad()
@@ -227,9 +228,9 @@ def limit_norms(layers: Mapping[str, nn.Module], name: str, max_norm: float) -> 
         if name not in layer.adapter_names:
             continue
         adapter = layer.adapter(name)
-        if adapter.kind not in FACTORS:
+        if not adapter.is_product:
             raise TrainError(f"max_norm is {max_norm}, which does not go with kind {adapter.kind!r} (on {path}); "
-                             f"allowed: {', '.join(sorted(FACTORS))}")
+                             f"allowed: {', '.join(PRODUCTS)}")
         factors = [p for key, p in adapter.named_parameters() if key not in ("magnitude", "diff_b")]
         if not factors:  # a full difference of a bias alone
             continue

@@ -15,6 +15,7 @@ from torch import nn
 from sd.adapters.adapter import Adapter, at_least_fp32
 from sd.adapters.attach import attach_state, lora_state, remove_lora
 from sd.adapters.derived import exact
+from sd.adapters.kinds import KINDS
 from sd.adapters.layer import LoRALayer
 from sd.adapters.low_rank import Full
 from sd.adapters.targets import lora_layers
@@ -23,7 +24,7 @@ from sd.tools.decompose import RankRule, Report, Row, lora_weights, truncated_sv
 from sd.training.dataset.randomness import seed_of
 from sd.training.errors import TrainError
 
-KINDS_THAT_ADD = ("lora", "loha", "lokr", "glora")  # of low rank, and sums of their changes are meant
+KINDS_THAT_ADD = tuple(name for name, kind in KINDS.items() if kind.adds)
 KEPT = ("full", "svd")
 OPTIMIZERS_THAT_FORGET = ("adamw", "adamw8bit", "adafactor", "lion")
 
@@ -43,7 +44,7 @@ def adapters_in_training(config) -> list[str]:
 def attach_merged(name: str, adapters: dict[str, Adapter], layers: dict[str, LoRALayer]) -> None:
     """Put the frozen difference, which is 0, beside each trained adapter. Raises TrainError for one that cannot restart."""
     for path, adapter in adapters.items():
-        if adapter.kind not in (*KINDS_THAT_ADD, "full") or adapter.magnitude is not None:
+        if not (adapter.adds or isinstance(adapter, Full)) or adapter.magnitude is not None:
             what = "a magnitude (DoRA)" if adapter.magnitude is not None else f"kind {adapter.kind!r}"
             raise TrainError(f"relora_every does not go with {what} (on {path}); allowed: {', '.join(KINDS_THAT_ADD)}")
     for path, adapter in adapters.items():

@@ -9,15 +9,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import MISSING
 from typing import NamedTuple
 
-from sd.adapters.lycoris import KINDS
+from sd.adapters.kinds import KINDS
 from sd.lora_files.embedding_files import file_name
 from sd.training.loss import LOSSES, WEIGHTINGS
-from sd.training.optim import FACTORS, OPTIMIZERS, PRECISIONS, SCHEDULES
+from sd.training.optim import OPTIMIZERS, PRECISIONS, PRODUCTS, SCHEDULES
 from sd.training.relora import KEPT, KINDS_THAT_ADD, OPTIMIZERS_THAT_FORGET
 from sd.training.watch.monitor import LOGS
 
-SCALED = ("lora", "loha", "lokr", "glora")  # kinds with a rank and a scale alpha / rank
-RANKED = (*SCALED, "oft", "boft")
+SCALED = tuple(name for name, kind in KINDS.items() if kind.scaled)
+SIZED = tuple(name for name, kind in KINDS.items() if kind.sized)
+WITH_ALPHA = tuple(name for name, kind in KINDS.items() if kind.scaled or kind.bounded)
 INITS = ("default", "pissa")
 
 LORA = ("kind", "rank", "alpha", "dropout", "rank_dropout", "module_dropout", "dora", "targets", "lora_plus",
@@ -29,8 +30,8 @@ DIFFUSION = ("loss", "weighting", "zero_terminal_snr", "min_timestep", "max_time
 # fields, whether they have an effect, and where they have
 EFFECTS = (
     (LORA, lambda c: c.train == "lora", "train lora"),
-    (("rank",), lambda c: c.kind not in ("full", "ia3"), "a kind that has ranks"),
-    (("alpha",), lambda c: c.kind not in ("full", "ia3"), "a kind that has a scale"),
+    (("rank",), lambda c: c.kind in SIZED, "a kind that has ranks"),
+    (("alpha",), lambda c: c.kind in WITH_ALPHA, "a kind that has a scale"),
     (("relora_warmup", "relora_save"), lambda c: c.relora_every, "relora_every"),
     (("relora_rank",), lambda c: c.relora_every and c.relora_save == "svd", "relora_every and relora_save svd"),
     (("unet", "text_encoder", *CAPTIONS, *DIFFUSION), lambda c: c.train != "vae", "a train other than vae"),
@@ -148,6 +149,8 @@ def lora_rules(config) -> Iterator[tuple[bool, str, str]]:
     """(whether it is so, field, what is allowed) for the fields of a config that say what a LoRA is."""
     kind = KINDS.get(config.kind)
     yield kind is not None, "kind", ", ".join(KINDS)
+    if kind is None:
+        return
     yield config.init in INITS, "init", ", ".join(INITS)
     for field, plain in (("kind", "lora"), ("rslora", False), ("quantize", "none"), ("init", "default"), ("block_ranks", ()),
                          ("from_lora", None)):
@@ -158,11 +161,11 @@ def lora_rules(config) -> Iterator[tuple[bool, str, str]]:
             yield getattr(config, field) == plain, field, "left out with from_lora, whose file says it"
         return
     yield config.kind in SCALED or not config.rslora, "rslora", f"off unless kind is one of {', '.join(SCALED)}"
-    yield config.kind in RANKED or not config.block_ranks, "block_ranks", f"left out unless kind is one of {', '.join(RANKED)}"
+    yield config.kind in SIZED or not config.block_ranks, "block_ranks", f"left out unless kind is one of {', '.join(SIZED)}"
     yield kind.takes_dora or not config.dora, "dora", f"off with kind {config.kind}, which has no magnitude"
     yield kind.drops_ranks or not config.rank_dropout, "rank_dropout", f"0 with kind {config.kind}, which has no ranks to drop"
     yield not (config.dora and config.rank_dropout), "rank_dropout", "0 with dora, whose norm is that of the whole change"
-    yield config.kind in FACTORS or not config.max_norm, "max_norm", f"0 unless kind is one of {', '.join(sorted(FACTORS))}"
+    yield kind.is_product or not config.max_norm, "max_norm", f"0 unless kind is one of {', '.join(PRODUCTS)}"
     if config.init == "pissa":
         yield config.kind == "lora", "kind", "lora with init pissa"
         yield config.alpha > 0, "alpha", "above 0 with init pissa"

@@ -28,7 +28,7 @@ from sd.tools.decompose import RankRule, truncated_svd
 from sd.training.dataset.randomness import seed_of
 from sd.training.errors import TrainError
 from sd.training.new_words import new_words
-from sd.training.optim import FACTORS
+from sd.training.optim import PRODUCTS
 from sd.training.relora import adapters_in_training, attach_merged, merged_name
 from sd.training.rules import SCALED
 
@@ -189,10 +189,10 @@ def _attach_file(config, models: Models, networks: Mapping[str, nn.Module]) -> N
 
 def _prepare(adapter: Adapter, config, where: str) -> None:
     """An adapter of a file for training."""
-    if getattr(adapter, "rotation", None) is not None:
-        raise TrainError(f"{where} is held as rotations (oft_diag), which training would bend; allowed: oft_blocks")
-    if config.max_norm and adapter.kind not in FACTORS:
-        raise TrainError(f"{where}: max_norm does not go with kind {adapter.kind!r}; allowed: {', '.join(sorted(FACTORS))}")
+    if why := adapter.why_not_trained():
+        raise TrainError(f"{where} {why}")
+    if config.max_norm and not adapter.is_product:
+        raise TrainError(f"{where}: max_norm does not go with kind {adapter.kind!r}; allowed: {', '.join(PRODUCTS)}")
     adapter.from_file = False
     try:
         full = adapter.kind == "full"  # it has no ranks to drop

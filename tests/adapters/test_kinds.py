@@ -610,6 +610,33 @@ def test_what_a_kind_cannot_do_is_one_sentence(arguments, sentence):
     assert [type(m) for m in model] == [nn.Linear, nn.Embedding, nn.Conv1d]
 
 
+FACTS = {  # fact -> the kinds of which it is true, by their papers and by LyCORIS, PEFT and ComfyUI
+    "fits_embeddings": "lora full", "fits_norms": "full", "takes_dora": "lora full loha lokr", "drops_ranks": "lora",
+    "of_weight": "ia3 glora oft boft", "low_rank": "lora loha glora", "sized": "lora loha lokr glora oft boft",
+    "scaled": "lora loha lokr glora", "bounded": "oft boft", "adds": "lora loha lokr glora",
+    "is_product": "lora full loha lokr ia3", "peft_type": "lora loha lokr",
+    "held_by": "lora full loha lokr glora oft boft"}
+
+
+@pytest.mark.parametrize("fact", FACTS)
+def test_the_facts_of_the_kinds_of_other_programs_are_theirs(fact):
+    known = [kind for kind in KINDS if KINDS[kind].lycoris_name]
+    assert known == ["lora", "full", "loha", "lokr", "ia3", "glora", "oft", "boft"]
+    assert " ".join(kind for kind in known if getattr(KINDS[kind], fact)) == FACTS[fact]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_tensor_of_a_kind_has_a_name_in_files(kind):
+    cls, layer = KINDS[kind], as_lora_layer(nn.Linear(12, 8))
+    apply_lora_to_model(layer, 2, 3.0, target_modules=[""], kind=kind)
+    weights = layer.adapter("default").weights()
+    names = cls.spelling(weights.tensors)
+    assert weights.tensors.keys() <= names.keys() and len(set(names.values())) == len(names)
+    assert all(cls.keys[key] == name for name, key in names.items() if name not in ("magnitude", "diff_b"))
+    assert not cls.missing(weights.tensors) and cls.kind_of(weights.tensors) == kind
+    assert weights.rank == layer.adapter("default").rank and {*cls.needed, *cls.cores, *cls.flags} <= {*cls.keys.values()}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_norms_get_a_full_difference_beside_any_kind(kind):
     model = nn.Sequential(nn.Linear(12, 8), nn.LayerNorm(8))
@@ -617,7 +644,7 @@ def test_norms_get_a_full_difference_beside_any_kind(kind):
     assert [layer.adapter("default").kind for layer in model] == [kind, "full"]
     if kind != "full":
         with pytest.raises(LoRAFormatError, match=rf"kind '{kind}' does not fit a norm, whose weight \[8\] is no matrix"):
-            loaded(weights_of(next(c for c in CASES if c.split()[0] == kind), model[0]), LayerShape((8,)))
+            loaded(model[0].adapter("default").weights(), LayerShape((8,)))
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

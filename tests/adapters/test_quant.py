@@ -72,8 +72,8 @@ def adapt(*models, kind="lora", dora=False, **options):
     """The same random adapter on each."""
     for model in models:
         torch.manual_seed(1)
-        rank = 4 if KINDS[kind].low_rank or kind in ("oft", "boft") else 1
-        apply_lora_to_model(model, rank, 6.0 if kind not in ("oft", "boft") else 0.5, kind=kind, dora=dora,
+        rank, alpha = 1 if kind == "lokr" else 4, 0.5 if KINDS[kind].bounded else 6.0
+        apply_lora_to_model(model, rank, alpha, kind=kind, dora=dora,
                             target_modules=list(dict(model.named_children())), **options)
         for i, p in enumerate(get_lora_parameters(model)):
             p.data.add_(random(*p.shape, seed=i) * 0.2)

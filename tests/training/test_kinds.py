@@ -3,11 +3,12 @@
 import importlib
 import json
 from dataclasses import replace
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
-from sd.adapters.lycoris import KINDS
+from sd.adapters.kinds import KINDS
 from sd.adapters.quant import dequantize_base, quantize_base, quantized_kinds
 from sd.files.tensors import read_tensors
 from sd.lora import lora_layers, lora_state, merge_loss, remove_lora
@@ -49,7 +50,14 @@ def test_every_kind_learns_and_its_file_does_what_the_trained_model_does(untrain
     again = load_lora_into_models(copy_of(untrained), tmp_path / "lora.safetensors")
     assert torch.equal(output(again), output(models))
     header = read_tensors(tmp_path / "lora.safetensors").metadata
-    assert header["ss_steps"] == "6" and header["ss_network_module"] == ("networks.lora" if kind == "lora" else "lycoris.kohya")
+    module = "networks.lora" if kind == "lora" else "lycoris.kohya" if KINDS[kind].lycoris_name else None
+    assert header["ss_steps"] == "6" and header.get("ss_network_module") == module
+
+
+def test_the_flag_takes_every_kind_and_another_is_one_sentence():
+    assert get_args(get_type_hints(TrainConfig)["kind"]) == tuple(KINDS)
+    with pytest.raises(TrainError, match=f"kind is 'lorra'; allowed: {', '.join(KINDS)}$"):
+        TrainConfig(kind="lorra")
 
 
 def test_rslora_scales_by_the_root_of_the_rank(untrained, tmp_path):

@@ -352,9 +352,10 @@ OPTIONS = {
     "block_ranks": {"block_ranks": ("mid_block.attentions=4",)}, "nf4": {"quantize": "nf4"},
     "nf4 dora": {"dora": True, "quantize": "nf4"},
 }
-NO_MAGNITUDE, NOT_LORA = {"ia3", "glora", "oft", "boft"}, KINDS.keys() - {"lora"}
-REFUSED = {"rslora": {"full", "ia3", "oft", "boft"}, "dora": NO_MAGNITUDE, "nf4 dora": NO_MAGNITUDE, "rank_dropout": NOT_LORA,
-           "max_norm": {"glora", "oft", "boft"}, "pissa": NOT_LORA, "block_ranks": {"full", "ia3"}}
+NEEDED = {"rslora": "scaled", "dora": "takes_dora", "nf4 dora": "takes_dora", "rank_dropout": "drops_ranks",
+          "max_norm": "is_product", "block_ranks": "sized"}
+REFUSED = {option: {kind for kind in KINDS if not getattr(KINDS[kind], fact)} for option, fact in NEEDED.items()}
+REFUSED["pissa"] = KINDS.keys() - {"lora"}
 
 
 @pytest.mark.parametrize("option", OPTIONS)

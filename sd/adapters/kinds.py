@@ -1,0 +1,32 @@
+"""The table of all kinds of adapter. A new kind is a class and a row here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from sd.adapters.adapter import Adapter
+from sd.adapters.low_rank import Full, LowRank
+from sd.adapters.lycoris import IA3, GLoRA, LoHa, LoKr
+from sd.adapters.orthogonal import BOFT, OFT
+from sd.adapters.weights import AdapterWeights
+
+KINDS: dict[str, type[Adapter]] = {kind.kind: kind for kind in (
+    LowRank,
+    Full,
+    LoHa,
+    LoKr,
+    IA3,
+    GLoRA,
+    OFT,
+    BOFT,
+)}
+
+if TYPE_CHECKING:
+    Kind = str  # type checkers cannot read the choices from a table
+else:
+    Kind = Literal[tuple(KINDS)]
+
+
+def needs_base(weights: AdapterWeights) -> bool:
+    """Whether what these weights do to a layer depends on the layer's own: some kinds, and all with a magnitude (DoRA)."""
+    return KINDS[weights.kind].of_weight or "magnitude" in weights.tensors

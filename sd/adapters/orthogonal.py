@@ -1,0 +1,134 @@
+"""Kinds of adapter that multiply W by an orthogonal matrix: OFT and BOFT.
+
+Legend: `out` rows of the weight in n blocks of b, m stages. W is taken as a matrix [out, in·k] where a formula says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from sd.adapters.adapter import MODIFIERS, Adapter, check_rank, size_of
+from sd.adapters.lycoris import factorization
+from sd.adapters.weights import AdapterWeights, LayerShape
+from sd.errors import SDError
+
+
+class OFT(Adapter):
+    """Orthogonal finetuning (Qiu et al. 2023, as LyCORIS): each block k of b output rows is turned, W'_k = rescale · R_kᵀ W_k.
+
+    blocks [n, b, b]: Q = blocks - blocksᵀ, R = (I + Q)(I - Q)⁻¹ (Cayley). alpha > 0 is no scale but the constraint: Q is
+    shortened to a norm, over all blocks, of at most alpha · out. `rotation` [n, b, b] (old files) holds R itself.
+    A new adapter's blocks have at most `rank` rows; `rescaled` adds rescale [out, 1...].
+    """
+
+    kind = "oft"
+    of_weight = True
+    options = ("rescaled",)
+    bounded = True
+    keys = {"oft_blocks": "blocks", "oft_diag": "rotation", "rescale": "rescale"}
+    held_by = {"comfyui": ("blocks", "rescale", *MODIFIERS)}
+    lycoris_name = "diag-oft"
+    no_alpha = 0.0  # bounds nothing
+
+    def __init__(self, shape: LayerShape, rank: int, alpha: float | None = None, *, rescaled: bool = False,
+                 sizes: tuple[int, ...] | None = None, rotation: bool = False, **dropouts):
+        super().__init__(shape, **dropouts)
+        check_rank(self.kind, rank)
+        self.alpha = None if alpha is None else float(alpha)
+        out = shape.weight[0]
+        zeros = nn.Parameter(torch.zeros(sizes or self.new_sizes(out, rank)))
+        self.blocks, self.rotation = (None, zeros) if rotation else (zeros, None)
+        self.rescale = nn.Parameter(torch.ones(out, *(1,) * (len(shape.weight) - 1))) if rescaled else None
+
+    @staticmethod
+    def new_sizes(out: int, rank: int) -> tuple[int, ...]:
+        b, n = factorization(out, rank)
+        if b < 2:
+            raise SDError(f"rank {rank} cuts its {out} rows into blocks of {b}, which cannot turn; choose another rank")
+        return n, b, b
+
+    def turns(self, dtype: torch.dtype) -> Tensor:
+        """R - I of every block; exactly 0 where Q is."""
+        if self.rotation is not None:
+            return self.rotation.to(dtype) - torch.eye(self.rotation.shape[-1], dtype=dtype, device=self.rotation.device)
+        blocks = self.blocks.to(dtype)
+        Q = blocks - blocks.mT
+        if self.alpha is not None and self.alpha > 0:
+            limit = self.alpha * Q.shape[-3] * Q.shape[-1]
+            Q = Q * (limit / torch.linalg.vector_norm(Q).clamp(min=limit))
+        return torch.linalg.solve(torch.eye(Q.shape[-1], dtype=dtype, device=Q.device) - Q, 2 * Q)
+
+    def turned(self, W: Tensor) -> Tensor:
+        """What turning adds to the matrix W [out, in·k]."""
+        turns = self.turns(W.dtype)
+        return (turns.mT @ W.unflatten(0, turns.shape[:2])).flatten(0, 1)
+
+    def delta(self, W: Tensor) -> Tensor:
+        change = self.turned(W.flatten(1)).reshape(W.shape)
+        if self.rescale is None:
+            return change
+        rescale = self.rescale.to(W.dtype)
+        return rescale * change + (rescale - 1) * W
+
+    def why_not_trained(self) -> str | None:
+        if self.rotation is None:
+            return None
+        return "is held as rotations (oft_diag), which training would bend; allowed: oft_blocks"
+
+    @classmethod
+    def kind_of(cls, tensors: Mapping[str, Tensor]) -> str:
+        return "boft" if "blocks" in tensors and tensors["blocks"].dim() == 4 else "oft"
+
+    @classmethod
+    def missing(cls, tensors: Mapping[str, Tensor]) -> list[str]:
+        return [] if {"blocks", "rotation"} & tensors.keys() else ["blocks"]
+
+    @classmethod
+    def _like(cls, weights: AdapterWeights, shape: LayerShape) -> OFT:
+        rotation = "rotation" in weights.tensors
+        name = "rotation" if rotation else "blocks"
+        n, b = size_of(weights, name), size_of(weights, name, 1)
+        if n * b != shape.weight[0]:
+            raise SDError(f"{name} has shape {list(weights.tensors[name].shape)}, but {n} blocks of {b} are not the "
+                             f"{shape.weight[0]} rows of the layer's weight {list(shape.weight)}")
+        return cls(shape, b, weights.alpha, rescaled="rescale" in weights.tensors, sizes=(n, b, b), rotation=rotation)
+
+
+class BOFT(OFT):
+    """OFT in butterfly stages (Liu et al. 2023, as LyCORIS): stage i turns rows that lie 2ⁱ·b/2 apart, by R and not Rᵀ.
+
+    blocks [m, n, b, b], b even. A new adapter has b of at most `rank`, n a power of 2, and all 1 + log₂ n stages.
+    """
+
+    kind = "boft"
+    lycoris_name = "boft"
+
+    @staticmethod
+    def new_sizes(out: int, rank: int) -> tuple[int, ...]:
+        fits = [b for b in range(2, out + 1, 2) if out % b == 0 and (out // b).bit_count() == 1]
+        if not fits or min(fits) > rank:
+            raise SDError(f"rank {rank} does not cut its {out} rows into 2, 4, 8, ... blocks of an even number of rows; "
+                             f"allowed: {f'from {min(fits)}' if fits else 'none, choose another kind'}")
+        b = max(b for b in fits if b <= rank)
+        return (out // b).bit_length(), out // b, b, b
+
+    def turned(self, W: Tensor) -> Tensor:
+        turns, change = self.turns(W.dtype), torch.zeros_like(W)
+        b = turns.shape[-1]
+        for i, stage in enumerate(turns):
+            apart = 2**i * b // 2
+            x = (W + change).unflatten(0, (-1, 2, apart)).transpose(1, 2).reshape(-1, b, W.shape[1])
+            change = change + (stage @ x).reshape(-1, apart, 2, W.shape[1]).transpose(1, 2).flatten(0, 2)
+        return change
+
+    @classmethod
+    def _like(cls, weights: AdapterWeights, shape: LayerShape) -> BOFT:
+        m, n, b = (size_of(weights, "blocks", axis) for axis in range(3))
+        if n * b != shape.weight[0] or b % 2 or n % 2 ** (m - 1):
+            raise SDError(f"blocks has shape {list(weights.tensors['blocks'].shape)}, but {m} stages of {n} blocks of {b} "
+                             f"do not turn the {shape.weight[0]} rows of the layer's weight {list(shape.weight)}")
+        return cls(shape, b, weights.alpha, rescaled="rescale" in weights.tensors, sizes=(m, n, b, b))

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from sd.files.atomic import atomic_write, remove_stale_temporaries
 from sd.files.folder import read_folder
-from sd.files.hashes import lora_hash, model_hash
+from sd.files.hashes import digest, headed, lora_hash, model_hash, tensor_bytes_hash
 from sd.files.tensor_file import DTYPES, CheckpointError
 from sd.files.tensors import read_tensors, write_pt, write_safetensors, write_tensors
 
@@ -614,3 +614,14 @@ def test_a_hash_is_computed_once_until_the_file_changes(tmp_path, monkeypatch):
     torch.save({"w": torch.zeros(2)}, path)
     os.utime(path, ns=(1, 1))
     assert model_hash(path) == hashlib.sha256(path.read_bytes()).hexdigest()[:10] != first[0]
+
+
+def test_a_digest_is_that_of_texts_and_of_the_bytes_of_tensors_one_after_the_other(tmp_path):
+    flat, turned = torch.arange(6, dtype=torch.bfloat16), torch.randn(3, 4).T
+    content = "a(6,)torch.bfloat16é".encode() + flat.view(torch.uint8).numpy().tobytes() + turned.contiguous().numpy().tobytes()
+    text, same = headed("a", flat)
+    assert same is flat
+    assert digest([text, "é", flat, torch.empty(0, 3), turned]) == hashlib.sha256(content).hexdigest()
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, {"flat": flat, "turned": turned})
+    assert tensor_bytes_hash({"flat": flat, "turned": turned})[:12] == lora_hash(path)

@@ -67,7 +67,7 @@ def preload_models_from_standard_weights(ckpt_path: str | os.PathLike | None = N
     None is "emoji".
 
     `dtype`: None is the device's default (in fp16 the VAE stays fp32); "stored" leaves each tensor as it lies in its file,
-    and on the CPU where it lies: mapped, without a copy. LoRAs inside a checkpoint (sd.embedded) are attached, active at
+    and on the CPU where it lies: mapped, without a copy. LoRAs inside a checkpoint are attached, active at
     their multipliers. `vae`, `text_encoder`: files or folders to take these from instead. `ema`: the averaged UNet of an
     LDM file. `variant`: such as "fp16", of a diffusers folder. `config` is needed only for a checkpoint of no known family.
     The networks come in eval mode and frozen. Raises CheckpointError: every tensor of the model must be in the file, in
@@ -124,7 +124,7 @@ def load_lora_into_models(models: Models, path: str | os.PathLike, name: str | N
     """Load a LoRA of any program, a file or a folder, and make it active; None names it after the file.
 
     A name in use is replaced, whatever its rank. `skip`: a regular expression over keys and module paths to leave out.
-    `block_weights`: {"text_encoder": 0.5, "mid_block": 0, ...} or a list of 17, 25 or 26 numbers (sd.lora_blocks).
+    `block_weights`: {"text_encoder": 0.5, "mid_block": 0, ...} or a list of 17, 25 or 26 numbers (sd.lora_files.block_weights).
     The report is `models.lora_reports[name]`. Raises CheckpointError, LoRAFormatError or BlockWeightError: every tensor is
     applied, skipped as asked, or named.
     """

@@ -1,6 +1,6 @@
 """ONE table of module names: ours, LDM's and diffusers'; kohya's spelling is derived from it.
 
-A row stands for a module that bears weights. Foreign names appear in this file, lora_formats.py and lora_legacy.py only.
+A row stands for a module that bears weights. Foreign names appear in this folder and in sd/lora_files only.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from sd.checkpoints.names import (
 )
 from sd.config import CONFIG_KEY, SD15, ModelConfig
 from sd.files.atomic import former_folder
-from sd.files.folder import read_folder
+from sd.files.folder import read_diffusers_folder
 from sd.files.tensor_file import CheckpointError, TensorFile
 from sd.files.tensors import read_tensors
 
@@ -122,7 +122,7 @@ def _parts_of_file(path: Path) -> tuple[dict[str, TensorFile | None], dict[str, 
 
 
 def _parts_of_folder(path: Path, variant: str | None) -> tuple[dict[str, TensorFile | None], dict[str, dict], TensorFile]:
-    folder = read_folder(path, variant=variant)
+    folder = read_diffusers_folder(path, variant=variant)
     return {c: folder.components.get(FOLDERS[c]) for c in COMPONENTS}, folder.configs, TensorFile(path, {})
 
 
@@ -130,7 +130,7 @@ def _read_part(path: Path, folder: str) -> tuple[TensorFile, dict[str, dict]]:
     """Tensors and config of a VAE or a text encoder named on its own: a file, its folder, or a whole model of any kind."""
     if not path.is_dir():
         return read_tensors(path), {}
-    found = read_folder(path, components=(folder,))
+    found = read_diffusers_folder(path, components=(folder,))
     where = folder if folder in found.components else ""
     config = found.configs.get(f"{where}/config.json".lstrip("/"))
     return found.components[where], {} if config is None else {f"{folder}/config.json": config}

@@ -280,7 +280,7 @@ def merge_lora_files(loras: Mapping[str | os.PathLike, float], out: str | os.Pat
     """`merge_loras` on files of any program: {file: its weight} written as one LoRA; `dtype` None is fp32.
 
     `base`: the checkpoint, needed for kinds whose ΔW depends on its weights. `block_weights`: file -> what
-    `sd.lora_blocks` reads, over the file's weight. Raises as `merge_loras` and `read_lora` do.
+    `sd.lora_files.block_weights` reads, over the file's weight. Raises as `merge_loras` and `read_lora` do.
     """
     _check(method, rank, density)  # before anything is read
     keep_sources(out, *loras)

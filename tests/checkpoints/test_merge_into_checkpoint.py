@@ -244,7 +244,7 @@ def test_nothing_that_is_read_is_written_over(bases, loras, tmp_path, source):
 
 KILLED = """
 import os, signal, sys
-import sd.model_saver as saver
+import sd.checkpoints.writer as saver
 from sd.model_loader import merge_lora_into_checkpoint
 made, count = saver._made, 0
 def deadly(*args):

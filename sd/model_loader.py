@@ -6,24 +6,21 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
+from torch import Tensor
 
 from sd.adapters.attach import apply_lora_to_model, lora_state
 from sd.adapters.switch import adapter_names, exclusive
 from sd.adapters.weights import LoRAError
-from sd.checkpoints.diffusers_config import config_of_folder
-from sd.checkpoints.lora_inside import embedded_loras, split_embedded
-from sd.checkpoints.names import COMPONENTS, FOLDERS, LDM_PREFIX, model_names
-from sd.checkpoints.reader import argument_hint, config_of_file, read_part, refuse_unexpected, state_for
+from sd.checkpoints.reader import open_checkpoint
 from sd.checkpoints.writer import check_target, save_checkpoint, save_merged
 from sd.config import SD15, ModelConfig
 from sd.errors import SDError
-from sd.files.atomic import former_folder, keep_sources
-from sd.files.folder import read_folder
+from sd.files.atomic import keep_sources
 from sd.files.hashes import old_model_hash
-from sd.files.tensor_file import CheckpointError, TensorFile
-from sd.files.tensors import read_tensors
+from sd.files.tensor_file import TensorFile
 from sd.lora import load_lora_weights, save_lora_weights
 from sd.lora_files.embedding_files import read_embeddings, write_embedding
 from sd.lora_files.header import lora_metadata
@@ -70,7 +67,7 @@ def preload_models_from_standard_weights(ckpt_path: str | os.PathLike | None = N
     None is "emoji".
 
     `dtype`: None is the device's default (in fp16 the VAE stays fp32); "stored" leaves each tensor as it lies in its file,
-    and on the CPU where it lies: mapped, without a copy. LoRAs inside a checkpoint (sd.embedded) are attached, active at
+    and on the CPU where it lies: mapped, without a copy. LoRAs inside a checkpoint are attached, active at
     their multipliers. `vae`, `text_encoder`: files or folders to take these from instead. `ema`: the averaged UNet of an
     LDM file. `variant`: such as "fp16", of a diffusers folder. `config` is needed only for a checkpoint of no known family.
     The networks come in eval mode and frozen. Raises CheckpointError: every tensor of the model must be in the file, in
@@ -81,50 +78,26 @@ def preload_models_from_standard_weights(ckpt_path: str | os.PathLike | None = N
     dtype = default_dtype(device) if dtype is None else dtype
     if dtype != "stored" and not isinstance(dtype, torch.dtype):
         raise SDError(f"dtype is {dtype!r}; allowed: a torch.dtype, 'stored', or None for the device's default")
-    if former_folder(path).exists() and not path.exists():
-        raise CheckpointError(f"{path}: a save of this folder was killed at its last step; what it was before "
-                              f"lies whole in {former_folder(path)}: rename that back")
-    inside = TensorFile(path, {})
-    if path.is_dir():
-        folder = read_folder(path, variant=variant)
-        sources, configs = {c: folder.components.get(FOLDERS[c]) for c in COMPONENTS}, folder.configs
-    else:
-        file, inside = split_embedded(read_tensors(path))
-        sources, configs = dict.fromkeys(COMPONENTS, file), {}
-    for given, replaced in ((vae, ("encoder", "decoder")), (text_encoder, ("clip",))):
-        if given is not None:
-            part, own = read_part(Path(given), FOLDERS[replaced[0]])
-            sources, configs = sources | dict.fromkeys(replaced, part), configs | own
-    for component, source in sources.items():
-        if source is None:
-            kind = configs.get("model_index.json", {}).get("_class_name", "without a model_index.json")
-            raise CheckpointError(f"{path}: has no {FOLDERS[component]} in it{argument_hint(component)} "
-                                  f"(the folder is a {kind})")
-    if config is None:
-        config = config_of_folder(configs, path) if path.is_dir() else config_of_file(file)
-
+    checkpoint = open_checkpoint(path, config=config, vae=vae, text_encoder=text_encoder, variant=variant)
     with torch.device("meta"), NoInitialValues():
-        networks = build_networks(config)
-    taken: dict[int, set[str]] = {}
-    for component, network in networks.items():
-        source = sources[component]
-        state, used = state_for(network, source, ema and component == "diffusion")
-        taken.setdefault(id(source), set()).update(used)
-        # The VAE overflows in fp16; it is a small part of a generation's time, so it stays fp32 there.
-        kind = torch.float32 if dtype == torch.float16 and component in ("encoder", "decoder") else dtype
-        state = {k: t.to(device=device, dtype=t.dtype if kind == "stored" else kind) for k, t in state.items()}
-        network.load_state_dict(state, strict=True, assign=True)
-        network.eval().requires_grad_(False)
-    for source in {id(s): s for s in sources.values()}.values():
-        elsewhere = tuple(LDM_PREFIX[c] for c in COMPONENTS if sources[c] is not source)
-        refuse_unexpected(source, taken[id(source)], elsewhere)
+        networks = build_networks(checkpoint.config)
+    for component, state in checkpoint.states(networks, ema=ema).items():
+        networks[component].load_state_dict(_placed(state, component, device, dtype), strict=True, assign=True)
+        networks[component].eval().requires_grad_(False)
     whole = vae is None and text_encoder is None
-    models = Models(networks, config, source=path if whole else None)  # its name and hash must tell what the models are
-    for lora in embedded_loras(inside, model_names(config)):
+    models = Models(networks, checkpoint.config, source=path if whole else None)  # its name and hash must tell what they are
+    for lora in checkpoint.loras:
         tensors = TensorFile(path / lora.name, dict(lora.tensors), lora.metadata)  # as if the checkpoint were a folder of them
         models.lora_reports[lora.name] = load_lora_weights(models, tensors, lora.name, lora.multiplier)
         log.info("%s", models.lora_reports[lora.name])
     return models
+
+
+def _placed(state: Mapping[str, Tensor], component: str, device: torch.device,
+            dtype: torch.dtype | Literal["stored"]) -> dict[str, Tensor]:
+    if dtype == torch.float16 and component in ("encoder", "decoder"):
+        dtype = torch.float32  # the VAE overflows in fp16, and is a small part of a generation's time
+    return {k: t.to(device=device, dtype=t.dtype if dtype == "stored" else dtype) for k, t in state.items()}
 
 
 def preload_models_with_lora(ckpt_path: str | os.PathLike | None = None, device=None, lora_rank: int = 4,
@@ -151,7 +124,7 @@ def load_lora_into_models(models: Models, path: str | os.PathLike, name: str | N
     """Load a LoRA of any program, a file or a folder, and make it active; None names it after the file.
 
     A name in use is replaced, whatever its rank. `skip`: a regular expression over keys and module paths to leave out.
-    `block_weights`: {"text_encoder": 0.5, "mid_block": 0, ...} or a list of 17, 25 or 26 numbers (sd.lora_blocks).
+    `block_weights`: {"text_encoder": 0.5, "mid_block": 0, ...} or a list of 17, 25 or 26 numbers (sd.lora_files.block_weights).
     The report is `models.lora_reports[name]`. Raises CheckpointError, LoRAFormatError or BlockWeightError: every tensor is
     applied, skipped as asked, or named.
     """

@@ -33,7 +33,7 @@ from sd.prompts.learned_words import vectors_hash
 from sd.prompts.tokenizer import find_words, tokenize
 from sd.sampling.denoiser import DENOISERS, CFGDenoiser
 from sd.sampling.noise import Schedule, alphas_cumprod, cut
-from sd.sampling.samplers import SAMPLERS, sampler_schedule
+from sd.sampling.samplers import SAMPLERS, check_eta, run, sampler_schedule
 from sd.vae import sample_posterior
 
 MAX_IMAGES = 4096  # in one call
@@ -94,10 +94,9 @@ def generate(prompt: str | Sequence[str], uncond_prompt: str | Sequence[str] | N
     try:
         steps = sampler_schedule(sampler_name, n_inference_steps, alphas_cumprod(config), spacing)
         steps = steps if picture is None else cut(steps, strength)
+        check_eta(sampler_name, eta)
     except SDError as error:
         raise GenerateError(str(error)) from None
-    if eta and sampler_name != "ddim":
-        raise GenerateError(f"eta is {eta} for {sampler_name}; only ddim has an eta")
 
     with torch.no_grad(), ExitStack() as stack:
         stack.enter_context(exclusive(models))
@@ -276,13 +275,12 @@ def _should_merge(models: Models, merged: bool | str) -> bool:
 
 def _sample(denoise, x: Tensor, steps: Schedule, sampler_name: str, eta: float, noise, on_step) -> Tensor:
     """Run the sampler with a progress bar; returns latents in the UNet's scale."""
-    extra = {"eta": eta} if sampler_name == "ddim" else {}
     with tqdm(total=len(steps.timesteps), desc=sampler_name, leave=False, disable=None) as bar:
         def told(i, n, x0):
             bar.update()
             if on_step is not None:
                 on_step(i, n, x0)
-        x = SAMPLERS[sampler_name].sample(denoise, x, steps.sigmas, noise=noise, on_step=told, **extra)
+        x = run(sampler_name, denoise, x, steps, noise=noise, on_step=told, eta=eta)
     return x * steps.end
 
 

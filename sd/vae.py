@@ -154,22 +154,36 @@ class Upsampler(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class Pixels(nn.Module):
-    """Stands for encoder or decoder where there is no autoencoder: latents are pixels, exactly."""
+class PixelEncoder(nn.Module):
+    """Stands for the encoder where there is no autoencoder: latents are pixels, exactly."""
 
-    def __init__(self, component: str, config: VAEConfig):
+    component = "encoder"
+
+    def __init__(self, config: VAEConfig):
         super().__init__()
-        self.component, self.config = component, config
+        self.config = config
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor] | Tensor:
-        return (x, torch.full_like(x, -math.inf)) if self.component == "encoder" else x
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, torch.full_like(x, -math.inf)
+
+
+class PixelDecoder(nn.Module):
+    """Stands for the decoder where there is no autoencoder."""
+
+    component = "decoder"
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z
 
 
 def build_vae(config: VAEConfig) -> dict[str, nn.Module]:
     """The networks "encoder" and "decoder"."""
-    if not config.widths:
-        return {component: Pixels(component, config) for component in ("encoder", "decoder")}
-    return {"encoder": VAEEncoder(config), "decoder": VAEDecoder(config)}
+    encoder, decoder = (VAEEncoder, VAEDecoder) if config.widths else (PixelEncoder, PixelDecoder)
+    return {"encoder": encoder(config), "decoder": decoder(config)}
 
 
 def sample_posterior(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from sd.adapters.weights import AdapterWeights, LayerShape, LoRAError
 from sd.errors import SDError
 from sd.lora_files.modules import modules_of
 from sd.lora_files.read import LoadReport, read_lora, report_of
-from sd.tools.decompose import RankRule, Row
+from sd.tools.decompose import Approximation, RankRule
 from sd.tools.extract import ExtractReport, Layer, extract
 from sd.tools.merge import merge_loras
 
@@ -412,7 +412,8 @@ def _full(layers: Iterable[Layer]) -> tuple[dict[str, AdapterWeights], ExtractRe
             raise LoRAError(f"{layer.path}: the difference holds values that are not finite (NaN or infinity)")
         if changes:
             state[layer.path] = AdapterWeights("full", changes)
-            report.modules[layer.path] = Row(None, float(changes["diff"].double().norm()) if "diff" in changes else 0.0, 0.0)
+            norm = float(changes["diff"].double().norm()) if "diff" in changes else 0.0
+            report.modules[layer.path] = Approximation(None, norm, 0.0)
         else:
             report.equal += 1
     return state, report

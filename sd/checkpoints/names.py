@@ -1,6 +1,6 @@
 """ONE table of module names: ours, LDM's and diffusers'; kohya's spelling is derived from it.
 
-A row stands for a module that bears weights. Foreign names appear in this file, lora_formats.py and lora_legacy.py only.
+A row stands for a module that bears weights. Foreign names appear in this folder and in sd/lora_files only.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ def component_names(component: str, config) -> list[Name]:
             for ours, ldm, diffusers in rows]
 
 
-Row = tuple[str, str, str]  # ours, LDM, diffusers
+NameRow = tuple[str, str, str]  # ours, LDM, diffusers
 
 
-def _unet(config: UNetConfig) -> Iterator[Row]:
+def _unet(config: UNetConfig) -> Iterator[NameRow]:
     n, last = config.layers_per_block, len(config.widths) - 1
     yield "time_embedding.linear_1", "time_embed.0", "time_embedding.linear_1"
     yield "time_embedding.linear_2", "time_embed.2", "time_embedding.linear_2"
@@ -95,7 +95,7 @@ def _unet(config: UNetConfig) -> Iterator[Row]:
     yield "conv_out", "out.2", "conv_out"
 
 
-def _unet_resnet(ours: str, ldm: str, shortcut: bool) -> Iterator[Row]:
+def _unet_resnet(ours: str, ldm: str, shortcut: bool) -> Iterator[NameRow]:
     for name, ldm_name in (("norm1", "in_layers.0"), ("conv1", "in_layers.2"), ("time_emb_proj", "emb_layers.1"),
                            ("norm2", "out_layers.0"), ("conv2", "out_layers.3"), ("conv_shortcut", "skip_connection")):
         if shortcut or name != "conv_shortcut":
@@ -105,7 +105,7 @@ def _unet_resnet(ours: str, ldm: str, shortcut: bool) -> Iterator[Row]:
 ATTENTION = (("q_proj", "to_q"), ("k_proj", "to_k"), ("v_proj", "to_v"), ("out_proj", "to_out.0"))
 
 
-def _transformer(ours: str, ldm: str) -> Iterator[Row]:
+def _transformer(ours: str, ldm: str) -> Iterator[NameRow]:
     names = [("norm", "norm"), ("proj_in", "proj_in"), ("proj_out", "proj_out")]
     names += [(f"transformer_blocks.0.{n}", f"transformer_blocks.0.{n}") for n in ("norm1", "norm2", "norm3")]
     names += [(f"transformer_blocks.0.{attn}.{a}", f"transformer_blocks.0.{attn}.{b}")
@@ -116,8 +116,8 @@ def _transformer(ours: str, ldm: str) -> Iterator[Row]:
         yield f"{ours}.{a}", f"{ldm}.{b}", f"{ours}.{b}"
 
 
-def _clip(config: CLIPConfig) -> Iterator[Row]:
-    def row(ours: str, theirs: str) -> Row:
+def _clip(config: CLIPConfig) -> Iterator[NameRow]:
+    def row(ours: str, theirs: str) -> NameRow:
         return ours, "text_model." + theirs, "text_model." + theirs
 
     yield row("token_embedding", "embeddings.token_embedding")
@@ -129,7 +129,7 @@ def _clip(config: CLIPConfig) -> Iterator[Row]:
     yield row("final_norm", "final_layer_norm")
 
 
-def _encoder(config: VAEConfig) -> Iterator[Row]:
+def _encoder(config: VAEConfig) -> Iterator[NameRow]:
     yield from _vae_ends("encoder")
     for i, width in enumerate(config.widths):
         for j in range(config.layers_per_block):
@@ -141,7 +141,7 @@ def _encoder(config: VAEConfig) -> Iterator[Row]:
     yield "quant_conv", "quant_conv", "quant_conv"
 
 
-def _decoder(config: VAEConfig) -> Iterator[Row]:
+def _decoder(config: VAEConfig) -> Iterator[NameRow]:
     yield "post_quant_conv", "post_quant_conv", "post_quant_conv"
     yield from _vae_ends("decoder")
     widths = config.widths[::-1]
@@ -155,7 +155,7 @@ def _decoder(config: VAEConfig) -> Iterator[Row]:
                    f"decoder.up_blocks.{i}.upsamplers.0.conv")
 
 
-def _vae_ends(side: str) -> Iterator[Row]:
+def _vae_ends(side: str) -> Iterator[NameRow]:
     yield "conv_in", f"{side}.conv_in", f"{side}.conv_in"
     for j in range(2):
         yield from _vae_resnet(f"mid_block.resnets.{j}", side, f"mid.block_{j + 1}", False)
@@ -167,7 +167,7 @@ def _vae_ends(side: str) -> Iterator[Row]:
     yield "conv_out", f"{side}.conv_out", f"{side}.conv_out"
 
 
-def _vae_resnet(ours: str, side: str, ldm: str, shortcut: bool) -> Iterator[Row]:
+def _vae_resnet(ours: str, side: str, ldm: str, shortcut: bool) -> Iterator[NameRow]:
     for name in ("norm1", "conv1", "norm2", "conv2", "conv_shortcut"):
         if shortcut or name != "conv_shortcut":
             ldm_name = "nin_shortcut" if name == "conv_shortcut" else name

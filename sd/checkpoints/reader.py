@@ -3,18 +3,95 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch.nn as nn
 from torch import Tensor
 
-from sd.checkpoints.names import FOLDERS, HARMLESS, LDM_PREFIX, Name, component_names, guess_checkpoint, ldm_facts, modern_key
+from sd.checkpoints.diffusers_config import config_of_folder
+from sd.checkpoints.lora_inside import EmbeddedLoRA, embedded_loras, split_embedded
+from sd.checkpoints.names import (
+    COMPONENTS,
+    FOLDERS,
+    HARMLESS,
+    LDM_PREFIX,
+    Name,
+    component_names,
+    guess_checkpoint,
+    ldm_facts,
+    model_names,
+    modern_key,
+)
 from sd.config import CONFIG_KEY, SD15, ModelConfig
-from sd.files.folder import read_folder
+from sd.files.atomic import former_folder
+from sd.files.folder import read_diffusers_folder
 from sd.files.tensor_file import CheckpointError, TensorFile
 from sd.files.tensors import read_tensors
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk, mapped: no tensor is read before it is used.
+
+    `sources`: component -> the file that it is taken from, the same object for all that lie in one. `inside`: the tensors
+    of LoRAs that a file has beside the model's.
+    """
+
+    path: Path
+    config: ModelConfig
+    sources: Mapping[str, TensorFile]
+    inside: TensorFile
+
+    def states(self, networks: Mapping[str, nn.Module], *, ema: bool = False) -> dict[str, dict[str, Tensor]]:
+        """Component -> state dict, as views of the files, for networks of this config (on any device, also meta).
+
+        `ema`: the averaged UNet of an LDM file. Raises CheckpointError: every tensor must be there, in its shape, and
+        nothing unknown beside them.
+        """
+        states, used = {}, {id(source): set() for source in self.sources.values()}
+        for component, network in networks.items():
+            source = self.sources[component]
+            states[component], keys = _state_of(network, source, ema and component == "diffusion")
+            used[id(source)] |= keys
+        for source in {id(source): source for source in self.sources.values()}.values():
+            elsewhere = tuple(LDM_PREFIX[c] for c in COMPONENTS if self.sources[c] is not source)
+            _refuse_unexpected(source, used[id(source)], elsewhere)
+        return states
+
+    @property
+    def loras(self) -> list[EmbeddedLoRA]:
+        """The LoRAs inside the file. Raises CheckpointError for damaged ones."""
+        return embedded_loras(self.inside, model_names(self.config))
+
+
+def open_checkpoint(path: Path, *, config: ModelConfig | None = None, vae: str | os.PathLike | None = None,
+                    text_encoder: str | os.PathLike | None = None, variant: str | None = None) -> Checkpoint:
+    """An LDM .ckpt or .safetensors, or a diffusers folder, and its config, unless that is given.
+
+    `vae`, `text_encoder`: files or folders to take these from instead. `variant`: such as "fp16", of a diffusers folder.
+    Raises CheckpointError for a part that is not there, and for a config that is not of a known family.
+    """
+    if former_folder(path).exists() and not path.exists():
+        raise CheckpointError(f"{path}: a save of this folder was killed at its last step; what it was before "
+                              f"lies whole in {former_folder(path)}: rename that back")
+    sources, configs, inside = _parts_of_folder(path, variant) if path.is_dir() else _parts_of_file(path)
+    own = sources["diffusion"]
+    for given, replaced in ((vae, ("encoder", "decoder")), (text_encoder, ("clip",))):
+        if given is not None:
+            part, part_configs = _read_part(Path(given), FOLDERS[replaced[0]])
+            sources, configs = sources | dict.fromkeys(replaced, part), configs | part_configs
+    for component, source in sources.items():
+        if source is None:
+            kind = configs.get("model_index.json", {}).get("_class_name", "without a model_index.json")
+            raise CheckpointError(f"{path}: has no {FOLDERS[component]} in it{_argument_hint(component)} "
+                                  f"(the folder is a {kind})")
+    if config is None:
+        config = config_of_folder(configs, path) if path.is_dir() else config_of_file(own)
+    return Checkpoint(path, config, sources, inside)
 
 
 def config_of_file(file: TensorFile) -> ModelConfig:
@@ -36,21 +113,46 @@ def config_of_file(file: TensorFile) -> ModelConfig:
     return family
 
 
-def argument_hint(component: str) -> str:
+# ---- where the parts lie ---------------------------------------------------------------------------------------------
+
+def _parts_of_file(path: Path) -> tuple[dict[str, TensorFile | None], dict[str, dict], TensorFile]:
+    """(component -> tensors, JSON files, the tensors of LoRAs inside)."""
+    file, inside = split_embedded(read_tensors(path))
+    return dict.fromkeys(COMPONENTS, file), {}, inside
+
+
+def _parts_of_folder(path: Path, variant: str | None) -> tuple[dict[str, TensorFile | None], dict[str, dict], TensorFile]:
+    folder = read_diffusers_folder(path, variant=variant)
+    return {c: folder.components.get(FOLDERS[c]) for c in COMPONENTS}, folder.configs, TensorFile(path, {})
+
+
+def _read_part(path: Path, folder: str) -> tuple[TensorFile, dict[str, dict]]:
+    """Tensors and config of a VAE or a text encoder named on its own: a file, its folder, or a whole model of any kind."""
+    if not path.is_dir():
+        return read_tensors(path), {}
+    found = read_diffusers_folder(path, components=(folder,))
+    where = folder if folder in found.components else ""
+    config = found.configs.get(f"{where}/config.json".lstrip("/"))
+    return found.components[where], {} if config is None else {f"{folder}/config.json": config}
+
+
+def _argument_hint(component: str) -> str:
     argument = {"clip": "text_encoder", "encoder": "vae", "decoder": "vae"}.get(component)
     return f"; name one with {argument}=" if argument else ""
 
 
-def state_for(network: nn.Module, source: TensorFile, ema: bool) -> tuple[dict[str, Tensor], set[str]]:
+# ---- tensors under our names --------------------------------------------------------------------------------------------
+
+def _state_of(network: nn.Module, source: TensorFile, ema: bool) -> tuple[dict[str, Tensor], set[str]]:
     """Our state dict from a file's tensors, in whichever spelling the file has, and the file's keys that were used."""
     component, shapes = network.component, {k: tuple(p.shape) for k, p in network.state_dict().items()}
     given = {modern_key(key, FOLDERS[component]): key for key in source}
     names = component_names(component, network.config)
     if not names:  # no autoencoder
         return {}, set()
-    spell = max((_ldm, _ldm_flat_clip, _bare_ldm, _diffusers), key=lambda s: sum(s(n) + ".weight" in given for n in names))
+    spell = max(SPELLINGS, key=lambda spell: sum(spell(n) + ".weight" in given for n in names))
     if not any(spell(n) + ".weight" in given for n in names):
-        raise CheckpointError(f"{source.path}: has no {FOLDERS[component]} in it{argument_hint(component)} "
+        raise CheckpointError(f"{source.path}: has no {FOLDERS[component]} in it{_argument_hint(component)} "
                               f"({guess_checkpoint(source)})")
     state, used, missing, misshapen = {}, set(), [], []
     for name in names:
@@ -77,7 +179,7 @@ def state_for(network: nn.Module, source: TensorFile, ema: bool) -> tuple[dict[s
     return state, used
 
 
-def refuse_unexpected(source: TensorFile, used: set[str], elsewhere: tuple[str, ...]) -> None:
+def _refuse_unexpected(source: TensorFile, used: set[str], elsewhere: tuple[str, ...]) -> None:
     """`elsewhere`: prefixes of the parts that are taken from another file."""
     unexpected = [key for key in source if key not in used and not key.startswith(elsewhere)
                   and not any(re.fullmatch(pattern, key) for pattern in HARMLESS)]
@@ -102,15 +204,8 @@ def _diffusers(name: Name) -> str:
     return name.diffusers
 
 
+SPELLINGS = (_ldm, _ldm_flat_clip, _bare_ldm, _diffusers)
+
+
 def _ema_key(key: str) -> str:
     return "model_ema." + key.removeprefix("model.").replace(".", "")
-
-
-def read_part(path: Path, folder: str) -> tuple[TensorFile, dict[str, dict]]:
-    """Tensors and config of a VAE or a text encoder named on its own: a file, its folder, or a whole model of any kind."""
-    if not path.is_dir():
-        return read_tensors(path), {}
-    found = read_folder(path, components=(folder,))
-    where = folder if folder in found.components else ""
-    config = found.configs.get(f"{where}/config.json".lstrip("/"))
-    return found.components[where], {} if config is None else {f"{folder}/config.json": config}

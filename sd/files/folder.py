@@ -24,11 +24,8 @@ class Folder:
     components: dict[str, TensorFile]
 
 
-_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # diffusers, transformers today, transformers before
-
-
-def read_folder(path: str | Path, components: tuple[str, ...] = ("unet", "vae", "text_encoder"),
-                variant: str | None = None) -> Folder:
+def read_diffusers_folder(path: str | Path, components: tuple[str, ...] = ("unet", "vae", "text_encoder"),
+                          variant: str | None = None) -> Folder:
     """Map the weights of a diffusers folder and parse its configs; names of tensors are left as they are.
 
     The plain files are taken, safetensors before .bin, sharded or not; with `variant` ("fp16") the files of that name
@@ -60,6 +57,9 @@ def read_folder(path: str | Path, components: tuple[str, ...] = ("unet", "vae", 
         raise CheckpointError(f"{path}: no component has the variant {variant!r}; there are "
                               f"{', '.join(map(repr, sorted(variants))) or 'none'}")
     return Folder(path, configs, found)
+
+
+_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # diffusers, transformers today, transformers before
 
 
 def _weight_files(folder: Path) -> dict[str | None, str]:
@@ -98,6 +98,7 @@ def _read_weights(folder: Path, name: str) -> TensorFile:
 
 
 def read_json(path: Path) -> dict:
+    """A JSON object. Raises CheckpointError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

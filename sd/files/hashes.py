@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -51,10 +51,22 @@ def _sha256(path: Path, start: int) -> str:
     return _hashes[key]
 
 
+def digest(parts: Iterable[str | Tensor]) -> str:
+    """SHA-256, in hex, of texts (UTF-8) and of the bytes of tensors, one after the other."""
+    found = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, str):
+            found.update(part.encode())
+        elif part.numel():
+            found.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def headed(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+    """Parts for `digest` by which a tensor differs from others with the same bytes: name, shape, dtype, and the tensor."""
+    return f"{name}{tuple(tensor.shape)}{tensor.dtype}", tensor
+
+
 def tensor_bytes_hash(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256, in hex, of the bytes that `write_safetensors` writes after the header."""
-    digest = hashlib.sha256()
-    for name in written_order(tensors):
-        if tensors[name].numel():
-            digest.update(memoryview(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
-    return digest.hexdigest()
+    return digest(tensors[name] for name in written_order(tensors))

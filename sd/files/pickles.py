@@ -18,43 +18,12 @@ from sd.files.tensor_file import CheckpointError, TensorFile
 
 # What the readers of a damaged pickle or zip archive raise.
 DAMAGE = (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, TypeError, AttributeError,
-           AssertionError, OverflowError, struct.error, OSError, ImportError, zipfile.BadZipFile)
-
-
-class _Inert:
-    """Stands for a class or function that a published file names and nobody needs: holds nothing, does nothing."""
-
-    def __new__(cls, *args, **kwargs):
-        return object.__new__(cls)
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __setstate__(self, state):
-        pass
-
-
-class _Parameters(dict):
-    """Stands for a torch.nn.ParameterDict, as which the first embeddings were saved: its parameters and nothing else."""
-
-    def __setstate__(self, state):
-        self.update(state.get("_parameters") or {})
-
-
-_STANDINS = {"torch.nn.modules.container.ParameterDict": _Parameters}
-
-
-_INERT = re.compile(r"pytorch_lightning\.[\w.]+|numpy\.(core|_core)\.multiarray\.(scalar|_reconstruct)"
-                    r"|numpy\.(dtype|ndarray|dtypes\.\w+)")
-
-
-_SAFE = re.compile(r"collections\.OrderedDict|_codecs\.encode|(builtins|__builtin__)\.set"
-                   r"|torch\.nn\.parameter\.Parameter|torch\.(\w+Storage|Size|device|u?int\d+|b?float\d\w*|bool|complex\d+)"
-                   r"|torch\.storage\.(Untyped|Typed)Storage|torch\.serialization\._get_layout"
-                   r"|torch\._utils\._rebuild_(tensor|tensor_v2|tensor_v3|parameter)")
+          AssertionError, OverflowError, struct.error, OSError, ImportError, zipfile.BadZipFile)
 
 
 def read_pickle(path: Path, is_zip: bool) -> TensorFile:
+    """The tensors of a file of torch.save, mapped where it is a zip. Raises CheckpointError for one that is damaged, that
+    asks for code, or that holds no tensors."""
     names: set[str] = set()
     damage = content = None
     try:
@@ -79,6 +48,42 @@ def read_pickle(path: Path, is_zip: bool) -> TensorFile:
         raise CheckpointError(f"{path}: truncated or damaged torch file, or a pickle that torch did not write "
                               f"({reason[:100]})")
     return _sort_content(path, content)
+
+
+def type_name(value) -> str:
+    """The type of something that is left out, for messages."""
+    if isinstance(value, Tensor):
+        return f"a {value.layout} tensor on {value.device}"
+    return "an object that is not loaded" if isinstance(value, _Inert) or value is _Inert else type(value).__name__
+
+
+class _Inert:
+    """Stands for a class or function that a published file names and nobody needs: holds nothing, does nothing."""
+
+    def __new__(cls, *args, **kwargs):
+        return object.__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+class _Parameters(dict):
+    """Stands for a torch.nn.ParameterDict, as which the first embeddings were saved: its parameters and nothing else."""
+
+    def __setstate__(self, state):
+        self.update(state.get("_parameters") or {})
+
+
+_STANDINS = {"torch.nn.modules.container.ParameterDict": _Parameters}
+_INERT = re.compile(r"pytorch_lightning\.[\w.]+|numpy\.(core|_core)\.multiarray\.(scalar|_reconstruct)"
+                    r"|numpy\.(dtype|ndarray|dtypes\.\w+)")
+_SAFE = re.compile(r"collections\.OrderedDict|_codecs\.encode|(builtins|__builtin__)\.set"
+                   r"|torch\.nn\.parameter\.Parameter|torch\.(\w+Storage|Size|device|u?int\d+|b?float\d\w*|bool|complex\d+)"
+                   r"|torch\.storage\.(Untyped|Typed)Storage|torch\.serialization\._get_layout"
+                   r"|torch\._utils\._rebuild_(tensor|tensor_v2|tensor_v3|parameter)")
 
 
 def _collect_globals(path: Path, is_zip: bool, names: set[str]) -> None:
@@ -133,9 +138,3 @@ def _is_state_dict(value: dict) -> bool:
     leaves = value.values()
     return all(isinstance(leaf, (Tensor, bool, int, float, str)) for leaf in leaves) \
         and any(isinstance(leaf, Tensor) for leaf in leaves)
-
-
-def type_name(value) -> str:
-    if isinstance(value, Tensor):
-        return f"a {value.layout} tensor on {value.device}"
-    return "an object that is not loaded" if isinstance(value, _Inert) or value is _Inert else type(value).__name__

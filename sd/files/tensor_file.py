@@ -18,8 +18,6 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }
-
-
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

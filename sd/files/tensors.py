@@ -1,4 +1,4 @@
-"""Read and write tensors and metadata: safetensors, torch pickles, diffusers folders; atomic files; hashes.
+"""Files of tensors: what a file is, safetensors in both directions, pickles through sd.files.pickles.
 
 Reading maps the file: tensors are views of the map (copy on write), so nothing is read before it is used and a model
 that takes them as they are needs no second copy. What a file is, is told by its content, never by its name.
@@ -199,7 +199,7 @@ def _raw(tensor: Tensor | Lazy, what: str) -> memoryview:
         lazy, tensor = tensor, tensor.make()
         if (tensor.shape, tensor.dtype) != (lazy.shape, lazy.dtype):
             raise SDError(f"{what} was made with shape {list(tensor.shape)} and {tensor.dtype}, its header says "
-                             f"{list(lazy.shape)} and {lazy.dtype}")
+                      f"{list(lazy.shape)} and {lazy.dtype}")
     plain = tensor.detach().to("cpu").contiguous().reshape(-1)
     return memoryview(plain.view(torch.uint8).numpy()) if plain.numel() else memoryview(b"")
 

@@ -5,7 +5,6 @@ A word stands for k vectors of the text encoder's width D, in the places of k to
 
 from __future__ import annotations
 
-import hashlib
 import unicodedata
 from collections.abc import Mapping
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from sd.config import CLIPConfig
 from sd.errors import SDError
 from sd.escape import escaped, unescaped
+from sd.files.hashes import digest
 from sd.files.tensor_file import all_finite
 from sd.prompts.tokenizer import vocabulary
 
@@ -116,4 +116,4 @@ def word_key(word: str) -> str:
 
 def vectors_hash(vectors: Tensor) -> str:
     """First 12 hex digits of the SHA-256 of a word's vectors in fp32: the same whatever file they came from."""
-    return hashlib.sha256(vectors.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()[:12]
+    return digest([vectors.float()])[:12]

@@ -1,15 +1,18 @@
-"""Samplers: plain functions that walk x down the sigmas, and SAMPLERS, the table of what else differs between them.
+"""Samplers: generators that walk x down the sigmas, `run`, which drives one, and SAMPLERS, what else differs between them.
 
-x [B, C, H, W] is in VE scale (x0 + sigma noise), in fp32; `sigmas` [n + 1] fall. `denoise(x, sigma) -> x0` is all that
-a sampler knows of networks, prompts and guidance; it is asked at the sigmas, never at the last. `noise(i)`, like x, is
-the N(0, 1) noise of step i: asked for in rising order, once a step, not by a step that adds none (one to a sigma of 0).
-`on_step(i, n, x0)` is told the estimate of step i of n when the step is done. The result is x at the last sigma.
+A sampler asks for what it needs to know of networks, prompts and guidance: `x0 = yield i, x, sigma` is step i asking for
+the estimate x0 at x and sigma. It asks at the sigmas of its schedule, never at the last, once or twice a step; what it
+returns is x at the last sigma. Whoever drives it decides how the question is answered. `run` calls one `denoise`; a driver
+of many samplers may collect what each of them asks, answer all in one network call (every row has its own sigma), and send
+each its x0.
+x [B, C, H, W] is in VE scale (x0 + sigma noise), in fp32; `sigmas` [n + 1] fall. `noise(i)`, like x, is the N(0, 1) noise
+of step i: asked for in rising order, once a step, not by a step that adds none (one to a sigma of 0).
 In this scale DDPM, DDIM and Euler are one formula: they differ by schedule, start and end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import expm1, log, sqrt
@@ -19,152 +22,181 @@ from torch import Tensor
 from sd.errors import SDError
 from sd.sampling.noise import SPACINGS, Schedule, schedule
 
+Walk = Generator[tuple[int, Tensor, float], Tensor, Tensor]  # yields (step, x, sigma), is sent x0, returns x
 
-def sample_ddim(denoise, x, sigmas, *, noise=None, on_step=None, eta=0.0):
-    """DDIM, Song et al. 2021, equations 12 and 16; eta 0 is the ODE, 1 the ancestral sampler. n draws if eta > 0."""
+
+def run(name: str, denoise: Callable[[Tensor, float], Tensor], x: Tensor, schedule: Schedule, *,
+        noise: Callable[[int], Tensor] | None = None, on_step: Callable[[int, int, Tensor], None] | None = None,
+        eta: float = 0.0) -> Tensor:
+    """Sampler `name` from x [B, C, H, W] at the first sigma down to the last, both in VE scale.
+
+    `denoise(x, sigma) -> x0`. `on_step(i, n, x0)` is called when step i of n is done, with the x0 that it asked for first.
+    Raises SDError as `walk` does.
+    """
+    walker, n = walk(name, x, schedule, noise=noise, eta=eta), len(schedule.timesteps)
+    step, first, x0 = 0, None, None
+    while True:
+        i, x, sigma = _question(walker, x0, n)
+        if i > step:
+            if on_step is not None:
+                on_step(step, n, first)
+            step, first = i, None
+        if i == n:
+            return x
+        x0 = denoise(x, sigma)
+        first = x0 if first is None else first
+
+
+def walk(name: str, x: Tensor, schedule: Schedule, *, noise: Callable[[int], Tensor] | None = None, eta: float = 0.0) -> Walk:
+    """The generator of sampler `name`, to be driven by `run` or together with others.
+
+    Raises SDError for an eta outside 0..1 or of a sampler that has none, and where noise is needed and not given.
+    """
+    row = SAMPLERS[name]
+    check_eta(name, eta)
+    if noise is None and (row.stochastic or eta > 0):
+        raise SDError("this sampler adds noise: it needs noise=, a function that gives the noise of step i")
+    options = {"eta": eta} if row.takes_eta else {}
+    return row.sample(x, schedule.sigmas.tolist(), noise=noise, **options)  # Python floats: fp64, and no waiting for a device
+
+
+def check_eta(name: str, eta: float) -> None:
+    """Raises SDError for an eta outside 0..1, and for one above 0 of a sampler that has none."""
     if not 0 <= eta <= 1:
         raise SDError(f"eta is {eta}; allowed: 0 to 1")
-    if eta > 0:
-        _require(noise)
+    if eta and not SAMPLERS[name].takes_eta:
+        having = [other for other, row in SAMPLERS.items() if row.takes_eta]
+        raise SDError(f"eta is {eta} for {name}; only {' and '.join(having)} {'has' if len(having) == 1 else 'have'} an eta")
+
+
+def _question(walker: Walk, x0: Tensor | None, n: int) -> tuple[int, Tensor, float | None]:
+    """What the sampler asks next; when it has ended, its result, as the question of a step n."""
+    try:
+        return walker.send(x0)
+    except StopIteration as end:
+        return n, end.value, None
+
+
+def sample_ddim(x, sigmas, *, noise=None, eta=0.0):
+    """DDIM, Song et al. 2021, equations 12 and 16; eta 0 is the ODE, 1 the ancestral sampler. n draws if eta > 0."""
     steps = _steps(sigmas)
-    for i, (s, s_next) in enumerate(steps):
-        x0 = denoise(x, s)
+    for i, s, s_next in steps:
+        x0 = yield i, x, s
         up = eta * s_next * sqrt(1 - (s_next / s) ** 2)
         down = sqrt(s_next**2 - up**2)
         x = x0 + down / s * (x - x0)
         if up > 0:
             x = x + up * noise(i)
-        if on_step:
-            on_step(i, len(steps), x0)
     return x
 
 
-def sample_ddpm(denoise, x, sigmas, *, noise=None, on_step=None):
+def sample_ddpm(x, sigmas, *, noise=None):
     """DDPM with the posterior's variance, Ho et al. 2020, equations 6 and 7. n - 1 draws."""
-    return sample_ddim(denoise, x, sigmas, noise=noise, on_step=on_step, eta=1.0)
+    return (yield from sample_ddim(x, sigmas, noise=noise, eta=1.0))
 
 
-def sample_euler(denoise, x, sigmas, *, noise=None, on_step=None):
+def sample_euler(x, sigmas, *, noise=None):
     """Euler steps of dx/dsigma = (x - x0) / sigma, Karras et al. 2022, equation 3. No draws."""
-    return sample_ddim(denoise, x, sigmas, on_step=on_step)
+    return (yield from sample_ddim(x, sigmas))
 
 
-def sample_euler_a(denoise, x, sigmas, *, noise=None, on_step=None):
+def sample_euler_a(x, sigmas, *, noise=None):
     """Ancestral Euler: a step down to sigma_down and noise up to the next sigma, k-diffusion. n - 1 draws."""
-    return sample_ddim(denoise, x, sigmas, noise=noise, on_step=on_step, eta=1.0)
+    return (yield from sample_ddim(x, sigmas, noise=noise, eta=1.0))
 
 
-def sample_heun(denoise, x, sigmas, *, noise=None, on_step=None):
+def sample_heun(x, sigmas, *, noise=None):
     """Heun steps, Karras et al. 2022, algorithm 1; the last is an Euler step. 2n - 1 calls, no draws."""
     steps = _steps(sigmas)
-    for i, (s, s_next) in enumerate(steps):
-        x0 = denoise(x, s)
+    for i, s, s_next in steps:
+        x0 = yield i, x, s
         d = (x - x0) / s
         if i < len(steps) - 1:
             x_euler = x + (s_next - s) * d
-            d = (d + (x_euler - denoise(x_euler, s_next)) / s_next) / 2
+            d = (d + (x_euler - (yield i, x_euler, s_next)) / s_next) / 2
         x = x + (s_next - s) * d
-        if on_step:
-            on_step(i, len(steps), x0)
     return x
 
 
 ADAMS_BASHFORTH = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
-def sample_pndm(denoise, x, sigmas, *, noise=None, on_step=None):
+def sample_pndm(x, sigmas, *, noise=None):
     """PLMS: Adams-Bashforth on eps, Liu et al. 2022, equations 9 and 12, after one Heun step. n + 1 calls, no draws."""
     steps = _steps(sigmas)
     history = []
-    for i, (s, s_next) in enumerate(steps):
-        x0 = denoise(x, s)
+    for i, s, s_next in steps:
+        x0 = yield i, x, s
         history = [(x - x0) / s, *history[:3]]
         eps = sum(c * e for c, e in zip(ADAMS_BASHFORTH[len(history) - 1], history))
         if i == 0 and len(steps) > 1:
             x_euler = x + (s_next - s) * eps
-            eps = (eps + (x_euler - denoise(x_euler, s_next)) / s_next) / 2
+            eps = (eps + (x_euler - (yield i, x_euler, s_next)) / s_next) / 2
         x = x + (s_next - s) * eps
-        if on_step:
-            on_step(i, len(steps), x0)
     return x
 
 
-def sample_dpmpp_2m(denoise, x, sigmas, *, noise=None, on_step=None):
+def sample_dpmpp_2m(x, sigmas, *, noise=None):
     """DPM-Solver++(2M), Lu et al. 2022b, algorithm 2; first and last step are of first order. No draws."""
     steps = _steps(sigmas)
     x0_before = s_before = None
-    for i, (s, s_next) in enumerate(steps):
-        x0 = denoise(x, s)
+    for i, s, s_next in steps:
+        x0 = yield i, x, s
         d = x0 if i in (0, len(steps) - 1) else _midpoint(x0, x0_before, s_before, s, s_next)
         x = s_next / s * x + (1 - s_next / s) * d
         x0_before, s_before = x0, s
-        if on_step:
-            on_step(i, len(steps), x0)
     return x
 
 
-def sample_dpmpp_2m_sde(denoise, x, sigmas, *, noise=None, on_step=None):
+def sample_dpmpp_2m_sde(x, sigmas, *, noise=None):
     """SDE-DPM-Solver++(2M) of Lu et al. 2022b; first and last step are of first order. n - 1 draws."""
-    _require(noise)
     steps = _steps(sigmas)
     x0_before = s_before = None
-    for i, (s, s_next) in enumerate(steps):
-        x0 = denoise(x, s)
+    for i, s, s_next in steps:
+        x0 = yield i, x, s
         d = x0 if i in (0, len(steps) - 1) else _midpoint(x0, x0_before, s_before, s, s_next)
         q = (s_next / s) ** 2
         x = q * x + (1 - q) * d
         if s_next > 0:
             x = x + s_next * sqrt(1 - q) * noise(i)
         x0_before, s_before = x0, s
-        if on_step:
-            on_step(i, len(steps), x0)
     return x
 
 
-def sample_unipc(denoise, x, sigmas, *, noise=None, on_step=None):
+def sample_unipc(x, sigmas, *, noise=None):
     """UniPC of order 2 with B(h) = e^h - 1, Zhao et al. 2023, algorithms 1 and 2, on x0. No draws.
 
     The predictor is DPM-Solver++(2M); each x0 is used a second time, to correct the x at which it was computed.
     """
     steps = _steps(sigmas)
     x_before, x0s, before = x, [], []
-    for i, (s, s_next) in enumerate(steps):
-        x0 = denoise(x, s)
+    for i, s, s_next in steps:
+        x0 = yield i, x, s
         x0s, before = [*x0s[-2:], x0], [*before[-2:], s]
         if i > 0:
             x = _correct(x_before, x0s, before)
         x_before = x
         d = x0 if i in (0, len(steps) - 1) else _midpoint(x0, x0s[-2], before[-2], s, s_next)
         x = s_next / s * x + (1 - s_next / s) * d
-        if on_step:
-            on_step(i, len(steps), x0)
     return x
 
 
-def sample_lcm(denoise, x, sigmas, *, noise=None, on_step=None):
+def sample_lcm(x, sigmas, *, noise=None):
     """Multistep consistency sampling, Luo et al. 2023, algorithm 3. n - 1 draws.
 
     The paper's c_skip and c_out are left out: on its schedule (t >= 19) they are less than 1e-5 from 0 and 1.
     """
-    _require(noise)
     steps = _steps(sigmas)
-    for i, (s, s_next) in enumerate(steps):
-        x = x0 = denoise(x, s)
+    for i, s, s_next in steps:
+        x = x0 = yield i, x, s
         if s_next > 0:
             x = x0 + s_next * noise(i)
-        if on_step:
-            on_step(i, len(steps), x0)
     return x
 
 
-def _steps(sigmas: Tensor) -> list[tuple[float, float]]:
-    # Python floats: fp64, and no waiting for a device.
-    return list(pairwise(sigmas.tolist()))
-
-
-def _require(noise) -> None:
-    if noise is None:
-        raise SDError("this sampler adds noise: it needs noise=, a function that gives the noise of step i")
+def _steps(sigmas: Sequence[float]) -> list[tuple[int, float, float]]:
+    """(i, sigma, the next sigma) of each step."""
+    return [(i, s, s_next) for i, (s, s_next) in enumerate(pairwise(sigmas))]
 
 
 def _midpoint(x0, x0_before, s_before, s, s_next):
@@ -198,7 +230,8 @@ class Sampler:
     spacing: str  # the default one of `spacings`
     spacings: tuple[str, ...] = SPACINGS[:-1]
     order: int = 1  # of convergence in the step size; more is possible
-    stochastic: bool = False  # needs noise= always; ddim does when eta > 0
+    stochastic: bool = False  # always needs noise=; a sampler that takes an eta also does when that is above 0
+    takes_eta: bool = False
     extra_point: bool = False
     fractional: bool = False
     to_zero: bool = True
@@ -209,7 +242,7 @@ EQUAL = ("leading", "trailing", "linspace")  # the steps in t for which Adams-Ba
 
 SAMPLERS = {
     "ddpm": Sampler(sample_ddpm, "leading", stochastic=True),
-    "ddim": Sampler(sample_ddim, "leading", to_zero=False),
+    "ddim": Sampler(sample_ddim, "leading", takes_eta=True, to_zero=False),
     "pndm": Sampler(sample_pndm, "leading", EQUAL, order=2, to_zero=False),
     "euler": Sampler(sample_euler, "linspace", fractional=True, unit_start=False),
     "euler_a": Sampler(sample_euler_a, "linspace", stochastic=True, fractional=True, unit_start=False),

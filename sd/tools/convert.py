@@ -15,7 +15,7 @@ from sd.config import CONFIG_KEY, SD15
 from sd.files.atomic import keep_sources
 from sd.lora_files.write import NAMELESS, check_format, refusals, write_lora
 from sd.tools.base import Base, fit, load_base, load_lora_file
-from sd.tools.decompose import RankRule, Report, Row, lora_weights, truncated_svd
+from sd.tools.decompose import Approximation, RankRule, Report, approximate
 
 
 @dataclass
@@ -72,13 +72,11 @@ def approximated(state: Mapping[str, AdapterWeights], base: Base, format: str,
     return state, report
 
 
-def _low_rank(path: str, weights: AdapterWeights, base: Base, rule: RankRule) -> tuple[AdapterWeights, Row]:
+def _low_rank(path: str, weights: AdapterWeights, base: Base, rule: RankRule) -> tuple[AdapterWeights, Approximation]:
     shape = base.layers[path]
     W = base.weight(path) if needs_base(weights) else torch.zeros(shape.weight)
     delta = fit(weights, shape).effective_delta(W).detach()
-    flat, inner = (delta.T, shape.weight[:1]) if shape.embedding else (delta.flatten(1), shape.weight[1:])
-    found = truncated_svd(flat, rule)
     dtype = next(t.dtype for t in weights.tensors.values() if t.is_floating_point())
     bias = {name: tensor for name, tensor in weights.tensors.items() if name == "diff_b"}
-    low = lora_weights(found.up.to(dtype), found.down.to(dtype), tuple(inner), **bias)
-    return low, Row(low.rank, found.norm, found.error, weights.rank)
+    low, found = approximate(delta, rule, embedding=shape.embedding, dtype=dtype, **bias)
+    return low, found._replace(old_rank=weights.rank)

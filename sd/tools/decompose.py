@@ -152,6 +152,19 @@ def svd_of_product(up: Tensor, down: Tensor, rule: RankRule) -> LowRankFactors:
     return LowRankFactors(new_up.to(up.dtype), new_down.to(down.dtype), norm, error)
 
 
+def approximate(D: Tensor, rule: RankRule, *, embedding: bool = False, dtype: torch.dtype | None = None,
+                randomized: bool = False, seed: int = 0, **modifiers: Tensor) -> tuple[AdapterWeights, Approximation]:
+    """The LoRA nearest to a weight change D in its layer's shape, by a rank that the rule chooses, and what it misses.
+
+    `embedding`: D is of an embedding, whose factors are those of the transposed weight. `dtype`: of the factors, None is
+    D's. `modifiers`: further tensors of the module. Raises as `truncated_svd` does.
+    """
+    matrix = D.T if embedding else D
+    found = truncated_svd(matrix.flatten(1), rule, randomized=randomized, seed=seed)
+    weights = lora_weights(found.up.to(dtype or D.dtype), found.down.to(dtype or D.dtype), tuple(matrix.shape[1:]), **modifiers)
+    return weights, Approximation(weights.rank, found.norm, found.error)
+
+
 def product_norm(up: Tensor, down: Tensor) -> float:
     """‖up · down‖ (Frobenius), the product never formed."""
     up, down = up.double(), down.double()
@@ -194,8 +207,8 @@ def seed_of(seed: int, *names) -> int:
 
 # ---- reports ---------------------------------------------------------------------------------------------------------
 
-class Row(NamedTuple):
-    """What became of one module. `rank` None: it is held exactly, by a kind that has no rank."""
+class Approximation(NamedTuple):
+    """How near a module's change is to what was asked for. `rank` None: exact, in a kind that has no rank."""
 
     rank: int | None
     norm: float  # ‖ΔW‖ of what was to be held; 0 for a module that is passed on as it is
@@ -206,9 +219,9 @@ class Row(NamedTuple):
 
 @dataclass
 class Report:
-    """Path -> Row, and the errors over all modules together."""
+    """Path -> Approximation, and the errors over all modules together."""
 
-    modules: dict[str, Row] = field(default_factory=dict)
+    modules: dict[str, Approximation] = field(default_factory=dict)
     stored: float = 0.0  # what the dtype of the file loses, of the whole change
     skipped: int | None = None  # tensors of the sources that were left out as asked
 

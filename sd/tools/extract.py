@@ -26,7 +26,7 @@ from sd.lora_files.modules import modules_of
 from sd.lora_files.write import write_lora
 from sd.model_loader import BASE_HASH, model_path, preload_models_from_standard_weights
 from sd.models import Models
-from sd.tools.decompose import RankRule, Report, Row, lora_weights, seed_of, store, truncated_svd
+from sd.tools.decompose import Approximation, RankRule, Report, approximate, seed_of, store
 
 VAE = ("encoder.", "decoder.")
 
@@ -72,7 +72,7 @@ def extract(layers: Iterable[Layer], rule: RankRule, *, conv_rule: RankRule | No
             report.equal += 1
         elif D is None:
             state[layer.path] = AdapterWeights("full", extra)
-            report.modules[layer.path] = Row(None, 0.0, 0.0)
+            report.modules[layer.path] = Approximation(None, 0.0, 0.0)
         else:
             kernel = D.dim() > 2 and max(D.shape[2:]) > 1
             by = conv_rule if kernel and conv_rule is not None else rule
@@ -94,12 +94,10 @@ def _difference(what: str, base: Tensor | None, tuned: Tensor | None) -> Tensor 
 
 
 def _held(D: Tensor, layer: Layer, rule: RankRule, extra: Mapping[str, Tensor], randomized: bool,
-          seed: int) -> tuple[AdapterWeights, Row]:
+          seed: int) -> tuple[AdapterWeights, Approximation]:
     if D.dim() == 1:  # a norm
-        return AdapterWeights("full", {"diff": D, **extra}), Row(None, float(D.double().norm()), 0.0)
-    flat, inner = (D.T, D.shape[:1]) if layer.embedding else (D.flatten(1), D.shape[1:])
-    found = truncated_svd(flat, rule, randomized=randomized, seed=seed)
-    return lora_weights(found.up, found.down, tuple(inner), **extra), Row(found.down.shape[0], found.norm, found.error)
+        return AdapterWeights("full", {"diff": D, **extra}), Approximation(None, float(D.double().norm()), 0.0)
+    return approximate(D, rule, embedding=layer.embedding, randomized=randomized, seed=seed, **extra)
 
 
 def rounding_norm(W: Tensor) -> float:

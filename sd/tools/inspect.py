@@ -19,7 +19,7 @@ from sd.checkpoints.lora_inside import EMBEDDED, embedded_loras, split_embedded
 from sd.checkpoints.names import FOLDERS, guess_checkpoint, ldm_facts, model_names
 from sd.checkpoints.reader import config_of_file
 from sd.config import CONFIG_KEY
-from sd.files.folder import read_folder
+from sd.files.folder import read_diffusers_folder
 from sd.files.hashes import lora_hash, model_hash
 from sd.files.tensor_file import CheckpointError, TensorFile, all_finite
 from sd.files.tensors import read_tensors, sniff
@@ -41,7 +41,7 @@ def inspect_file(path: str | os.PathLike, base: str | os.PathLike | None = None,
     if not path.is_dir() and path.suffix.lower() in FORMATS and sniff(path).startswith("a "):
         return {"kind": "picture", "parameters": read_parameters(path)}
     if path.is_dir() and ((path / "model_index.json").exists() or not _is_lora_folder(path)):
-        folder = read_folder(path)
+        folder = read_diffusers_folder(path)
         parts = {name or "weights": _tensors(file) for name, file in folder.components.items()}
         return {"kind": "diffusers folder", "components": parts, "configs": sorted(folder.configs)}
     file = open_lora(path)[0] if path.is_dir() else read_tensors(path)

@@ -25,16 +25,16 @@ from sd.lora_files.header import lora_metadata
 from sd.lora_files.write import write_lora
 from sd.tools.base import load_base, load_lora_file
 from sd.tools.decompose import (
+    Approximation,
     RankRule,
     Report,
-    Row,
+    approximate,
     flat_factors,
     lora_weights,
     product_norm,
     seed_of,
     store,
     svd_of_product,
-    truncated_svd,
 )
 
 METHODS = ("concat", "svd", "full", "ties", "dare", "magnitude")
@@ -124,7 +124,7 @@ class _Module:
     base_weight: Callable[[str], Tensor] | None
     randomized: bool
 
-    def merge(self, parts: list[Part]) -> tuple[AdapterWeights, Row | None]:
+    def merge(self, parts: list[Part]) -> tuple[AdapterWeights, Approximation | None]:
         """The merged adapter; no row where only a bias changes."""
         biases = [(p, at_least_fp32(p.adapter.tensors["diff_b"])) for p in parts if "diff_b" in p.adapter.tensors]
         extra = {"diff_b": self.combine(biases, "bias")} if biases else {}
@@ -137,22 +137,20 @@ class _Module:
         if self.method == "concat" and kinds != {"full"}:
             if len(parts) == 1 and parts[0].weight == 1:  # nothing is added to it: any kind stays what it is
                 adapter = parts[0].adapter
-                return replace(adapter, tensors={**adapter.tensors, **extra}), Row(adapter.rank, 0.0, 0.0, adapter.rank)
+                row = Approximation(adapter.rank, 0.0, 0.0, adapter.rank)
+                return replace(adapter, tensors={**adapter.tensors, **extra}), row
             raise LoRAError(f"{self.path}: concat cannot add {' and '.join(sorted({str(p) for p in parts}))}; "
                             f"the method full can, exactly, and the method svd with a rank")
         D = self.combine([(p, self.delta(p)) for p in parts], "weight")
         if self.rank is None or D.dim() == 1:
             norm = float(torch.linalg.vector_norm(D, dtype=torch.float64))
-            return AdapterWeights("full", {"diff": D, **extra}), Row(None, norm, 0.0)
+            return AdapterWeights("full", {"diff": D, **extra}), Approximation(None, norm, 0.0)
         if self.shape.groups > 1:
             raise self.grouped(self.shape.groups)
-        embedding = self.shape.embedding
-        flat, inner = (D.T, D.shape[:1]) if embedding else (D.flatten(1), D.shape[1:])
-        found = truncated_svd(flat, RankRule(rank=self.rank), randomized=self.randomized, seed=seed_of(self.seed, self.path))
-        row = Row(found.down.shape[0], found.norm, found.error)
-        return lora_weights(found.up, found.down, tuple(inner), **extra), row
+        return approximate(D, RankRule(rank=self.rank), embedding=self.shape.embedding, randomized=self.randomized,
+                           seed=seed_of(self.seed, self.path), **extra)
 
-    def factors(self, parts: list[Part], extra: dict[str, Tensor]) -> tuple[AdapterWeights, Row]:
+    def factors(self, parts: list[Part], extra: dict[str, Tensor]) -> tuple[AdapterWeights, Approximation]:
         """Plain LoRAs stacked: [w₁ s₁ up₁, w₂ s₂ up₂, ...] · [down₁; down₂; ...] is Σ wᵢ ΔWᵢ, whatever the ranks."""
         ups, downs, inners = [], [], []
         for p in parts:
@@ -173,12 +171,12 @@ class _Module:
                 raise self.grouped(len(down))
             ones, norms = (1,) * (len(inner) - 1), map(product_norm, up.chunk(len(down)), down)
             tensors = {"down": down.reshape(rank, *inner), "up": up.reshape(*up.shape, *ones), **extra}
-            return AdapterWeights("lora", tensors, alpha=rank), Row(rank, math.hypot(*norms), 0.0, rank)
+            return AdapterWeights("lora", tensors, alpha=rank), Approximation(rank, math.hypot(*norms), 0.0, rank)
         down = down[0]
         if self.method == "concat":
-            return lora_weights(up, down, inner, **extra), Row(rank, product_norm(up, down), 0.0, rank)
+            return lora_weights(up, down, inner, **extra), Approximation(rank, product_norm(up, down), 0.0, rank)
         found = svd_of_product(up, down, RankRule(rank=self.rank))
-        row = Row(found.down.shape[0], found.norm, found.error, rank)
+        row = Approximation(found.down.shape[0], found.norm, found.error, rank)
         return lora_weights(found.up, found.down, inner, **extra), row
 
     def grouped(self, groups: int) -> LoRAError:
@@ -282,7 +280,7 @@ def merge_lora_files(loras: Mapping[str | os.PathLike, float], out: str | os.Pat
     """`merge_loras` on files of any program: {file: its weight} written as one LoRA; `dtype` None is fp32.
 
     `base`: the checkpoint, needed for kinds whose ΔW depends on its weights. `block_weights`: file -> what
-    `sd.lora_blocks` reads, over the file's weight. Raises as `merge_loras` and `read_lora` do.
+    `sd.lora_files.block_weights` reads, over the file's weight. Raises as `merge_loras` and `read_lora` do.
     """
     _check(method, rank, density)  # before anything is read
     keep_sources(out, *loras)

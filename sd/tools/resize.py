@@ -12,7 +12,7 @@ from sd.files.atomic import keep_sources
 from sd.lora_files.header import lora_metadata
 from sd.lora_files.write import write_lora
 from sd.tools.base import load_base, load_lora_file
-from sd.tools.decompose import RankRule, Report, Row, flat_factors, lora_weights, store, svd_of_product
+from sd.tools.decompose import Approximation, RankRule, Report, flat_factors, lora_weights, store, svd_of_product
 
 MODIFIERS = ("magnitude", "diff_b")  # tensors that any kind may have; they have no rank and stay as they are
 
@@ -44,7 +44,7 @@ def resize(state: Mapping[str, AdapterWeights], *, rank: int | None = None, rati
         else:
             kept = {name: weights.tensors[name] for name in MODIFIERS if name in weights.tensors}
             resized[path], error = lora_weights(found.up, found.down, inner, scale, **kept), found.error if scale else 0.0
-        report.modules[path] = Row(new, abs(scale) * found.norm, error, weights.rank)
+        report.modules[path] = Approximation(new, abs(scale) * found.norm, error, weights.rank)
     return resized, report
 
 

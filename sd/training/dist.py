@@ -7,7 +7,6 @@ of each trained weight, of its gradient and of the optimizer's state.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -23,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sd.files.hashes import digest
 from sd.training.errors import ProcessError
 
 STEP = timedelta(minutes=30)  # the longest that one process waits for another within a step
@@ -132,7 +132,7 @@ def check_same(parameters: Mapping[str, nn.Parameter], **facts: object) -> None:
     """Raises ProcessError, in all processes alike, when a fact (as JSON) or the trained weights differ between them."""
     if not _groups:
         return
-    facts |= {"trained weights": _digest(parameters)}
+    facts |= {"trained weights": digest(p for p in parameters.values() if not _sharded(p))[:16]}
     found: list = [None] * world()
     dist.all_gather_object(found, (socket.gethostname(), json.loads(json.dumps(facts))), group=_groups["step"])
     first_host, first = found[0]
@@ -142,14 +142,6 @@ def check_same(parameters: Mapping[str, nn.Parameter], **facts: object) -> None:
         if differs:
             raise ProcessError(f"process {rank} on {host} differs from process 0 on {first_host}: {'; '.join(differs)}; all "
                                f"need the same data, out folder, program and kind of device")
-
-
-def _digest(parameters: Mapping[str, nn.Parameter]) -> str:
-    digest = hashlib.sha256()
-    for p in parameters.values():
-        if not _sharded(p):
-            digest.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
 
 
 # ---- the work of a step ----------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from sd.adapters.layer import LoRALayer
 from sd.adapters.low_rank import Full
 from sd.adapters.targets import lora_layers
 from sd.adapters.weights import AdapterWeights
-from sd.tools.decompose import RankRule, Report, Row, lora_weights, truncated_svd
+from sd.tools.decompose import RankRule, Report, approximate
 from sd.training.dataset.randomness import seed_of
 from sd.training.errors import TrainError
 
@@ -97,7 +97,7 @@ def fold(config, models) -> None:
                 state[path] = AdapterWeights("full", {"diff": change, **more})
             else:
                 rank = config.relora_rank or adapter.rank * (1 + (config.steps - 1) // config.relora_every)
-                state[path], report.modules[path] = _low_rank(change, rank, adapter.embedding, more)
+                state[path], report.modules[path] = approximate(change, RankRule(rank), embedding=adapter.embedding, **more)
     remove_lora(models, merged_name(config.name))
     attach_state(models, state, config.name)
     for layer in lora_layers(models).values():
@@ -105,13 +105,6 @@ def fold(config, models) -> None:
             layer.adapter(config.name).requires_grad_(True).from_file = False  # as after every training
     if report.modules:
         logging.getLogger("sd").info("ReLoRA as a LoRA: %s", report)
-
-
-def _low_rank(change: torch.Tensor, rank: int, embedding: bool, more: dict) -> tuple[AdapterWeights, Row]:
-    matrix = change.T if embedding else change  # an embedding's factors are those of the transposed weight
-    found = truncated_svd(matrix.flatten(1), RankRule(rank=rank))
-    weights = lora_weights(found.up, found.down, tuple(matrix.shape[1:]), **more)
-    return weights, Row(weights.rank, found.norm, found.error)
 
 
 def _pairs(config, models) -> Iterator[tuple[LoRALayer, Adapter, Full]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sd.files.atomic import atomic_write
+from sd.files.hashes import digest, headed
 from sd.files.tensor_file import CheckpointError
 from sd.files.tensors import read_tensors, write_safetensors
 from sd.models import Models
@@ -137,17 +137,15 @@ def load_state(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: 
 
 def fingerprint(models: Models, trained: Mapping[str, nn.Parameter]) -> str:
     """Hash of the config and of all weights that stay as they are: a resumed run must stand on the same ones."""
-    digest, skip = hashlib.sha256(), {id(p) for p in trained.values()}
     config = models.config.to_dict()
     if not config["zero_terminal_snr"]:
         del config["zero_terminal_snr"]  # which older programs did not know: their runs go on
-    digest.update(json.dumps(config, sort_keys=True).encode())
+    skip, parts = {id(p) for p in trained.values()}, [json.dumps(config, sort_keys=True)]
     for component in sorted(models):
         for name, p in chain(models[component].named_parameters(), models[component].named_buffers()):  # quantised: buffers
             if id(p) not in skip and ".adapters." not in name and not name.endswith(("merged_weight", "merged_bias")):
-                digest.update(f"{component}.{name}{tuple(p.shape)}{p.dtype}".encode())
-                digest.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+                parts += headed(f"{component}.{name}", p)
+    return digest(parts)[:16]
 
 
 def run_facts(config, free: tuple[str, ...], **more: object) -> dict[str, object]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from sd.adapters.quant import quantized_kinds
 from sd.adapters.switch import adapter_names, use_adapters
 from sd.adapters.targets import find_targets, lora_layers, named_layers
 from sd.errors import SDError
+from sd.files.hashes import digest
 from sd.lora_files.block_weights import BlockWeightError, block_multipliers
 from sd.lora_files.modules import Modules, modules_of
 from sd.lora_files.read import read_lora
@@ -205,10 +205,9 @@ def start_hash(config, models: Models) -> str | None:
     """Hash of what `from_lora` holds, whatever its path and format; before the first step, and None without one."""
     if config.from_lora is None:
         return None
-    digest = hashlib.sha256()
+    parts = []
     for path, weights in sorted(lora_state(models, config.name).items()):
-        digest.update(repr((path, weights.kind, weights.alpha)).encode())
+        parts.append(repr((path, weights.kind, weights.alpha)))
         for name, tensor in sorted(weights.tensors.items()):
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+            parts += f"{name}{tuple(tensor.shape)}", tensor
+    return digest(parts)[:16]

@@ -639,6 +639,7 @@ import os, shutil, signal, sys
 import sd.model_loader as loader
 from sd.config import DIGITS
 from sd.files.atomic import former_folder
+from sd.files.tensor_file import CheckpointError
 path, done, swap, deadly = sys.argv[1], 0, 0, 0
 def counted(name, real):
     def change(*args, **kwargs):
@@ -668,7 +669,7 @@ for step in (1, swap // 2, swap - 1, swap, swap + 1, swap + 2, swap + 3, last, l
     status = os.waitpid(child, 0)[1]
     try:
         found = loader.preload_models_from_standard_weights(path, "cpu")
-    except loader.CheckpointError as error:
+    except CheckpointError as error:
         assert "rename that back" in str(error), error
         os.rename(str(error).split("whole in ")[1].split(":")[0], path)
         found = loader.preload_models_from_standard_weights(path, "cpu")

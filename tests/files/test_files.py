@@ -28,8 +28,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sd.files.atomic import atomic_write, remove_stale_temporaries
-from sd.files.folder import read_folder
-from sd.files.hashes import lora_hash, model_hash
+from sd.files.folder import read_diffusers_folder
+from sd.files.hashes import digest, headed, lora_hash, model_hash, tensor_bytes_hash
 from sd.files.tensor_file import DTYPES, CheckpointError
 from sd.files.tensors import read_tensors, write_pt, write_safetensors, write_tensors
 
@@ -223,7 +223,7 @@ def test_a_missing_file_and_a_folder_are_told_apart(tmp_path):
         with pytest.raises(CheckpointError, match="is a folder"):
             read(tmp_path)
     with pytest.raises(CheckpointError, match="no such folder"):
-        read_folder(tmp_path / "x")
+        read_diffusers_folder(tmp_path / "x")
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "zip", "old"])
@@ -454,7 +454,7 @@ def test_a_folder_that_diffusers_saved_is_read(tmp_path, options, argument):
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler/scheduler_config.json").write_text('{"prediction_type": "epsilon"}')
-    folder = read_folder(tmp_path, variant=argument)
+    folder = read_diffusers_folder(tmp_path, variant=argument)
     assert set(folder.components) == {"unet"}
     assert_same(folder.components["unet"], expected)
     assert folder.configs["scheduler/scheduler_config.json"] == {"prediction_type": "epsilon"}
@@ -468,30 +468,30 @@ def test_plain_weights_win_over_variants_and_safetensors_over_bin(tmp_path):
     torch.save({"w": torch.tensor(3.0)}, tmp_path / "vae" / "diffusion_pytorch_model.bin")
     torch.save({"w": torch.tensor(4.0)}, tmp_path / "vae" / "diffusion_pytorch_model.non_ema.bin")
     for variant, value in [(None, 1), ("fp16", 2), ("non_ema", 4)]:
-        assert read_folder(tmp_path, variant=variant).components["vae"]["w"] == value
-    assert read_folder(tmp_path / "vae").components[""]["w"] == 1
+        assert read_diffusers_folder(tmp_path, variant=variant).components["vae"]["w"] == value
+    assert read_diffusers_folder(tmp_path / "vae").components[""]["w"] == 1
     with pytest.raises(CheckpointError, match="'bf16'; there are 'fp16', 'non_ema'"):
-        read_folder(tmp_path, variant="bf16")
+        read_diffusers_folder(tmp_path, variant="bf16")
 
 
 def test_a_folder_that_cannot_be_read_says_why(tmp_path):
     with pytest.raises(CheckpointError, match="no weights in it"):
-        read_folder(tmp_path)
+        read_diffusers_folder(tmp_path)
     make_component(tmp_path / "unet", max_shard_size="10KB")
     index = tmp_path / "unet/diffusion_pytorch_model.safetensors.index.json"
     content = json.loads(index.read_text())
     shards = content["weight_map"]
     index.write_text(json.dumps(content | {"weight_map": shards | {"extra": shards["conv_in.bias"]}}))
     with pytest.raises(CheckpointError, match="1 of .* tensors are not in the shards, first: 'extra'"):
-        read_folder(tmp_path)
+        read_diffusers_folder(tmp_path)
     index.write_text(json.dumps(content | {"weight_map": {"a": "../../secret.safetensors"}}))
     with pytest.raises(CheckpointError, match="does not name files of this folder"):
-        read_folder(tmp_path)
+        read_diffusers_folder(tmp_path)
     (tmp_path / "unet/config.json").write_text("{")
     with pytest.raises(CheckpointError, match="unet/config.json: is not valid JSON"):
-        read_folder(tmp_path)
+        read_diffusers_folder(tmp_path)
     with pytest.raises(CheckpointError, match="is a file, a diffusers folder"):
-        read_folder(index)
+        read_diffusers_folder(index)
 
 
 # atomic files
@@ -614,3 +614,14 @@ def test_a_hash_is_computed_once_until_the_file_changes(tmp_path, monkeypatch):
     torch.save({"w": torch.zeros(2)}, path)
     os.utime(path, ns=(1, 1))
     assert model_hash(path) == hashlib.sha256(path.read_bytes()).hexdigest()[:10] != first[0]
+
+
+def test_a_digest_is_that_of_texts_and_of_the_bytes_of_tensors_one_after_the_other(tmp_path):
+    flat, turned = torch.arange(6, dtype=torch.bfloat16), torch.randn(3, 4).T
+    content = "a(6,)torch.bfloat16é".encode() + flat.view(torch.uint8).numpy().tobytes() + turned.contiguous().numpy().tobytes()
+    text, same = headed("a", flat)
+    assert same is flat
+    assert digest([text, "é", flat, torch.empty(0, 3), turned]) == hashlib.sha256(content).hexdigest()
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, {"flat": flat, "turned": turned})
+    assert tensor_bytes_hash({"flat": flat, "turned": turned})[:12] == lora_hash(path)

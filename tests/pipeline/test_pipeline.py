@@ -3,20 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    LCMScheduler,
-    PNDMScheduler,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionInpaintPipeline,
-    StableDiffusionPipeline,
-    UniPCMultistepScheduler,
-)
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline
 from PIL import Image
 
 from sd.config import TINY
@@ -24,12 +11,8 @@ from sd.lora import LoRAError, active_multipliers, apply_lora_to_model, get_lora
 from sd.model_loader import Models, preload_models_from_standard_weights, save_checkpoint
 from sd.pipeline import GenerateError, compare, generate
 from sd.sampling.samplers import SAMPLERS
+from tests.sampling.peers import peer_of
 from tests.twins import twins
-
-PEERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "pndm": PNDMScheduler, "euler": EulerDiscreteScheduler,
-         "euler_a": EulerAncestralDiscreteScheduler, "heun": HeunDiscreteScheduler, "unipc": UniPCMultistepScheduler,
-         "dpmpp_2m": DPMSolverMultistepScheduler, "dpmpp_2m_sde": DPMSolverMultistepScheduler, "lcm": LCMScheduler}
-OPTIONS = {"dpmpp_2m_sde": {"algorithm_type": "sde-dpmsolver++"}}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +32,7 @@ def models(folder):
 
 def peer_pipeline(cls, folder, sampler_name, **kwargs):
     pipe = cls.from_pretrained(folder, **kwargs)
-    pipe.scheduler = PEERS[sampler_name].from_config(pipe.scheduler.config, **OPTIONS.get(sampler_name, {}))
+    pipe.scheduler = peer_of(sampler_name, base=pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -57,10 +40,6 @@ def peer_pipeline(cls, folder, sampler_name, **kwargs):
 def difference(ours, theirs):
     assert ours.shape == np.asarray(theirs).shape and ours.std() > 20
     return np.abs(ours.astype(float) - np.asarray(theirs).astype(float)).mean()
-
-
-def test_every_sampler_is_compared():
-    assert PEERS.keys() == SAMPLERS.keys()
 
 
 @pytest.mark.parametrize("sampler_name", SAMPLERS)

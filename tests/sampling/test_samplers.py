@@ -8,42 +8,18 @@ import torch
 from sd.config import SD15
 from sd.sampling.denoiser import DENOISERS, CFGDenoiser
 from sd.sampling.noise import Schedule, alphas_cumprod, cut, sigma_to_t
-from sd.sampling.samplers import SAMPLERS, sample_ddim, sample_lcm, sampler_schedule
+from sd.sampling.samplers import SAMPLERS, run, sampler_schedule, walk
+from tests.sampling.peers import peer_of, samplers
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
 ABAR = alphas_cumprod(SD15)
 
-# scheduler/scheduler_config.json of SD 1.5, from which users of diffusers make all other schedulers
-SD15_SCHEDULER = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000,
-                      steps_offset=1, set_alpha_to_one=False, clip_sample=False, trained_betas=None)
-PEERS = {
-    "ddpm": (diffusers.DDPMScheduler, {}),
-    "ddim": (diffusers.DDIMScheduler, {}),
-    "pndm": (diffusers.PNDMScheduler, {"skip_prk_steps": True}),
-    "euler": (diffusers.EulerDiscreteScheduler, {}),
-    "euler_a": (diffusers.EulerAncestralDiscreteScheduler, {}),
-    "heun": (diffusers.HeunDiscreteScheduler, {}),
-    "dpmpp_2m": (diffusers.DPMSolverMultistepScheduler, {}),
-    "dpmpp_2m_sde": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
-    "unipc": (diffusers.UniPCMultistepScheduler, {}),
-    "lcm": (diffusers.LCMScheduler, {}),
-}
 # Not 1: the peer begins a single linspace step at t = 0, ours at 999.
 STEPS = [2, 3, 4, 5, 6, 7, 8, 10, 15, 19, 20, 21, 25, 27, 30, 48, 50, 51, 61, 96, 99, 100, 103, 128, 200, 250, 333, 500,
          501, 750, 998]
 # What both have; the others are refused by SAMPLERS or by the peer.
-PAIRS = [(name, spacing) for name in PEERS for spacing in SAMPLERS[name].spacings
-         if spacing not in ("karras", "exponential") or name not in ("ddpm", "ddim", "euler_a")]
-
-
-def peer_of(name, spacing, **more):
-    """The diffusers scheduler of a sampler for SD 1.5, with its default spacing where that is None."""
-    kind, options = PEERS[name]
-    if spacing in ("leading", "trailing", "linspace"):
-        options = options | {"timestep_spacing": spacing}
-    elif spacing in ("karras", "exponential"):
-        options = options | {f"use_{spacing}_sigmas": True}
-    return kind.from_config(SD15_SCHEDULER | options | more)
+PAIRS = [(name, spacing) for name, row in SAMPLERS.items() for spacing in row.spacings
+         if spacing not in ("karras", "exponential") or name in samplers(other_spacings=True)]
 
 
 def schedule_of(peer):
@@ -114,7 +90,7 @@ def step_noise(shape, seed):
 def run_ours(name, schedule, noise, seed, prediction="eps", **more):
     network, x = Network(), noise * schedule.start
     denoise = CFGDenoiser(DENOISERS[prediction](network, schedule), torch.zeros(len(noise), 1, 1))
-    x = SAMPLERS[name].sample(denoise, x, schedule.sigmas, noise=step_noise(noise.shape, seed), **more)
+    x = run(name, denoise, x, schedule, noise=step_noise(noise.shape, seed), **more)
     return network, x * schedule.end
 
 
@@ -126,13 +102,8 @@ def assert_same_walk(ours, theirs, atol):
         torch.testing.assert_close(x, peer_x, rtol=0, atol=atol * float(peer_x.abs().max().clamp(min=1)))
 
 
-def test_every_sampler_of_diffusers_is_compared():
-    assert set(PEERS) <= set(SAMPLERS)
-
-
 def follows_its_timesteps(name, spacing, n):
-    """Whether the peer steps to its own next timestep: DDIM and PNDM step by 1000 // n, whatever the spacing."""
-    return name not in ("ddim", "pndm") or spacing == "leading" or spacing == "trailing" and 1000 % n == 0
+    return name in samplers(own_steps=True) or spacing == "leading" or spacing == "trailing" and 1000 % n == 0
 
 
 @pytest.mark.parametrize("name, spacing, n", [(*pair, n) for pair in PAIRS for n in (1, 2, 3, 5, 14, 20)
@@ -144,8 +115,7 @@ def test_the_whole_trajectory_equals_diffusers_on_its_sigmas_and_timesteps(name,
     assert_same_walk(run_ours(name, schedule_of(peer), noise, 1), run_peer(peer, noise, 1), atol=2e-5)
 
 
-# Not PNDM, which combines the v of several t there, and not their eps.
-@pytest.mark.parametrize("name", [name for name in PEERS if name != "pndm"])
+@pytest.mark.parametrize("name", samplers(same_v=True))
 def test_the_whole_trajectory_equals_diffusers_with_v_prediction(name):
     peer = peer_of(name, None, prediction_type="v_prediction")
     peer.set_timesteps(10)
@@ -163,7 +133,7 @@ def test_ddim_with_eta_equals_diffusers(eta):
 
 
 @pytest.mark.parametrize("n", [4, 20, 33])
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_noise_to_latents_on_our_own_default_schedule_equals_the_scheduler_that_sd15_users_have(name, n):
     peer = peer_of(name, None)
     peer.set_timesteps(n)
@@ -194,15 +164,14 @@ def test_schedules_equal_diffusers_for_any_number_of_steps(name, spacing):
             assert ours.start == pytest.approx(theirs.start, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_the_default_spacing_is_that_of_diffusers_for_sd15(name):
     peer = peer_of(name, None)
-    assert SAMPLERS[name].spacing == ("lcm" if name == "lcm" else peer.config.timestep_spacing)
+    assert SAMPLERS[name].spacing in ("lcm", peer.config.timestep_spacing)
 
 
 @pytest.mark.parametrize("strength", [0.34, 0.8, 1.0])
-# Not PNDM, which is cut there one entry early and without the second evaluation that its first step takes.
-@pytest.mark.parametrize("name", [name for name in PEERS if name != "pndm"])
+@pytest.mark.parametrize("name", samplers(same_middle=True))
 def test_img2img_equals_diffusers_begun_in_the_middle(name, strength):
     n, image, noise = 10, randn(2, 4, 6, 5, seed=3), randn(2, 4, 6, 5)
     peer = peer_of(name, None)
@@ -215,7 +184,7 @@ def test_img2img_equals_diffusers_begun_in_the_middle(name, strength):
 
     part, network = cut(sampler_schedule(name, n, ABAR), strength), Network()
     denoise = CFGDenoiser(DENOISERS["eps"](network, part), torch.zeros(2, 1, 1))
-    x = SAMPLERS[name].sample(denoise, image + noise * part.start, part.sigmas, noise=step_noise(noise.shape, 1))
+    x = run(name, denoise, image + noise * part.start, part, noise=step_noise(noise.shape, 1))
     assert_same_walk((network, x * part.end), theirs, atol=2e-4)
 
 
@@ -231,8 +200,12 @@ def flow(x, sigma, end):
     return MEAN + (x - MEAN) * math.sqrt((WIDTH**2 + end**2) / (WIDTH**2 + sigma**2))
 
 
+def down(*sigmas):
+    return Schedule(torch.tensor(sigmas, dtype=torch.float64), torch.zeros(len(sigmas) - 1), 1.0)
+
+
 def log_sigmas(n, high=10.0, low=0.05):
-    return torch.linspace(math.log(high), math.log(low), n + 1, dtype=torch.float64).exp()
+    return torch.linspace(math.log(high), math.log(low), n + 1, dtype=torch.float64).exp().tolist()
 
 
 @pytest.mark.parametrize("name", [name for name, row in SAMPLERS.items() if not row.stochastic])
@@ -241,19 +214,19 @@ def test_deterministic_samplers_converge_to_the_ode_with_their_order(name):
 
     def error(n):
         sigmas = log_sigmas(n)
-        got = SAMPLERS[name].sample(gaussian, x, sigmas)
-        return float((got - flow(x, float(sigmas[0]), float(sigmas[-1]))).abs().max())
+        got = run(name, gaussian, x, down(*sigmas))
+        return float((got - flow(x, sigmas[0], sigmas[-1])).abs().max())
 
     order = math.log2(error(40) / error(640)) / 4
     assert order > SAMPLERS[name].order - 0.1
 
 
-@pytest.mark.parametrize("name", [name for name, row in SAMPLERS.items() if row.stochastic and name != "lcm"])
+@pytest.mark.parametrize("name", [name for name in samplers(from_data=True) if SAMPLERS[name].stochastic])
 def test_stochastic_samplers_draw_from_the_data(name):
     generator = torch.Generator().manual_seed(0)
-    sigmas = torch.cat([log_sigmas(60, 30.0), torch.zeros(1)])
     x = torch.randn(20000, 1, 1, 1, generator=generator) * 30
-    got = SAMPLERS[name].sample(gaussian, x, sigmas, noise=lambda i: torch.randn(x.shape, generator=generator))
+    got = run(name, gaussian, x, down(*log_sigmas(60, 30.0), 0.0),
+              noise=lambda i: torch.randn(x.shape, generator=generator))
     assert float(got.mean()) == pytest.approx(MEAN, abs=0.03)
     assert float(got.std()) == pytest.approx(WIDTH, rel=0.05)
 
@@ -261,8 +234,8 @@ def test_stochastic_samplers_draw_from_the_data(name):
 def test_lcm_draws_from_the_data_with_a_consistency_function():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(20000, 1, 1, 1, generator=generator) * 30
-    got = sample_lcm(lambda x, sigma: flow(x, sigma, 0), x, torch.tensor([30.0, 5.0, 1.0, 0.0]),
-                     noise=lambda i: torch.randn(x.shape, generator=generator))
+    got = run("lcm", lambda x, sigma: flow(x, sigma, 0), x, down(30.0, 5.0, 1.0, 0.0),
+              noise=lambda i: torch.randn(x.shape, generator=generator))
     assert float(got.mean()) == pytest.approx(MEAN, abs=0.03)
     assert float(got.std()) == pytest.approx(WIDTH, rel=0.05)
 
@@ -277,7 +250,7 @@ def test_a_perfect_denoiser_is_believed(name, n):
         calls.append(sigma)
         return x0
 
-    x = SAMPLERS[name].sample(denoise, noise * made.start, made.sigmas, noise=step_noise(noise.shape, 2))
+    x = run(name, denoise, noise * made.start, made, noise=step_noise(noise.shape, 2))
     # A schedule that ends above 0 leaves that much of the noise.
     left = float(made.sigmas[-1] / made.sigmas[0]) * (noise * made.start - x0).abs().max()
     torch.testing.assert_close(x, x0, rtol=0, atol=1e-5 + float(left))
@@ -293,13 +266,72 @@ def test_on_step_sees_every_step_once_and_changes_nothing(name):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
+def test_a_step_is_over_when_all_that_it_asks_is_answered_and_shows_its_first_x0(name):
+    made, noise, events = sampler_schedule(name, 4, ABAR), randn(1, 4, 6, 5), []
+    asked = run_questions(name, made, noise)
+
+    def denoise(x, sigma):
+        events.append(x0 := x / (1 + sigma))
+        return x0
+
+    run(name, denoise, noise * made.start, made, noise=step_noise(noise.shape, 1),
+        on_step=lambda i, n, x0: events.append((i, x0)))
+    steps = [event for event in events if isinstance(event, tuple)]
+    assert [i for i, _ in steps] == [0, 1, 2, 3]
+    place = 0
+    for i, x0 in steps:
+        calls = asked.count(i)
+        assert x0 is events[place] and events[place + calls] == (i, x0)
+        place += calls + 1
+    assert place == len(events)
+
+
+def run_questions(name, made, noise):
+    """The step that each question of a sampler belongs to."""
+    asking, answer, asked = walk(name, noise * made.start, made, noise=step_noise(noise.shape, 1)), None, []
+    with pytest.raises(StopIteration):
+        while True:
+            i, x, sigma = asking.send(answer)
+            asked.append(i)
+            answer = x / (1 + sigma)
+    return asked
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_many_walks_may_be_answered_together(name):
+    """As a server does: each its own schedule, one call for all, a sigma for each row."""
+    made = [sampler_schedule(name, n, ABAR) for n in (3, 5)]
+    starts = [randn(1, 4, 6, 5, seed=n) * schedule.start for n, schedule in enumerate(made)]
+
+    def denoise(x, sigmas):
+        return x / (1 + torch.tensor(sigmas).view(-1, 1, 1, 1))
+
+    alone = [run(name, lambda x, sigma: denoise(x, [sigma]), x, schedule, noise=step_noise(x.shape, 1))
+             for x, schedule in zip(starts, made)]
+    walks = {k: walk(name, x, schedule, noise=step_noise(x.shape, 1)) for k, (x, schedule) in enumerate(zip(starts, made))}
+    answers, together = dict.fromkeys(walks), {}
+    while walks:
+        asked = {}
+        for k, walker in list(walks.items()):
+            try:
+                asked[k] = walker.send(answers[k])
+            except StopIteration as end:
+                together[k] = end.value
+                del walks[k]
+        if asked:
+            x0s = denoise(torch.cat([x for _, x, _ in asked.values()]), [sigma for *_, sigma in asked.values()])
+            answers = dict(zip(asked, x0s.split(1)))
+    assert all(torch.equal(together[k], x) for k, x in enumerate(alone))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_an_image_does_not_depend_on_the_others_of_its_batch(name):
     made, start = sampler_schedule(name, 6, ABAR), randn(3, 4, 6, 5)
     steps = randn(6, 3, 4, 6, 5, seed=1)
 
     def sample(images):
         denoise = CFGDenoiser(DENOISERS["eps"](Network(), made), torch.zeros(len(images), 1, 1))
-        return SAMPLERS[name].sample(denoise, start[images] * made.start, made.sigmas, noise=lambda i: steps[i, images])
+        return run(name, denoise, start[images] * made.start, made, noise=lambda i: steps[i, images])
 
     torch.testing.assert_close(sample([0, 1, 2])[1:2], sample([1]), rtol=0, atol=1e-5)
 
@@ -309,7 +341,7 @@ def test_a_sampler_writes_to_none_of_its_arguments_and_keeps_fp32(name):
     made, x = sampler_schedule(name, 5, ABAR), randn(2, 4, 6, 5) * 14
     steps = randn(5, 2, 4, 6, 5, seed=1)
     before = x.clone(), made.sigmas.clone(), steps.clone()
-    got = SAMPLERS[name].sample(lambda x, sigma: x / 2, x, made.sigmas, noise=lambda i: steps[i])
+    got = run(name, lambda x, sigma: x / 2, x, made, noise=lambda i: steps[i])
     assert got.dtype == torch.float32
     assert all(torch.equal(a, b) for a, b in zip((x, made.sigmas, steps), before))
 
@@ -323,20 +355,24 @@ def test_every_spacing_of_a_sampler_gives_a_finite_result(name):
 
 @pytest.mark.parametrize("name", [name for name, row in SAMPLERS.items() if row.stochastic])
 def test_a_sampler_that_adds_noise_asks_for_it(name):
-    made = sampler_schedule(name, 5, ABAR)
     with pytest.raises(ValueError, match="it needs noise="):
-        SAMPLERS[name].sample(gaussian, randn(1, 4, 6, 5), made.sigmas)
+        run(name, gaussian, randn(1, 4, 6, 5), sampler_schedule(name, 5, ABAR))
 
 
 @pytest.mark.parametrize("eta", [-0.1, 1.1])
 def test_ddim_refuses_an_eta_outside_0_to_1(eta):
     with pytest.raises(ValueError, match=f"eta is {eta}; allowed: 0 to 1"):
-        sample_ddim(gaussian, randn(1, 4, 6, 5), log_sigmas(3), eta=eta)
+        run("ddim", gaussian, randn(1, 4, 6, 5), down(*log_sigmas(3)), eta=eta)
+
+
+def test_an_eta_for_a_sampler_that_has_none_is_refused():
+    with pytest.raises(ValueError, match="eta is 0.5 for euler; only ddim has an eta"):
+        run("euler", gaussian, randn(1, 4, 6, 5), down(*log_sigmas(3)), eta=0.5)
 
 
 def test_ddim_with_eta_and_no_noise_is_refused():
     with pytest.raises(ValueError, match="it needs noise="):
-        sample_ddim(gaussian, randn(1, 4, 6, 5), log_sigmas(3), eta=0.5)
+        run("ddim", gaussian, randn(1, 4, 6, 5), down(*log_sigmas(3)), eta=0.5)
 
 
 def test_an_unknown_sampler_is_refused_with_the_known_ones():

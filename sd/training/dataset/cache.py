@@ -6,7 +6,6 @@ is read. B images, h, w latents, L tokens, D context width.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sd.adapters.targets import lora_layers
+from sd.files.hashes import digest, headed
 from sd.files.tensor_file import CheckpointError
 from sd.files.tensors import read_tensors, write_safetensors
 from sd.placement import placed_for
@@ -41,8 +41,8 @@ class Store:
 
     def path(self, key: Mapping[str, object]) -> Path:
         """Where it lies: below the first letters of the picture's digest, or of the key's."""
-        digest = hashlib.sha256(self._text(key).encode()).hexdigest()[:32]
-        name = f"{key['picture']}-{digest}" if "picture" in key else digest
+        own = digest([self._text(key)])[:32]
+        name = f"{key['picture']}-{own}" if "picture" in key else own
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def read(self, key: Mapping[str, object]) -> dict[str, Tensor] | None:
@@ -82,30 +82,22 @@ class Store:
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        _add(digest, name, tensors[name])
-    return digest.hexdigest()
-
-
-def _add(digest, name: str, tensor: Tensor) -> None:
-    digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest(part for name in sorted(tensors) for part in headed(name, tensors[name]))
 
 
 def network_hash(network: nn.Module) -> str:
     """Of everything that a network's output depends on: its weights, and the adapters in force with their multipliers."""
-    digest = hashlib.sha256()
+    parts = []
     for name, tensor in network.state_dict().items():
         if ".adapters." not in name:
-            _add(digest, name, tensor)
+            parts += headed(name, tensor)
     for path, layer in lora_layers(network).items():
         for name, multiplier in (layer.effective.multipliers if layer.lora_enabled else {}).items():
             weights = layer.adapter(name).weights()
-            digest.update(repr((path, multiplier, weights.kind, weights.alpha)).encode())
+            parts.append(repr((path, multiplier, weights.kind, weights.alpha)))
             for key in sorted(weights.tensors):
-                _add(digest, key, weights.tensors[key])
-    return digest.hexdigest()
+                parts += headed(key, weights.tensors[key])
+    return digest(parts)
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from sd.lora_files.block_weights import BlockWeightError, block_multipliers
 from sd.lora_files.modules import Modules
 from sd.training.errors import TrainError
 from sd.training.relora import rewarm_factor
+from sd.training.rules import FACTORS
 
 WORDS = "clip.learned."  # the canonical names of new words' vectors start so
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -212,8 +213,6 @@ def step_unless(bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
     elif not bad:
         optimizer.step()
 
-
-FACTORS = {"lora", "loha", "lokr", "full", "ia3"}  # kinds whose ΔW is a product of all their matrices
 
 
 @torch.no_grad()

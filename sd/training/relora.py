@@ -22,10 +22,7 @@ from sd.adapters.weights import AdapterWeights
 from sd.tools.decompose import RankRule, Report, Row, lora_weights, truncated_svd
 from sd.training.dataset.randomness import seed_of
 from sd.training.errors import TrainError
-
-KINDS_THAT_ADD = ("lora", "loha", "lokr", "glora")  # of low rank, and sums of their changes are meant
-KEPT = ("full", "svd")
-OPTIMIZERS_THAT_FORGET = ("adamw", "adamw8bit", "adafactor", "lion")
+from sd.training.rules import KINDS_THAT_ADD
 
 
 def merged_name(name: str) -> str:

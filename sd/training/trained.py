@@ -28,9 +28,8 @@ from sd.tools.decompose import RankRule, truncated_svd
 from sd.training.dataset.randomness import seed_of
 from sd.training.errors import TrainError
 from sd.training.new_words import new_words
-from sd.training.optim import FACTORS
 from sd.training.relora import adapters_in_training, attach_merged, merged_name
-from sd.training.rules import SCALED
+from sd.training.rules import FACTORS, SCALED
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from sd.files.tensors import read_tensors
 from sd.model_loader import Models, new_models, preload_models_from_standard_weights, save_checkpoint, save_models_lora
 from sd.prompts.tokenizer import tokenize
 from sd.training import PictureSet, TrainConfig, train
-from sd.training.dataset.batches import encode_pictures
+from sd.training.dataset.cache import Posteriors
 from sd.vae import sample_posterior
 
 MODEL, LORA = Path("data/digits.safetensors"), Path("data/loras/digits-inverted.safetensors")
@@ -83,7 +83,7 @@ def polarity_loss(models: Models, pictures: Tensor, noise: Tensor, kl_weight: fl
 @torch.no_grad()
 def fold_scale(models: Models, dataset) -> None:
     """Scale the VAE's latents so that times `config.vae.scale` they have a standard deviation of 1."""
-    mean, std = encode_pictures(models, dataset)
+    mean, std = Posteriors(models, dataset)(range(len(dataset)))
     factor = 1 / (mean.var() + std.square().mean()).sqrt()
     quant, post, z = models["encoder"].quant_conv, models["decoder"].post_quant_conv, models.config.vae.latent_channels
     quant.weight[:z] *= factor

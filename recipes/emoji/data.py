@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from sd.files.tensors import read_tensors, write_safetensors
+from sd.training.dataset.data import PictureData
+from sd.training.dataset.pictures import captions_hash
 
 OUT = Path("out/emoji")
 EXAMPLES, EXAMPLE_COUNT = Path("data/emoji-delft"), 40
@@ -212,24 +214,18 @@ def captions(row: Row) -> tuple[str, ...]:
     return tuple(pool)
 
 
-class EmojiSet:
+class EmojiSet(PictureData):
     """A data set for `sd.training.train` whose pictures stay uint8 in memory: [N, 3, H, W], with their captions."""
 
     def __init__(self, pictures: Tensor, captions: list[tuple[str, ...]]):
         self.pictures, self.captions = pictures, captions
-
-    def __len__(self) -> int:
-        return len(self.pictures)
 
     def picture(self, i: int, variant: int = 0) -> Tensor:
         """[3, H, W] in [-1, 1]."""
         return to_float(self.pictures[i])
 
     def fingerprint(self) -> str:
-        """Differs when a picture or a caption does."""
-        digest = hashlib.sha256(json.dumps(self.captions).encode())
-        digest.update(self.pictures.contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return captions_hash(self.captions, self.pictures)
 
 
 def to_float(pictures: Tensor) -> Tensor:

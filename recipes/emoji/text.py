@@ -15,7 +15,8 @@ from sd.attention import CrossAttention
 from sd.config import ModelConfig
 from sd.model_loader import Models
 from sd.training import TrainConfig
-from sd.training.dataset.batches import Batches, batch_captions, encode_pictures
+from sd.training.dataset.batches import Batches, batch_captions
+from sd.training.dataset.cache import Posteriors
 from sd.training.dataset.contexts import Contexts
 from sd.training.interrupt import asked_to_stop
 from sd.training.optim import autocast, lr_factor, make_optimizer, set_learning_rate
@@ -54,7 +55,7 @@ def train_text(config: TrainConfig, models: Models, dataset) -> Drawer:
                   for name, p in network.train().named_parameters()}
     optimizer, folder = make_optimizer(parameters, config), open_folder(config.out)
     facts = run_facts(config, ("out", "save_every", "progress"), dataset=dataset.fingerprint())
-    latents, _ = encode_pictures(models, dataset)
+    latents, _ = Posteriors(models, dataset)(range(len(dataset)))
     batches, contexts = Batches(dataset, config), Contexts(models, trained=True)
     with alone_in(folder), asked_to_stop() as stop:
         done, losses = load_state(folder, parameters, optimizer, {}, facts), []

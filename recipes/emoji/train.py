@@ -30,7 +30,7 @@ from sd.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 from sd.files.tensors import read_tensors
 from sd.model_loader import Models, new_models, preload_models_from_standard_weights, save_checkpoint, save_models_lora
 from sd.training import TrainConfig, train
-from sd.training.dataset.batches import encode_pictures
+from sd.training.dataset.cache import Posteriors
 from sd.vae import sample_posterior
 
 MODEL = Path("data/emoji.safetensors")
@@ -114,7 +114,7 @@ def sharp_loss(models: Models, pictures: Tensor, noise: Tensor, kl_weight: float
 def fold_statistics(models: Models, dataset) -> None:
     """Fold into the VAE's 1x1 convolutions what gives each latent channel mean 0 and, times `config.vae.scale`, variance 1."""
     scale, z = models.config.vae.scale, models.config.vae.latent_channels
-    mean, std = (latents / scale for latents in encode_pictures(models, dataset))
+    mean, std = (latents / scale for latents in Posteriors(models, dataset)(range(len(dataset))))
     middle = mean.mean(dim=(0, 2, 3))
     factor = 1 / (scale * (mean.var(dim=(0, 2, 3)) + std.square().mean(dim=(0, 2, 3))).sqrt())
     quant, post = models["encoder"].quant_conv, models["decoder"].post_quant_conv

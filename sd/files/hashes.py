@@ -58,3 +58,22 @@ def tensor_bytes_hash(tensors: Mapping[str, Tensor]) -> str:
         if tensors[name].numel():
             digest.update(memoryview(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
+
+
+def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256, in hex, of names, shapes, dtypes and values, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        add_tensor(digest, name, tensors[name])
+    return digest.hexdigest()
+
+
+def add_tensor(digest, name: str, tensor: Tensor) -> None:
+    """Add name, shape, dtype and values of a tensor to a hash."""
+    digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+    digest.update(bytes_of(tensor))
+
+
+def bytes_of(tensor: Tensor):
+    """The values of a tensor as an array of bytes."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -20,6 +20,7 @@ from sd.adapters.quant import quantized_kinds
 from sd.adapters.switch import adapter_names, use_adapters
 from sd.adapters.targets import find_targets, lora_layers, named_layers
 from sd.errors import SDError
+from sd.files.hashes import bytes_of
 from sd.lora_files.block_weights import BlockWeightError, block_multipliers
 from sd.lora_files.modules import Modules, modules_of
 from sd.lora_files.read import read_lora
@@ -209,5 +210,5 @@ def start_hash(config, models: Models) -> str | None:
         digest.update(repr((path, weights.kind, weights.alpha)).encode())
         for name, tensor in sorted(weights.tensors.items()):
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(bytes_of(tensor))
     return digest.hexdigest()[:16]

@@ -19,6 +19,7 @@ from sd.training.dataset.batches import Batches, batch_captions, batch_variants,
 from sd.training.dataset.buckets import make_buckets
 from sd.training.dataset.captions import CAPTION_OPTIONS, fixed_captions, seen_caption
 from sd.training.dataset.contexts import all_captions
+from sd.training.dataset.data import PictureData, as_picture_data
 from sd.training.dataset.open import open_data
 from sd.training.dataset.pictures import PictureFolder
 from sd.training.dataset.randomness import STREAMS, seed_of
@@ -381,7 +382,7 @@ def test_at_the_defaults_a_picture_is_what_pillow_makes_of_it(tmp_path):
 
 # ---- order -----------------------------------------------------------------------------------------------------------
 
-class Shapes:
+class Shapes(PictureData):
     """A data set without pictures: the bucket of each, and how often it comes in an epoch."""
 
     def __init__(self, buckets, repeats):
@@ -530,3 +531,28 @@ def test_streams_keep_their_numbers_since_they_are_the_seeds_of_every_past_run()
     assert STREAMS == {"init": 0, "order": 1, "caption": 2, "caption dropout": 3, "posterior": 4, "timestep": 5, "noise": 6,
                        "layers": 7, "batch order": 8, "words": 9, "variant": 10, "new words": 11}
     assert seed_of(3, "noise", 7) == int(np.random.SeedSequence([3, 6, 7]).generate_state(1, np.uint64)[0] >> 1)
+
+
+class Mine:
+    captions = [("a",), ("b", "c")]
+
+    def __len__(self):
+        return 2
+
+    def picture(self, i):
+        return torch.full((1, 8, 16), float(i))
+
+    def fingerprint(self):
+        return "mine"
+
+
+def test_a_users_own_data_set_needs_captions_pictures_a_fingerprint_and_a_length():
+    given = Mine()
+    data = as_picture_data(given)
+    assert (len(data), data.fingerprint(), data.captions) == (2, "mine", given.captions)
+    assert torch.equal(data.picture(1, 0), torch.ones(1, 8, 16)) and data.sizes == [(16, 8)] * 2
+    assert (list(data.uses), data.bucket_of, data.options, data.regular) == ([0, 1], [0, 0], [{}, {}], [False, False])
+    assert (data.variants, data.masked, data.names) == (1, False, ["picture 0", "picture 1"])
+    assert data.made_of(0) != data.made_of(1) and as_picture_data(data) is data
+    given.uses = [1, 1, 0]
+    assert as_picture_data(given).uses == [1, 1, 0]

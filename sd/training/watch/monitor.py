@@ -24,7 +24,7 @@ from tqdm import tqdm
 from sd.files.atomic import atomic_write
 from sd.pictures.image_io import load_image, save_image
 from sd.pictures.sheets import line_plot
-from sd.training.dist import chief
+from sd.training.dist import is_main
 from sd.training.errors import TrainError
 from sd.training.loss import vae_loss
 from sd.training.optim import final_weights
@@ -52,7 +52,7 @@ class Monitor:
     def __init__(self, config, models, folder: Path, step: int, held_out=None, autoencoder_loss=vae_loss):
         self.config, self.folder, self.device = config, folder, models.device
         self.metrics = Metrics(folder, step)
-        self.logs = [LOGS[name](config, folder, step) for name in config.log_to if chief()]
+        self.logs = [LOGS[name](config, folder, step) for name in config.log_to if is_main()]
         self.validation = None if held_out is None else Validation(config, models, held_out, autoencoder_loss)
         self.samples = Samples(config, models, folder, step) if config.sample_prompts else None
         self.start, self.first = time.perf_counter(), step
@@ -95,7 +95,7 @@ class Monitor:
 
     def save(self, step: int) -> None:
         """Before a state is saved: metrics to the disk, the plot anew, and what the clock says."""
-        if not chief():
+        if not is_main():
             return
         self.metrics.sync()
         for log in self.logs:
@@ -161,13 +161,13 @@ class Metrics:
         if [row["step"] for row in self.rows if "loss" in row] != list(range(step)):
             raise TrainError(f"{self.path}: its lines are not the steps 0 to {step - 1}; it was changed or removed after "
                              f"the run; put it back, or choose another out folder")
-        if chief():
+        if is_main():
             with atomic_write(self.path) as file:
                 file.write("".join(json.dumps(row) + "\n" for row in self.rows).encode())
 
     def add(self, **row: float | int | None) -> None:
         self.rows.append(row)
-        if chief():
+        if is_main():
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 

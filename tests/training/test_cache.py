@@ -51,8 +51,8 @@ def folder(tmp_path) -> Path:
 
 
 def opened(folder: Path, known=frozenset(), **options):
-    config = Config(data=str(folder), bucket_step=8, bucket_min=8, **options)
-    return open_data(config, size=16, channels=1, factor=2, known=known)
+    steps = {"bucket_step": 8, "bucket_min": 8} if "buckets" in options else {}
+    return open_data(Config(data=str(folder), **steps, **options), size=16, channels=1, factor=2, known=known)
 
 
 def counted(monkeypatch, network) -> Counter:

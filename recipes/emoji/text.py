@@ -1,8 +1,8 @@
-"""The emoji model's text encoder, from scratch: it learns to say what a picture looks like, before there is a UNet.
+"""Train the emoji model's text encoder from scratch, to predict what a picture looks like, before there is a UNet.
 
-Stable Diffusion's text encoder knew pictures before its UNet was trained; a UNet that has to teach its own learns for a long
-time what pictures look like and hardly anything of what the words mean. Here a small network draws the latents of a picture
-from its caption alone, in one step: as good as the mean of what the caption may mean, which is blurred, but cheap.
+Stable Diffusion's text encoder was trained on pictures before the UNet. A UNet trained together with a new text encoder learns
+for a long time what pictures look like, and hardly anything of what words mean. Here a small network regresses the latents of
+a picture from its caption in one step. The prediction is a blurred mean over all pictures of a caption, but cheap to train.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sd.training.run_state import Progress, alone_in, load_state, open_folder, r
 
 
 class Drawer(nn.Module):
-    """Context [B, L, D] to latents [B, C, H, W]: each square of the picture asks the text what is in it."""
+    """Context [B, L, D] to latents [B, C, H, W]: each square of the picture attends to the text."""
 
     def __init__(self, config: ModelConfig, width: int = 192, squares: int = 4):
         super().__init__()
@@ -47,7 +47,7 @@ class Drawer(nn.Module):
 
 
 def train_text(config: TrainConfig, models: Models, dataset) -> Drawer:
-    """Train models["clip"] in place, by the squared error of the latents that a Drawer makes of its context."""
+    """Train models["clip"] in place, on the squared error of the latents that a Drawer predicts from its context."""
     torch.manual_seed(config.seed)
     drawer = Drawer(models.config)
     networks = {"clip": models["clip"], "drawer": drawer}

@@ -184,7 +184,7 @@ torch.set_num_threads(1)
 from pathlib import Path
 from sd.model_loader import new_models
 from sd.training import PictureSet, TrainConfig, train
-from sd.training.latent_cache import Posteriors
+from sd.training.dataset.cache import Posteriors
 from tests.training.test_cache import opened
 from tests.training.tiny import SMALL
 

@@ -1,4 +1,4 @@
-"""Make data/vocab.json and data/merges.txt of CLIP from the BPE file in the open-clip-torch wheel.
+"""Build CLIP's data/vocab.json and data/merges.txt from the BPE file in the open-clip-torch wheel.
 
     pip download --no-deps --only-binary :all: -d /tmp/wheels open-clip-torch
     python -m recipes.clip_vocab /tmp/wheels/open_clip_torch-*.whl
@@ -17,23 +17,23 @@ MERGES_SHA256 = "9fd691f7c8039210e0fced15865466c65820d09b63988b0174bfe25de299051
 
 
 def byte_symbols() -> list[str]:
-    """One printable character for each byte, in the order of the vocabulary: GPT-2's rule.
+    """A printable character for each byte, in the order of the vocabulary, as in GPT-2.
 
-    Bytes that print as Latin-1 stand for themselves; the other 68 follow, as code points from 256 on.
+    Bytes that are printable in Latin-1 represent themselves; the other 68 follow as code points from 256 on.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     return [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
 
 
 def vocabulary(merges: list[str]) -> dict[str, int]:
-    """Token -> id: the bytes, the bytes that end a word, one token a merge, start and end."""
+    """Token -> id: bytes, bytes at the end of a word, one token per merge, start and end."""
     symbols = byte_symbols()
     tokens = symbols + [s + "</w>" for s in symbols] + [m.replace(" ", "") for m in merges]
     return {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
 
 
 def main(wheel: str, folder: str = "data") -> None:
-    """Read the BPE file out of the wheel and write both files; raises SystemExit if they are not CLIP's."""
+    """Read the BPE file from the wheel and write both files; raises SystemExit if it is not CLIP's."""
     with zipfile.ZipFile(wheel) as archive:
         member = next(name for name in archive.namelist() if name.endswith("/" + BPE_FILE))
         lines = gzip.decompress(archive.read(member)).decode("utf-8").split("\n")

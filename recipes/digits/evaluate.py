@@ -1,4 +1,4 @@
-"""Judge data/digits.safetensors and its LoRA with a classifier; contact sheets go to out/digits/.
+"""Evaluate data/digits.safetensors and its LoRA with a classifier; writes contact sheets to out/digits/.
 
     python -m recipes.digits.evaluate
 """
@@ -25,7 +25,7 @@ EACH = 20  # generated pictures of each digit
 SAMPLING = {"sampler_name": "dpmpp_2m", "n_inference_steps": 20, "cfg_scale": 2.0}
 
 
-# ---- the judge -------------------------------------------------------------------------------------------------------
+# ---- classifier ------------------------------------------------------------------------------------------------------
 
 def classifier() -> nn.Sequential:
     return nn.Sequential(
@@ -36,18 +36,18 @@ def classifier() -> nn.Sequential:
 
 
 def moved(pictures: Tensor) -> Tensor:
-    """Each picture turned by up to 15 degrees, scaled by up to 10 % and shifted by up to 2 pixels."""
+    """Augmentation: rotate by up to 15 degrees, scale by up to 10 % and shift by up to 2 pixels."""
     n = len(pictures)
     angle, scale = (torch.rand(n) - 0.5) * math.radians(30), 1 + (torch.rand(n) - 0.5) * 0.2
-    shift = (torch.rand(n, 2) - 0.5) * 4 / 16  # 16 pixels are 1
+    shift = (torch.rand(n, 2) - 0.5) * 4 / 16  # in grid units, 16 pixels are 1
     cos, sin = angle.cos() * scale, angle.sin() * scale
     theta = torch.stack([torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1)
     grid = F.affine_grid(theta, list(pictures.shape), align_corners=False)
-    return F.grid_sample(pictures + 1, grid, align_corners=False) - 1  # what comes in from outside is black
+    return F.grid_sample(pictures + 1, grid, align_corners=False) - 1  # padding is black
 
 
 def train_classifier(pictures: Tensor, digits: Tensor, epochs: int = 20, batch: int = 64) -> nn.Module:
-    """Cross-entropy with AdamW on moved pictures; the same weights each time on one machine. Kept in out/digits/."""
+    """Train on augmented pictures; deterministic on one machine. The classifier is kept in out/digits/."""
     path = OUT / "classifier.safetensors"
     model = classifier()
     if path.exists():
@@ -70,43 +70,43 @@ def train_classifier(pictures: Tensor, digits: Tensor, epochs: int = 20, batch: 
 
 @torch.no_grad()
 def correct(judge: nn.Module, pictures: Tensor, digits: Tensor) -> float:
-    """Share of pictures [N, 1, 32, 32] in [-1, 1] that the judge takes for `digits`."""
+    """Accuracy of the classifier on pictures [N, 1, 32, 32] in [-1, 1] of `digits`."""
     return (judge(pictures).argmax(dim=1) == digits).float().mean().item()
 
 
-# ---- what is judged --------------------------------------------------------------------------------------------------
+# ---- measurements ----------------------------------------------------------------------------------------------------
 
 def prompts() -> tuple[list[str], Tensor]:
-    """EACH prompts for each digit, its captions in turn, and the digits."""
+    """(EACH prompts for every digit, cycling through its captions; their digits)."""
     texts = [captions(d)[k % len(captions(d))] for d in range(10) for k in range(EACH)]
     return texts, torch.arange(10).repeat_interleave(EACH)
 
 
 def make(models: Models, **options) -> Tensor:
-    """The pictures of all prompts, [200, 1, 32, 32] in [-1, 1], seeds 0 to 199."""
+    """Generate the pictures of all prompts, [200, 1, 32, 32] in [-1, 1], with seeds 0 to 199."""
     made = generate(prompts()[0], models=models, seed=0, **(SAMPLING | options))
     return to_tensor(made)
 
 
 def to_tensor(made: np.ndarray) -> Tensor:
-    """uint8 [B, H, W, 3], grey, to [B, 1, H, W] in [-1, 1]."""
+    """Grey uint8 [B, H, W, 3] to [B, 1, H, W] in [-1, 1]."""
     return torch.from_numpy(made[..., 0]).float()[:, None] / 127.5 - 1
 
 
 def brightness(pictures: Tensor) -> float:
-    """Mean of all pixels, 0 black to 255 white."""
+    """Mean of all pixels, from 0 (black) to 255 (white)."""
     return ((pictures + 1) * 127.5).mean().item()
 
 
 @torch.no_grad()
 def vae_psnr(models: Models, pictures: Tensor) -> float:
-    """Mean over pictures of the peak signal-to-noise ratio after encoding (its mean) and decoding, in dB."""
+    """PSNR in dB of pictures decoded from the mean of their posterior, averaged over pictures."""
     rebuilt = torch.cat([models["decoder"](models["encoder"](p)[0]) for p in pictures.split(50)]).clamp(-1, 1)
     return (10 * torch.log10(4 / (rebuilt - pictures).square().mean(dim=(1, 2, 3)))).mean().item()
 
 
 def sheet(path: Path, pictures: Tensor) -> None:
-    """A row for each digit, EACH columns."""
+    """Write a contact sheet with a row of EACH pictures per digit."""
     grey = ((pictures[:, 0] + 1) * 127.5).round().byte().numpy()
     rows = [list(grey[d * EACH:(d + 1) * EACH]) for d in range(10)]
     save_image(contact_sheet(rows, row_labels=list(WORDS), tile=64), path)

@@ -1,6 +1,6 @@
-"""Does each way to train a LoRA learn? Held-out loss of thick strokes, three seeds each, against full fine-tuning.
+"""Compare ways to train a LoRA with full fine-tuning: held-out loss on digits with thick strokes, three seeds each.
 
-    python -m recipes.digits.learning        # about half an hour on one core; what is done is not done again
+    python -m recipes.digits.learning        # about half an hour on one core; finished runs are skipped
 
 200 digits with thick strokes to learn from and 200 others to measure with. Each run is one that the command line can make
 (its config.json lies in its folder below out/digits/learning). All LoRAs have one learning rate, full fine-tuning a tenth of
@@ -42,7 +42,7 @@ SEEDS = (0, 1, 2)
 
 
 def write_pictures(folder: Path, thick: torch.Tensor, pictures: torch.Tensor, digits: torch.Tensor) -> None:
-    """EACH digits of every kind with thick strokes, as PNG with a .txt caption."""
+    """Write EACH pictures of every digit with thick strokes, as PNG and .txt caption."""
     if folder.exists():
         return
     folder.mkdir(parents=True)
@@ -60,12 +60,12 @@ def count(models, **options) -> int:
 
 
 def equal_rank(models, kind: str, wanted: int) -> int:
-    """The rank at which a kind has the number of parameters that is nearest to `wanted`."""
+    """The rank at which the number of parameters of a kind is closest to `wanted`."""
     return min(range(1, 17), key=lambda rank: abs(count(models, rank=rank, alpha=float(rank), kind=kind) - wanted))
 
 
 def learn(way: str, seed: int, models) -> tuple[int, list[tuple[int, float]]]:
-    """(trained parameters, held-out loss after so many steps)."""
+    """(number of trained parameters, held-out loss by step)."""
     out, options = FOLDER / f"{way}-{seed}", COMMON | WAYS[way]
     if "kind" in options:
         rank = equal_rank(models, options["kind"], count(models, rank=4, alpha=4.0))

@@ -1,4 +1,4 @@
-"""The lesson of docs/lesson.md: a diffusion model of digits from nothing, a LoRA that inverts them, and both side by side.
+"""The lesson of docs/lesson.md: a diffusion model of digits from scratch, a LoRA that inverts them, and a comparison.
 
     python -m recipes.digits.lesson --config recipes/digits/lesson-pixels.yaml              # trains the base
     python -m recipes.digits.lesson --config recipes/digits/lesson-pixels.yaml --use-lora   # trains the LoRA on top of it
@@ -34,7 +34,7 @@ COLOURS = {"red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "blue": (0.0, 0.0, 
 
 
 class LessonError(ValueError):
-    """A lesson that cannot go on: the message says what is missing or wrong."""
+    """A lesson cannot continue; the message says what is missing or wrong."""
 
 
 def read_lesson(path: str, changes: Sequence[str] = ()) -> dict:
@@ -55,7 +55,7 @@ def read_lesson(path: str, changes: Sequence[str] = ()) -> dict:
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 def digit_pictures(config: ModelConfig) -> tuple[Tensor, list[tuple[str, ...]]]:
-    """4,000 digits [N, C, S, S] in [-1, 1] on black, white or (of three channels) in colours by turns, and their captions."""
+    """(4,000 digits [N, C, S, S] in [-1, 1] on black, white or, with three channels, in all colours; their captions)."""
     pictures, digits = load_mnist()
     chosen, _ = split(digits)
     pictures, digits = resized(pictures[chosen], config.image_size), digits[chosen].tolist()
@@ -76,14 +76,14 @@ def captions_of(digit: int, colour: str | None) -> tuple[str, ...]:
 
 
 def resized(pictures: Tensor, size: int) -> Tensor:
-    """With a black frame around them, or as much of it taken away, so that they are [.., size, size]."""
+    """Pad with black, or crop, to [.., size, size]."""
     return F.pad(pictures, [(size - pictures.shape[-1]) // 2] * 4, value=-1.0)
 
 
 # ---- the three steps -------------------------------------------------------------------------------------------------
 
 def train_base(lesson: dict) -> None:
-    """From random weights. With an `autoencoder` its latents take the place of the pixels; it is not trained."""
+    """Train a model from random weights, on the latents of `autoencoder` (which is not trained) if there is one."""
     if "autoencoder" in lesson:
         trained = preload_models_from_standard_weights(lesson["autoencoder"], "cpu", dtype=torch.float32)
         models = new_models(ModelConfig.from_dict(lesson["model"] | {"vae": asdict(trained.config.vae)}))
@@ -91,19 +91,19 @@ def train_base(lesson: dict) -> None:
     else:
         models = new_models(ModelConfig.from_dict(lesson["model"]))
     for embedding in (models["clip"].token_embedding, models["clip"].position_embedding):
-        embedding.weight.data.mul_(0.02)  # as CLIP starts them; torch's N(0, 1) drowns what the layers add
+        embedding.weight.data.mul_(0.02)  # CLIP's initialisation; torch's N(0, 1) would drown the layers' output
     train(base_config(lesson), models.to(default_device()), PictureSet(*digit_pictures(models.config)))
 
 
 def train_lora(lesson: dict) -> None:
-    """On the same digits, inverted, with the same captions; the base stays as it is."""
+    """Train a LoRA on the same digits, inverted, with the same captions."""
     models = load_base(lesson)
     pictures, texts = digit_pictures(models.config)
     train(lora_config(lesson), models, PictureSet(-pictures, texts))
 
 
 def sample(lesson: dict, multipliers: Sequence[float]) -> Path:
-    """A sheet of the ten digits: the base, and the LoRA at each multiplier, with the same noise along a row."""
+    """Write a sheet of the ten digits, by the base and with the LoRA at each multiplier; each row has the same noise."""
     models, name = load_both(lesson)
     names = colours(models.config)
     prompts = [captions_of(d, names[d % len(names)])[0] for d in range(10)]
@@ -114,17 +114,17 @@ def sample(lesson: dict, multipliers: Sequence[float]) -> Path:
 
 
 def base_config(lesson: dict) -> TrainConfig:
-    told = {"train": "full", "text_encoder": True, "out": f"{lesson['out']}/base"}
-    return TrainConfig(**told | train_options(lesson["train"], "train"))
+    options = {"train": "full", "text_encoder": True, "out": f"{lesson['out']}/base"}
+    return TrainConfig(**options | train_options(lesson["train"], "train"))
 
 
 def lora_config(lesson: dict) -> TrainConfig:
-    told = {"name": "inverted"} | train_options(lesson["lora"], "lora")
-    return TrainConfig(**{"out": f"{lesson['out']}/{told['name']}"} | told)
+    options = {"name": "inverted"} | train_options(lesson["lora"], "lora")
+    return TrainConfig(**{"out": f"{lesson['out']}/{options['name']}"} | options)
 
 
 def load_base(lesson: dict) -> Models:
-    """What the first step trained. Raises LessonError before there is one."""
+    """The trained base. Raises LessonError if there is none yet."""
     path = Path(base_config(lesson).out, "model.safetensors")
     if not path.exists():
         raise LessonError(f"{path}: no such file; first train the base: the same command without --use-lora or --sample")
@@ -132,7 +132,7 @@ def load_base(lesson: dict) -> Models:
 
 
 def load_both(lesson: dict) -> tuple[Models, str]:
-    """The base with the LoRA on it, and the LoRA's name. Raises LessonError before there are both."""
+    """(the base with the LoRA loaded, name of the LoRA). Raises LessonError unless both are trained."""
     models, config = load_base(lesson), lora_config(lesson)
     path = Path(config.out, f"{config.name}.safetensors")
     if not path.exists():

@@ -1,4 +1,4 @@
-"""Count how many digits of a lesson are right, as they are drawn and inverted; its LoRA at several multipliers.
+"""Evaluate a lesson with a classifier: accuracy of its pictures, as they are and inverted, at several LoRA multipliers.
 
     python -m recipes.digits.lesson_judge --config recipes/digits/lesson-pixels.yaml --multipliers 0 0.5 1
 """
@@ -22,13 +22,13 @@ EACH = 20  # pictures of each digit
 
 
 def asked(config: ModelConfig) -> list[tuple[str, int, str | None]]:
-    """(caption, digit, colour): EACH of every digit, with all its captions and colours by turns."""
+    """EACH rows (caption, digit, colour) for every digit, cycling through its captions and colours."""
     texts = [[(text, d, name) for name in colours(config) for text in captions_of(d, name)] for d in range(10)]
     return [texts[d][k % len(texts[d])] for d in range(10) for k in range(EACH)]
 
 
 def judge(lesson: dict, multipliers: Sequence[float]) -> str:
-    """A table with a row for the base and for each multiplier."""
+    """A table with a row for the base and one for each multiplier."""
     pictures, digits = load_mnist()
     chosen, _ = split(digits)
     network = train_classifier(pictures[chosen], digits[chosen])
@@ -47,7 +47,7 @@ def judge(lesson: dict, multipliers: Sequence[float]) -> str:
 
 
 def share(network: nn.Module, made: np.ndarray, digits: Tensor, names: Sequence[str | None]) -> str:
-    """Of pictures, uint8 [B, S, S, 3], the share with the right digit, and where one is asked for the right colour."""
+    """Shares of pictures, uint8 [B, S, S, 3], with the right digit and, if colours are given, the right colour."""
     brightest = torch.from_numpy(made.max(axis=3)).float()[:, None] / 127.5 - 1
     text = f"{correct(network, resized(brightest, 32), digits):.1%}"
     if names[0] is None:

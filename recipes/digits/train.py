@@ -17,7 +17,7 @@ from sd.files.tensors import read_tensors
 from sd.model_loader import Models, new_models, preload_models_from_standard_weights, save_checkpoint, save_models_lora
 from sd.prompts.tokenizer import tokenize
 from sd.training import PictureSet, TrainConfig, train
-from sd.training.dataset.batches import encode_pictures
+from sd.training.dataset.cache import Posteriors
 from sd.vae import sample_posterior
 
 MODEL, LORA = Path("data/digits.safetensors"), Path("data/loras/digits-inverted.safetensors")
@@ -31,15 +31,15 @@ INVERTED = TrainConfig(name="inverted", out=str(OUT / "inverted"), steps=1000, b
 
 
 def main() -> None:
-    """All stages; each is finished at once when its folder in out/digits says so."""
-    torch.set_num_threads(1)  # the sums of several threads differ in the last bit, and small networks gain little
+    """Run all stages; those that are complete in out/digits return at once."""
+    torch.set_num_threads(1)  # several threads sum in another order, and gain little on small networks
     pictures, digits = load_mnist()
     chosen, _ = split(digits)
     pictures, texts = pictures[chosen], [captions(d) for d in digits[chosen].tolist()]
 
     models = new_models(DIGITS, seed=0)
     for embedding in (models["clip"].token_embedding, models["clip"].position_embedding):
-        embedding.weight.data.mul_(0.02)  # as CLIP starts them; torch's N(0, 1) drowns what the layers add
+        embedding.weight.data.mul_(0.02)  # CLIP's initialisation; torch's N(0, 1) would drown the layers' output
     both = PictureSet(torch.cat([pictures, -pictures]), texts + texts)
     models = train(VAE, models, both, autoencoder_loss=polarity_loss)
     fold_scale(models, both)
@@ -49,7 +49,7 @@ def main() -> None:
     save_checkpoint(models, MODEL, dtype=torch.float16, metadata=notes(UNET, "model"))
     print(f"{MODEL}: {MODEL.stat().st_size:,} bytes")
 
-    models = preload_models_from_standard_weights(MODEL, "cpu", dtype=torch.float32)  # as it ships: rounded to fp16
+    models = preload_models_from_standard_weights(MODEL, "cpu", dtype=torch.float32)  # as released: rounded to fp16
     models = train(INVERTED, models, PictureSet(-pictures, texts))
     LORA.parent.mkdir(exist_ok=True)
     save_models_lora(models, LORA, INVERTED.name, dtype=torch.float16, metadata=notes(INVERTED, INVERTED.name))
@@ -57,14 +57,14 @@ def main() -> None:
 
 
 def notes(config: TrainConfig, result: str) -> dict[str, str]:
-    """What a file says of its making: the training that its run wrote down, and the licence."""
+    """Metadata of a released file: the options of its training, and the licence."""
     made = read_tensors(Path(config.out, f"{result}.safetensors")).metadata
     return {key: value for key, value in made.items() if key == "sdlora.training" or key.startswith("ss_")} | {
         "license": "CC BY-SA 3.0, see data/NOTICE"}
 
 
 def polarity_loss(models: Models, pictures: Tensor, noise: Tensor, kl_weight: float) -> Tensor:
-    """As `vae_loss`, with the polarity in the first latent channel: turned over, it decodes to the inverse picture.
+    """Like `vae_loss`, with the polarity in the first latent channel: negating it inverts the decoded picture.
 
     Left alone, the autoencoder finds latents(-x) = -latents(x), and a UNet that has seen one polarity would have to
     learn every stroke anew for the other. So the two are made to differ in one channel. pictures: [B, 1, H, W].
@@ -72,7 +72,7 @@ def polarity_loss(models: Models, pictures: Tensor, noise: Tensor, kl_weight: fl
     mean, logvar = models["encoder"](pictures)
     corner = pictures[:, :, :1, :1]  # the padding: -1 for white on black
     sign = torch.ones(len(pictures), 1, 1, 1)
-    sign[1::2] = -1  # every second picture of the batch, which is in random order
+    sign[1::2] = -1  # every other picture of the shuffled batch
     z = sample_posterior(mean, logvar, noise)
     rebuilt = models["decoder"](torch.cat([sign * z[:, :1], z[:, 1:]], dim=1))
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
@@ -82,8 +82,8 @@ def polarity_loss(models: Models, pictures: Tensor, noise: Tensor, kl_weight: fl
 
 @torch.no_grad()
 def fold_scale(models: Models, dataset) -> None:
-    """Scale the VAE's latents so that times `config.vae.scale` they have a standard deviation of 1."""
-    mean, std = encode_pictures(models, dataset)
+    """Rescale the VAE's latents so that, multiplied by `config.vae.scale`, they have a standard deviation of 1."""
+    mean, std = Posteriors(models, dataset)(range(len(dataset)))
     factor = 1 / (mean.var() + std.square().mean()).sqrt()
     quant, post, z = models["encoder"].quant_conv, models["decoder"].post_quant_conv, models.config.vae.latent_channels
     quant.weight[:z] *= factor
@@ -94,7 +94,7 @@ def fold_scale(models: Models, dataset) -> None:
 
 @torch.no_grad()
 def fill_untrained_tokens(models: Models, texts: list[str]) -> None:
-    """Words that no caption had get the mean of those that were trained, instead of noise."""
+    """Set the embeddings of tokens that are in no caption to the mean of the trained ones, instead of noise."""
     weight: Tensor = models["clip"].token_embedding.weight
     used = tokenize(models.tokenizer, texts, models.config.clip.max_tokens).unique()
     mean = weight[used].mean(dim=0)

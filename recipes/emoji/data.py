@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from sd.files.tensors import read_tensors, write_safetensors
+from sd.training.dataset.data import PictureData
+from sd.training.dataset.pictures import captions_hash
 
 OUT = Path("out/emoji")
 EXAMPLES, EXAMPLE_COUNT = Path("data/emoji-delft"), 40
@@ -28,32 +30,32 @@ PACKAGES = ("@iconify-json/noto@1.2.9", "@iconify-json/noto-v1@1.2.5", "@iconify
             "@iconify-json/fluent-emoji@1.2.7", "@iconify-json/fluent-emoji-flat@1.2.6", "@iconify-json/emojione@1.2.3",
             "@iconify-json/fluent-emoji-high-contrast@1.2.6", "emojibase-data@17.0.0")
 BASE = {"noto": "noto", "noto-v1": "blob", "twemoji": "twemoji", "fluent-emoji": "fluent 3d",
-        "fluent-emoji-flat": "fluent flat", "emojione": "emojione"}  # icon set: its word in a caption
+        "fluent-emoji-flat": "fluent flat", "emojione": "emojione"}  # icon set -> its name in captions
 HIGH_CONTRAST = "fluent-emoji-high-contrast"
 STYLES = BASE | {HIGH_CONTRAST: "high contrast"}
 COLOURS = ("red", "orange", "yellow", "green", "blue", "light blue", "purple", "brown", "black", "white", "pink", "grey")
-POOL = 20  # captions of a picture, of which one is drawn each time
+POOL = 20  # captions of a picture; each use draws one
 HELD_OUT = json.loads(Path(__file__).with_name("heldout.json").read_text(encoding="utf-8"))
 
 
 # ---- the packages ----------------------------------------------------------------------------------------------------
 
 def install() -> None:
-    """The pinned packages into out/emoji/npm, once."""
+    """Install the pinned packages into out/emoji/npm, once."""
     if not (NPM / "node_modules/emojibase-data").exists():
         subprocess.run(["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(NPM), *PACKAGES],
                        check=True)
 
 
 def package(name: str, file: str) -> dict:
-    """A JSON file of an installed package; an empty dict if the package has none of that name."""
+    """A JSON file of an installed package; an empty dict if there is none."""
     path = NPM / "node_modules" / name / file
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 @dataclass(frozen=True)
 class Concept:
-    """What an emoji shows: its code points without the variation selector, its name and the tags of Unicode CLDR."""
+    """The subject of an emoji: code points without the variation selector, name, and tags of Unicode CLDR."""
 
     code: str
     label: str
@@ -61,7 +63,7 @@ class Concept:
 
 
 def concepts() -> list[Concept]:
-    """All but country flags, regional letters, skin and hair components, and twins that only face the other way."""
+    """All concepts except country flags, regional letters, skin and hair components, and mirrored variants."""
     rows = package("emojibase-data", "en/data.json")
     return [Concept(plain(row["hexcode"]), row["label"], tuple(row.get("tags", ())))
             for row in rows if row.get("group") not in (None, 2)
@@ -69,12 +71,12 @@ def concepts() -> list[Concept]:
 
 
 def slug(label: str) -> str:
-    """As the icon sets name their drawings."""
+    """A label as the icon sets spell it."""
     return re.sub(r"-+", "-", re.sub(r"[^a-z0-9]+", "-", re.sub(r"[’'“”.:]", "", label.lower()))).strip("-")
 
 
 def aliases_of(data: dict) -> dict[str, list[str]]:
-    """An icon set's drawings with all names of each, its own first."""
+    """Drawing of an icon set -> all its names, the main one first."""
     names = {name: [name] for name in data["icons"]}
     for alias, value in data.get("aliases", {}).items():
         names[value["parent"]].append(alias)
@@ -82,7 +84,7 @@ def aliases_of(data: dict) -> dict[str, list[str]]:
 
 
 def names_of() -> dict[str, list[str]]:
-    """Code points to every name that the sets with code points have for them: older sets keep a concept's older name."""
+    """Code points -> every name in the sets that list code points; older sets use a concept's older name."""
     names: dict[str, list[str]] = {}
     for name in ("noto", "twemoji", "fluent-emoji-flat"):
         data = package(f"@iconify-json/{name}", "icons.json")
@@ -94,12 +96,12 @@ def names_of() -> dict[str, list[str]]:
 
 
 def plain(code: str) -> str:
-    """Code points without leading zeros and without the selector that asks for the coloured form."""
+    """Code points without leading zeros and without the emoji variation selector."""
     return "-".join(part.lstrip("0") for part in code.upper().split("-") if part != "FE0F")
 
 
 class IconSet:
-    """The drawings of one package, as SVG."""
+    """The drawings of a package, as SVG."""
 
     def __init__(self, name: str):
         self.data = package(f"@iconify-json/{name}", "icons.json")
@@ -111,7 +113,7 @@ class IconSet:
         return icon is not None and not icon.get("hidden")
 
     def match(self, concepts: list[Concept], names: dict[str, list[str]]) -> dict[Concept, str]:
-        """Each concept's drawing: by code points, else by the slug of the label, else by a name that no other concept has."""
+        """Concept -> drawing: by code points, else by the slug of its label, else by a name that no other concept has taken."""
         found: dict[Concept, str] = {}
         for concept in concepts:
             name = self.by_code.get(concept.code, slug(concept.label))
@@ -126,7 +128,7 @@ class IconSet:
         return found
 
     def svg(self, name: str, size: int) -> str:
-        """The drawing in the middle of a white square of size x size pixels."""
+        """The drawing centred on a white square of size x size pixels."""
         alias = self.data.get("aliases", {}).get(name, {})
         icon = self.data["icons"][alias.get("parent", name)]
         left, top = icon.get("left", 0), icon.get("top", 0)
@@ -139,7 +141,7 @@ class IconSet:
 
 
 def draw(svg: str, size: int, finer: int) -> np.ndarray:
-    """uint8 [3, size, size] of an SVG that is `finer` times as large, averaged over squares of finer x finer pixels."""
+    """Render an SVG at `finer` times the size and average it down to uint8 [3, size, size]."""
     try:
         import resvg_py
     except ImportError:
@@ -157,7 +159,7 @@ def draw(svg: str, size: int, finer: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Row:
-    """One picture: its place among the pictures, what it shows, and the icon set it is from."""
+    """A picture: its index, its concept, and its icon set."""
 
     index: int
     code: str
@@ -167,14 +169,14 @@ class Row:
 
     @property
     def split(self) -> str:
-        """"concept" or "pair" where it is held out, else "train". The split is fixed, in heldout.json."""
+        """"concept" or "pair" if it is held out, else "train", as heldout.json says."""
         if self.code in HELD_OUT["concepts"]:
             return "concept"
         return "pair" if [self.code, self.style] in HELD_OUT["pairs"] else "train"
 
 
 def build(size: int = 64) -> tuple[Tensor, list[Row]]:
-    """All pictures, uint8 [N, 3, size, size] on white, and what they show; drawn once, then read from out/emoji."""
+    """(all pictures, uint8 [N, 3, size, size] on white; their rows). Drawn once, then read from out/emoji."""
     path = OUT / f"pictures-{size}.safetensors"
     if not path.exists():
         install()
@@ -182,7 +184,7 @@ def build(size: int = 64) -> tuple[Tensor, list[Row]]:
         known, names = concepts(), names_of()
         for style in STYLES:
             icons = IconSet(style)
-            finer = 4 if style == "fluent-emoji" and size < 128 else 2  # its filters come out jagged otherwise
+            finer = 4 if style == "fluent-emoji" and size < 128 else 2  # or its filter effects come out jagged
             for concept, name in sorted(icons.match(known, names).items(), key=lambda pair: known.index(pair[0])):
                 pictures.append(draw(icons.svg(name, size * finer), size, finer))
                 rows.append(asdict(Row(len(rows), concept.code, concept.label, concept.tags, style)))
@@ -194,7 +196,7 @@ def build(size: int = 64) -> tuple[Tensor, list[Row]]:
 
 
 def caption(row: Row, tags: tuple[str, ...] = (), style: bool = True) -> str:
-    """"{label}, {tags}, {style} style"; the black and white set is not told colours that it cannot draw."""
+    """"{label}, {tags}, {style} style"; captions of the black and white set leave out colours."""
     words = [row.label, *tags]
     if row.style == HIGH_CONTRAST:
         words = [re.sub(rf"\b({'|'.join(COLOURS)}) ", "", word) for word in words]
@@ -202,7 +204,7 @@ def caption(row: Row, tags: tuple[str, ...] = (), style: bool = True) -> str:
 
 
 def captions(row: Row) -> tuple[str, ...]:
-    """POOL captions: half of them with up to four tags in any order, one tenth without the style; always the same."""
+    """POOL captions, always the same: half with up to four tags in random order, one tenth without the style."""
     seed = hashlib.sha256(f"{row.code} {row.style}".encode()).digest()
     rng = np.random.default_rng(int.from_bytes(seed[:8], "little"))
     pool = []
@@ -212,24 +214,18 @@ def captions(row: Row) -> tuple[str, ...]:
     return tuple(pool)
 
 
-class EmojiSet:
-    """A data set for `sd.training.train` whose pictures stay uint8 in memory: [N, 3, H, W], with their captions."""
+class EmojiSet(PictureData):
+    """A data set for `sd.training.train` that keeps its pictures in memory as uint8 [N, 3, H, W]."""
 
     def __init__(self, pictures: Tensor, captions: list[tuple[str, ...]]):
         self.pictures, self.captions = pictures, captions
-
-    def __len__(self) -> int:
-        return len(self.pictures)
 
     def picture(self, i: int, variant: int = 0) -> Tensor:
         """[3, H, W] in [-1, 1]."""
         return to_float(self.pictures[i])
 
     def fingerprint(self) -> str:
-        """Differs when a picture or a caption does."""
-        digest = hashlib.sha256(json.dumps(self.captions).encode())
-        digest.update(self.pictures.contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return captions_hash(self.captions, self.pictures)
 
 
 def to_float(pictures: Tensor) -> Tensor:
@@ -238,12 +234,12 @@ def to_float(pictures: Tensor) -> Tensor:
 
 
 def choose(pictures: Tensor, rows: list[Row]) -> EmojiSet:
-    """The data set of some rows."""
+    """A data set of these rows."""
     return EmojiSet(pictures[[row.index for row in rows]], [captions(row) for row in rows])
 
 
 def write_examples(pictures: Tensor, rows: list[Row], folder: Path = EXAMPLES) -> None:
-    """The example for training a LoRA: emoji as on tiles of Delft, blue on white, as PNG with a .txt of two captions."""
+    """Write the example data for LoRA training: emoji in Delft blue on white, as PNG and .txt with two captions."""
     from PIL import Image, ImageOps
     rows = [row for row in rows if row.style == "fluent-emoji-flat" and row.split == "train"]
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Judge the emoji model and its LoRAs; contact sheets go to out/emoji/sheets/.
+"""Evaluate the emoji model and its LoRAs; writes contact sheets to out/emoji/sheets/.
 
     python -m recipes.emoji.evaluate                       # everything
     python -m recipes.emoji.evaluate --part base --each 60 # some of it, with fewer pictures of each split
@@ -23,7 +23,7 @@ from sd.pictures.sheets import contact_sheet
 from sd.pipeline import generate
 
 SAMPLING = {"sampler_name": "dpmpp_2m", "n_inference_steps": 20, "cfg_scale": 3.0}
-SEEN = 400  # of the pictures that were trained on, always the same
+SEEN = 400  # training pictures to evaluate on, always the same
 BATCH = 40
 FREE = ("blue heart on fire, twemoji style", "green apple with a face, noto style", "purple dog, twemoji style",
         "robot cat, fluent 3d style", "red car in the rain, emojione style", "smiling sun with sunglasses, noto style",
@@ -34,7 +34,7 @@ FREE = ("blue heart on fire, twemoji style", "green apple with a face, noto styl
 
 
 def make(models: Models, prompts: list[str], **options) -> np.ndarray:
-    """uint8 [N, H, W, 3]; picture i has seed i."""
+    """Generate uint8 [N, H, W, 3]; picture i has seed i."""
     return np.concatenate([generate(prompts[i:i + BATCH], models=models, seed=i, **(SAMPLING | options))
                            for i in range(0, len(prompts), BATCH)])
 
@@ -44,24 +44,24 @@ def to_tensor(made: np.ndarray) -> Tensor:
     return torch.from_numpy(made).permute(0, 3, 1, 2)
 
 
-# ---- the judges ------------------------------------------------------------------------------------------------------
+# ---- measures --------------------------------------------------------------------------------------------------------
 
 def small(pictures: Tensor) -> Tensor:
-    """uint8 [N, 3, H, W] to [N, 3 * 32 * 32], averaged."""
+    """uint8 [N, 3, H, W] to [N, 3 * 32 * 32], by averaging."""
     return F.adaptive_avg_pool2d(to_float(pictures), 32).flatten(1)
 
 
 def ranks(made: Tensor, truth: list[int], gallery: Tensor) -> Tensor:
-    """How many pictures of the gallery are nearer to made[i] than gallery[truth[i]] is: 0 where the true one is first.
+    """For each i, the number of gallery pictures closer to made[i] than gallery[truth[i]]: 0 if the true one is closest.
 
-    made: uint8 [N, 3, H, W], gallery: uint8 [M, 3, H, W]; the distance is that of the pixels at 32 x 32.
+    made: uint8 [N, 3, H, W], gallery: uint8 [M, 3, H, W]; the distance is Euclidean, between pixels at 32 x 32.
     """
     distance = torch.cdist(small(made), small(gallery), compute_mode="donot_use_mm_for_euclid_dist")
     return (distance < distance.gather(1, torch.tensor(truth)[:, None])).sum(1)
 
 
 def retrieve(made: Tensor, asked: list[Row], pictures: Tensor, rows: list[Row]) -> Tensor:
-    """The rank of the true picture among all real ones of the asked style, for each made picture."""
+    """For each generated picture, the rank of the true one among all real pictures of its style."""
     found = torch.empty(len(made), dtype=torch.long)
     for style in {row.style for row in asked}:
         gallery = [row.index for row in rows if row.style == style]
@@ -70,12 +70,12 @@ def retrieve(made: Tensor, asked: list[Row], pictures: Tensor, rows: list[Row]) 
     return found
 
 
-def told(found: Tensor) -> str:
+def accuracies(found: Tensor) -> str:
     return f"top-1 {(found == 0).float().mean():.1%}, top-10 {(found < 10).float().mean():.1%} of {len(found)}"
 
 
 def style_classifier(pictures: Tensor, rows: list[Row], epochs: int = 3, batch: int = 64) -> nn.Module:
-    """Tells the seven styles apart at 32 x 32 pixels, trained on the real pictures of the train split; kept in out/emoji."""
+    """A classifier of the seven styles at 32 x 32 pixels, trained on real pictures of the train split; kept in out/emoji."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU(), nn.MaxPool2d(2),
@@ -99,19 +99,19 @@ def style_classifier(pictures: Tensor, rows: list[Row], epochs: int = 3, batch: 
 
 
 def halved(pictures: Tensor) -> Tensor:
-    """uint8 [N, 3, H, W] to [N, 3, 32, 32] in [-1, 1]: all that the classifier sees."""
+    """uint8 [N, 3, H, W] to the classifier's input, [N, 3, 32, 32] in [-1, 1]."""
     return F.adaptive_avg_pool2d(to_float(pictures), 32)
 
 
 @torch.no_grad()
 def share(judge: nn.Module, made: Tensor, style: str) -> float:
-    """Share of pictures that the judge takes for `style`."""
+    """Share of pictures that the classifier assigns to `style`."""
     return (judge(halved(made)).argmax(1) == list(STYLES).index(style)).float().mean().item()
 
 
 @torch.no_grad()
 def psnr(models: Models, pictures: Tensor) -> float:
-    """Mean over pictures of the peak signal-to-noise ratio after encoding (its mean) and decoding, in dB."""
+    """PSNR in dB of pictures decoded from the mean of their posterior, averaged over pictures."""
     ratios = []
     for part in to_float(pictures).split(32):
         rebuilt = models["decoder"](models["encoder"](part)[0]).clamp(-1, 1)
@@ -119,10 +119,10 @@ def psnr(models: Models, pictures: Tensor) -> float:
     return torch.cat(ratios).mean().item()
 
 
-# ---- what is judged --------------------------------------------------------------------------------------------------
+# ---- evaluations -----------------------------------------------------------------------------------------------------
 
 def pick(rows: list[Row], most: int) -> list[Row]:
-    """At most `most` of the rows, always the same."""
+    """A fixed random selection of at most `most` rows."""
     return [rows[i] for i in sorted(np.random.default_rng(0).permutation(len(rows))[:most])]
 
 
@@ -139,12 +139,12 @@ def judge_base(models: Models, pictures: Tensor, rows: list[Row], each: int) -> 
                               ("concept", "held-out concepts", len(base))):
         asked = pick([row for row in base if row.split == split], min(most, each))
         made = to_tensor(make(models, [caption(row) for row in asked]))
-        print(f"{name}: {told(retrieve(made, asked, pictures, rows))}", flush=True)
+        print(f"{name}: {accuracies(retrieve(made, asked, pictures, rows))}", flush=True)
         beside(OUT / f"sheets/{name.replace(' ', '-')}.png", made, asked, pictures)
 
 
 def beside(path: Path, made: Tensor, asked: list[Row], pictures: Tensor, most: int = 40) -> None:
-    """Made pictures, each with the real one to its right, four pairs a row."""
+    """Write a sheet of generated pictures, each beside the real one, four pairs per row."""
     cells = [image for row, picture in list(zip(asked, made))[:most] for image in (grid(picture), grid(pictures[row.index]))]
     sheet([cells[i:i + 8] for i in range(0, len(cells), 8)], path)
 
@@ -159,7 +159,7 @@ def sheet(cells: list[list], path: Path, **labels) -> None:
 
 
 def draw_free(models: Models) -> None:
-    """Four pictures of each free prompt."""
+    """Write a sheet with four pictures of each free prompt."""
     made = make(models, [prompt for prompt in FREE for _ in range(4)])
     sheet([list(made[i:i + 4]) for i in range(0, len(made), 4)], OUT / "sheets/free.png", row_labels=list(FREE))
 
@@ -181,14 +181,14 @@ def judge_style(models: Models, pictures: Tensor, rows: list[Row], path: Path, e
     for m, shown in made.items():
         colour = (shown.max(axis=-1).astype(int) - shown.min(axis=-1)).mean()
         print(f"style LoRA at {m}: {share(judge, to_tensor(shown), HIGH_CONTRAST):.1%} high contrast, mean colour "
-              f"{colour:.0f} of 255, {told(retrieve(to_tensor(shown), asked, pictures, rows))}", flush=True)
+              f"{colour:.0f} of 255, {accuracies(retrieve(to_tensor(shown), asked, pictures, rows))}", flush=True)
     cells = [[*(made[m][i] for m in made), grid(pictures[row.index])] for i, row in enumerate(asked[:20])]
     sheet(cells, OUT / "sheets/style-lora.png", row_labels=[row.label for row in asked[:20]],
           column_labels=[*map(str, made), "real"])
 
 
 def judge_concept(models: Models, pictures: Tensor, rows: list[Row], path: Path) -> None:
-    """Without and with the LoRA in each style of the base, over the real drawings; it saw those in CONCEPT_STYLES."""
+    """Compare the concept without and with the LoRA in each style of the base; the LoRA was trained on CONCEPT_STYLES."""
     load_lora_into_models(models, path, "concept")
     asked = [row for row in rows if row.code == CONCEPT_CODE and row.style in BASE]
     made = {m: make(models, [caption(row) for row in asked], lora={"concept": m}) for m in (0.0, 1.0)}

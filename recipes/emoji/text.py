@@ -1,8 +1,8 @@
-"""The emoji model's text encoder, from scratch: it learns to say what a picture looks like, before there is a UNet.
+"""Train the emoji model's text encoder from scratch, to predict what a picture looks like, before there is a UNet.
 
-Stable Diffusion's text encoder knew pictures before its UNet was trained; a UNet that has to teach its own learns for a long
-time what pictures look like and hardly anything of what the words mean. Here a small network draws the latents of a picture
-from its caption alone, in one step: as good as the mean of what the caption may mean, which is blurred, but cheap.
+Stable Diffusion's text encoder was trained on pictures before the UNet. A UNet trained together with a new text encoder learns
+for a long time what pictures look like, and hardly anything of what words mean. Here a small network regresses the latents of
+a picture from its caption in one step. The prediction is a blurred mean over all pictures of a caption, but cheap to train.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from sd.attention import CrossAttention
 from sd.config import ModelConfig
 from sd.model_loader import Models
 from sd.training import TrainConfig
-from sd.training.dataset.batches import Batches, batch_captions, encode_pictures
+from sd.training.dataset.batches import Batches, batch_captions
+from sd.training.dataset.cache import Posteriors
 from sd.training.dataset.contexts import Contexts
 from sd.training.interrupt import asked_to_stop
 from sd.training.optim import autocast, lr_factor, make_optimizer, set_learning_rate
@@ -23,7 +24,7 @@ from sd.training.run_state import Progress, alone_in, load_state, open_folder, r
 
 
 class Drawer(nn.Module):
-    """Context [B, L, D] to latents [B, C, H, W]: each square of the picture asks the text what is in it."""
+    """Context [B, L, D] to latents [B, C, H, W]: each square of the picture attends to the text."""
 
     def __init__(self, config: ModelConfig, width: int = 192, squares: int = 4):
         super().__init__()
@@ -46,7 +47,7 @@ class Drawer(nn.Module):
 
 
 def train_text(config: TrainConfig, models: Models, dataset) -> Drawer:
-    """Train models["clip"] in place, by the squared error of the latents that a Drawer makes of its context."""
+    """Train models["clip"] in place, on the squared error of the latents that a Drawer predicts from its context."""
     torch.manual_seed(config.seed)
     drawer = Drawer(models.config)
     networks = {"clip": models["clip"], "drawer": drawer}
@@ -54,7 +55,7 @@ def train_text(config: TrainConfig, models: Models, dataset) -> Drawer:
                   for name, p in network.train().named_parameters()}
     optimizer, folder = make_optimizer(parameters, config), open_folder(config.out)
     facts = run_facts(config, ("out", "save_every", "progress"), dataset=dataset.fingerprint())
-    latents, _ = encode_pictures(models, dataset)
+    latents, _ = Posteriors(models, dataset)(range(len(dataset)))
     batches, contexts = Batches(dataset, config), Contexts(models, trained=True)
     with alone_in(folder), asked_to_stop() as stop:
         done, losses = load_state(folder, parameters, optimizer, {}, facts), []

@@ -2,13 +2,13 @@
 
     python -m recipes.emoji.train vae         # the autoencoder
     python -m recipes.emoji.train text        # the text encoder, before there is a UNet
-    python -m recipes.emoji.train unet        # UNet and text encoder: has no end, stop it when the pictures are good
-    python -m recipes.emoji.train finish      # their last steps, in which the learning rate falls to 0
-    python -m recipes.emoji.train export      # what `finish` left (`--run unet`: what is learned yet): data/emoji.safetensors
+    python -m recipes.emoji.train unet        # UNet and text encoder: endless, stop it when the pictures are good
+    python -m recipes.emoji.train finish      # their last steps, with the learning rate falling to 0
+    python -m recipes.emoji.train export      # the result of `finish` (`--run unet`: the last save) to data/emoji.safetensors
     python -m recipes.emoji.train style       # the LoRA "high contrast", for the exported model
-    python -m recipes.emoji.train concept     # the LoRA of one emoji that the model has never seen
+    python -m recipes.emoji.train concept     # the LoRA of one emoji that is not in the model's training data
 
-A stage that was stopped goes on when it is run again. `--run NAME --start FILE` trains a checkpoint further.
+A stage that was stopped continues when it is run again. `--run NAME --start FILE` continues from a checkpoint.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sd.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 from sd.files.tensors import read_tensors
 from sd.model_loader import Models, new_models, preload_models_from_standard_weights, save_checkpoint, save_models_lora
 from sd.training import TrainConfig, train
-from sd.training.dataset.batches import encode_pictures
+from sd.training.dataset.cache import Posteriors
 from sd.vae import sample_posterior
 
 MODEL = Path("data/emoji.safetensors")
@@ -38,15 +38,15 @@ LORAS = Path("data/loras")
 START = OUT / "start.safetensors"  # the trained autoencoder beside an untrained UNet and text encoder
 READS = OUT / "reads.safetensors"  # the same with a trained text encoder
 
-# 64 x 64 pixels, latents 16 x 16 x 4. The top level of the UNet is thin and has no attention: its capacity is where it is
-# cheap, at 8 x 8 and 4 x 4. Captions have at most 27 tokens, so the context has 32, not 77.
+# 64 x 64 pixels, latents 16 x 16 x 4. The top level of the UNet is narrow and has no attention: capacity is cheaper at 8 x 8
+# and 4 x 4. Captions have at most 27 tokens, so the context has 32 instead of 77.
 EMOJI = ModelConfig(
     name="emoji",
     clip=CLIPConfig(max_tokens=32, width=96, layers=3, heads=4, mlp_width=768),
     vae=VAEConfig(widths=(16, 32, 96), layers_per_block=1, norm_groups=8),
     unet=UNetConfig(widths=(48, 128, 192), attention=(False, True, True), layers_per_block=1, heads=4, context_width=96,
                     norm_groups=16),
-    prediction="v",  # weighs noisy timesteps, where the prompt decides, more than eps does
+    prediction="v",  # gives noisy timesteps, where the prompt matters, more weight than eps
     image_size=64,
 )
 
@@ -66,14 +66,14 @@ STYLE = TrainConfig(name="emoji-high-contrast", out=str(OUT / "style"), steps=10
 CONCEPT = replace(STYLE, name="emoji-cat-face", out=str(OUT / "concept"), steps=300, rank=4, alpha=4.0,
                   targets=("kohya",), learning_rate=1e-3)
 CONCEPT_CODE, CONCEPT_STYLES = "1F431", ("noto", "twemoji", "fluent-emoji-flat", "emojione")
-SHIFTS = (-2, 0, 2)  # pixels to the right: four drawings become twelve pictures
+SHIFTS = (-2, 0, 2)  # shifts to the right in pixels, which make twelve pictures of four drawings
 MOST = 200  # pictures of the style LoRA
 
 
 # ---- the autoencoder -------------------------------------------------------------------------------------------------
 
 def train_vae(run: str, start: Path | None) -> None:
-    """The autoencoder on all styles, from scratch or from a checkpoint, and START beside it."""
+    """Train the autoencoder on all styles, from scratch or from a checkpoint, and write START."""
     pictures, rows = build(EMOJI.image_size)
     chosen = choose(pictures, [row for row in rows if row.split == "train"])
     models = fresh_models(EMOJI)
@@ -86,10 +86,10 @@ def train_vae(run: str, start: Path | None) -> None:
 
 
 def fresh_models(config: ModelConfig) -> Models:
-    """Untrained networks that start well: small embeddings, and residual branches of the UNet that start at 0."""
+    """Untrained networks with small embeddings, and with residual branches of the UNet that start at 0."""
     models = new_models(config, seed=0)
     for embedding in (models["clip"].token_embedding, models["clip"].position_embedding):
-        embedding.weight.data.mul_(0.02)  # as CLIP starts them; torch's N(0, 1) drowns what the layers add
+        embedding.weight.data.mul_(0.02)  # CLIP's initialisation; torch's N(0, 1) would drown the layers' output
     for path, layer in models["diffusion"].named_modules():
         if path.endswith(("conv2", "proj_out", "conv_out")):
             nn.init.zeros_(layer.weight)
@@ -98,10 +98,10 @@ def fresh_models(config: ModelConfig) -> Models:
 
 
 def sharp_loss(models: Models, pictures: Tensor, noise: Tensor, kl_weight: float) -> Tensor:
-    """As `vae_loss`, with two terms more; pictures: [B, C, H, W].
+    """Like `vae_loss`, with two more terms; pictures: [B, C, H, W].
 
-    A quarter of the absolute error keeps edges sharp. The squared error of the means of 8 x 8 pixels gets the colours of areas
-    right, where those that few emoji have (green, purple) come last.
+    A quarter of the absolute error keeps edges sharp. The squared error of means over 8 x 8 pixels corrects the colours of
+    areas; without it, rare colours (green, purple) are learned last.
     """
     mean, logvar = models["encoder"](pictures)
     rebuilt = models["decoder"](sample_posterior(mean, logvar, noise)).float()
@@ -112,9 +112,9 @@ def sharp_loss(models: Models, pictures: Tensor, noise: Tensor, kl_weight: float
 
 @torch.no_grad()
 def fold_statistics(models: Models, dataset) -> None:
-    """Fold into the VAE's 1x1 convolutions what gives each latent channel mean 0 and, times `config.vae.scale`, variance 1."""
+    """Normalise each latent channel to mean 0 and, times `config.vae.scale`, variance 1, within the VAE's 1x1 convolutions."""
     scale, z = models.config.vae.scale, models.config.vae.latent_channels
-    mean, std = (latents / scale for latents in encode_pictures(models, dataset))
+    mean, std = (latents / scale for latents in Posteriors(models, dataset)(range(len(dataset))))
     middle = mean.mean(dim=(0, 2, 3))
     factor = 1 / (scale * (mean.var(dim=(0, 2, 3)) + std.square().mean(dim=(0, 2, 3))).sqrt())
     quant, post = models["encoder"].quant_conv, models["decoder"].post_quant_conv
@@ -128,28 +128,28 @@ def fold_statistics(models: Models, dataset) -> None:
 # ---- text encoder and UNet -------------------------------------------------------------------------------------------
 
 def base_rows(rows: list[Row]) -> list[Row]:
-    """What the base is trained on."""
+    """The training rows of the base."""
     return [row for row in rows if row.split == "train" and row.style in BASE]
 
 
 def train_text_encoder(run: str) -> None:
-    """The text encoder from scratch, and READS beside it."""
+    """Train the text encoder from scratch, and write READS."""
     pictures, rows = build(EMOJI.image_size)
     models = preload_models_from_standard_weights(START, "cpu", dtype=torch.float32)
     train_text(replace(TEXT, out=str(OUT / run)), models, choose(pictures, base_rows(rows)))
-    models.source = None  # they are no longer what that file holds
+    models.source = None  # the models no longer match that file
     save_checkpoint(models, READS)
 
 
 def train_unet(run: str, start: Path | None) -> None:
-    """The UNet from scratch, or from an exported model; the state in out/emoji/`run` goes on where it was."""
+    """Train the UNet from scratch or from an exported model, or resume the run in out/emoji/`run`."""
     pictures, rows = build(EMOJI.image_size)
     models = preload_models_from_standard_weights(start or READS, "cpu", dtype=torch.float32)
     train(replace(UNET, out=str(OUT / run)), models, choose(pictures, base_rows(rows)))
 
 
 def finish_unet(run: str, begun: str, start: Path | None = None) -> None:
-    """The last steps of what the run `begun` (from the checkpoint `start`) has learned; it must not go on while these last."""
+    """Train the last steps, from the last save of the run `begun` (from the checkpoint `start`), which must not be running."""
     models, _ = latest(begun, start)
     pictures, rows = build(models.config.image_size)
     train(replace(FINISH, out=str(OUT / run)), models, choose(pictures, base_rows(rows)))
@@ -167,9 +167,9 @@ def export(run: str, to: Path, start: Path | None = None) -> None:
 
 @torch.no_grad()
 def latest(run: str, start: Path | None = None) -> tuple[Models, dict[str, str]]:
-    """The models as `unet` or `finish` would leave them if it ended at its last save, and how they were made.
+    """(the models with the moving average of the run's last save, metadata about their training).
 
-    `start` is the checkpoint that the run started from, of which the autoencoder is; None is START.
+    `start` is the checkpoint that the run started from, which has the autoencoder; None is START.
     """
     models = preload_models_from_standard_weights(start or START, "cpu", dtype=torch.float32)
     state = read_tensors(OUT / run / "state.safetensors")
@@ -178,7 +178,7 @@ def latest(run: str, start: Path | None = None) -> tuple[Models, dict[str, str]]
             component, parameter = name.removeprefix("ema/").split(".", 1)
             models[component].get_parameter(parameter).copy_(value)
     steps = json.loads(state.metadata["progress"])["step"]
-    models.source = None  # they are no longer what that file holds
+    models.source = None  # the models no longer match that file
     return models, {"sdlora.training": state.metadata["facts"], "sdlora.steps": str(steps)}
 
 
@@ -191,25 +191,25 @@ LICENCE = {
 # ---- LoRAs -----------------------------------------------------------------------------------------------------------
 
 def style_rows(rows: list[Row]) -> list[Row]:
-    """MOST pictures of the high-contrast set outside the held-out concepts, always the same."""
+    """A fixed selection of MOST pictures of the high-contrast set, without held-out concepts."""
     rows = [row for row in rows if row.style == HIGH_CONTRAST and row.split == "train"]
     chosen = np.random.default_rng(0).permutation(len(rows))[:MOST]
     return [rows[i] for i in sorted(chosen)]
 
 
 def concept_rows(rows: list[Row]) -> list[Row]:
-    """Drawings of the concept that the base never saw; the other styles are left for the LoRA to find."""
+    """Drawings of the concept, which the base has not seen, in some styles; the LoRA has to generalise to the others."""
     return [row for row in rows if row.code == CONCEPT_CODE and row.style in CONCEPT_STYLES]
 
 
 def shifted(pictures: Tensor, pixels: int) -> Tensor:
-    """uint8 [N, 3, H, W] moved to the right, on white."""
+    """Shift uint8 [N, 3, H, W] to the right; padding is white."""
     width = pictures.shape[-1]
     return F.pad(pictures, (max(pixels, 0), max(-pixels, 0)), value=255)[..., max(-pixels, 0):][..., :width]
 
 
 def train_lora(config: TrainConfig, dataset: EmojiSet, model: Path, to: Path) -> None:
-    """A LoRA on the exported model as it ships, rounded to fp16."""
+    """Train a LoRA on the released model, which is rounded to fp16."""
     models = preload_models_from_standard_weights(model, "cpu", dtype=torch.float32)
     models = train(config, models, dataset)
     made = read_tensors(Path(config.out, f"{config.name}.safetensors")).metadata
@@ -221,7 +221,7 @@ def train_lora(config: TrainConfig, dataset: EmojiSet, model: Path, to: Path) ->
 
 
 def train_style(model: Path, to: Path) -> None:
-    """Black and white with hatching; half of the captions name the style, so that the LoRA acts with and without."""
+    """Train the high-contrast LoRA; half of the captions name the style, so that the LoRA works with and without it."""
     pictures, rows = build(EMOJI.image_size)
     chosen = style_rows(rows)
     texts = [(caption(row), caption(row, style=False)) for row in chosen]
@@ -229,7 +229,7 @@ def train_style(model: Path, to: Path) -> None:
 
 
 def train_concept(model: Path, to: Path) -> None:
-    """One emoji that the base never saw, from twelve pictures of it in four styles."""
+    """Train a LoRA of one emoji that the base has not seen, on twelve pictures in four styles."""
     pictures, rows = build(EMOJI.image_size)
     chosen = concept_rows(rows)
     drawn = pictures[[row.index for row in chosen]]

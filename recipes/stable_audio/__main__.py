@@ -1,4 +1,4 @@
-"""The whole way on the command line: base, train, sample, merge. See README.md beside this file."""
+"""Command line of the recipe: base, train, sample, merge. See README.md in this folder."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ def base(config: Path = CONFIG, out: Path = BASE, *, steps: int | None = None) -
     """Train a small model from random weights on sine tones."""
     options = _prepared(config, out, "base", steps=steps)
     model = audio.new_model(options)
-    _tell(train_base(model, options))
+    _print_losses(train_base(model, options))
     audio.save_model(model, out)
     print(out)
 
 
 def train(config: Path = CONFIG, model: Path = BASE, out: Path = LORA, *, steps: int | None = None, dora: bool = False,
           relora_every: int | None = None, quantize: Literal["nf4", "nf4-double", "int8", "fp8"] | None = None) -> None:
-    """Train the LoRA of the config: with a magnitude (DoRA), with restarts (ReLoRA), on a base in few bits (QLoRA)."""
+    """Train the LoRA of the config; optionally DoRA, ReLoRA (with restarts) or QLoRA (on a quantised base)."""
     options = _prepared(config, out, "training", model, steps=steps, relora_every=relora_every, quantize=quantize)
     if dora:
         options["lora"] = options.get("lora", {}) | {"weight_decompose": True}
     network = audio.load_model(model)
-    _tell(train_lora(network, options))
+    _print_losses(train_lora(network, options))
     save_lora_weights(network, out)
     print(out)
 
 
 def sample(model: Path = BASE, out: Path = OUT / "tone.wav", *, lora: Path | None = None, multiplier: float = 1.0,
            scale: float = 1.0, pitch: int = 2, seconds: float = 1.0, seed: int = 0) -> None:
-    """Write the tone of a pitch, which counts 250 Hz; tell how loud its harmonics are. Scale: alpha / rank of a LoRAW file."""
+    """Write a tone of pitch x 250 Hz and print the amplitudes of its harmonics. Scale: alpha / rank of a LoRAW file."""
     if pitch not in PITCHES:
         raise ValueError(f"pitch is {pitch}; allowed: {PITCHES.start} to {PITCHES.stop - 1}")
     if not PATCH / RATE <= seconds <= 60:
@@ -63,7 +63,7 @@ def sample(model: Path = BASE, out: Path = OUT / "tone.wav", *, lora: Path | Non
 
 def merge(model: Path = BASE, lora: Path = LORA, out: Path = OUT / "merged.safetensors", *, multiplier: float = 1.0,
           scale: float = 1.0) -> None:
-    """Merge a LoRA into the weights for good: a model as `base` writes it. Scale: alpha / rank of a LoRAW file."""
+    """Merge a LoRA into the weights and write a model like that of `base`. Scale: alpha / rank of a LoRAW file."""
     _ready(out, model, lora)
     network = audio.load_model(model)
     print(audio.load_lora(network, lora, multiplier=multiplier, scale=scale))
@@ -72,7 +72,7 @@ def merge(model: Path = BASE, lora: Path = LORA, out: Path = OUT / "merged.safet
 
 
 def _prepared(config: Path, out: Path, section: str, *sources: Path, **given) -> dict:
-    """The config with what the command line gives in one section."""
+    """Read the config, with values from the command line in one section."""
     _ready(out, config, *sources)
     options = read_config(config)
     if not isinstance(options.get(section, {}), dict):
@@ -88,14 +88,14 @@ def _ready(out: Path, *sources: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
 
 
-def _tell(losses: list[float]) -> None:
+def _print_losses(losses: list[float]) -> None:
     n = max(1, len(losses) // 10)
     print(f"{len(losses)} steps: loss {sum(losses[:n]) / n:.4f} at first, {sum(losses[-n:]) / n:.4f} at last")
 
 
 def main(words: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    torch.set_num_threads(1)  # the sums of several threads differ in the last bit
+    torch.set_num_threads(1)  # several threads would sum in another order
     try:
         tyro.extras.subcommand_cli_from_dict({f.__name__: f for f in (base, train, sample, merge)}, args=words,
                                              prog="python -m recipes.stable_audio")

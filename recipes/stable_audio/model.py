@@ -1,4 +1,4 @@
-"""Stable Audio's diffusion transformer, of diffusers or of stable-audio-tools, behind one call; its loss, samples and files.
+"""Stable Audio's diffusion transformer, from diffusers or stable-audio-tools, with one interface; loss, sampling and files.
 
 Legend: B sounds, N latents in time, t in 0..1 with alpha = cos(t pi / 2) and sigma = sin(t pi / 2).
 """
@@ -22,12 +22,12 @@ from sd.lora import LoadReport, load_lora_weights
 from sd.lora_files.read import open_lora
 from sd.sampling.samplers import sample_dpmpp_2m
 
-KINDS = 8  # pitches are told as one of so many
+KINDS = 8  # size of the one-hot vector of a pitch
 HEADER = "stable_audio"
 
 
 class DiffusersAudio(nn.Module):
-    """diffusers' StableAudioDiTModel under the name that pipelines give it: `transformer`."""
+    """diffusers' StableAudioDiTModel, under the name it has in pipelines: `transformer`."""
 
     def __init__(self, **options):
         super().__init__()
@@ -36,16 +36,16 @@ class DiffusersAudio(nn.Module):
                                                global_states_input_dim=1, **options)
 
     def forward(self, x: Tensor, t: Tensor, pitch: Tensor) -> Tensor:
-        """v [B, PATCH, N] of x [B, PATCH, N] at t [B] for the pitches [B]."""
+        """Predict v [B, PATCH, N] from x [B, PATCH, N] at t [B] for pitches [B]."""
         from diffusers.models.embeddings import get_1d_rotary_pos_embed
         tokens, seconds = conditions(pitch, x)
         rotary = get_1d_rotary_pos_embed(self.transformer.config.attention_head_dim // 2, x.shape[2] + 1, use_real=True,
-                                         repeat_interleave_real=False)  # + 1: the place of `seconds`
+                                         repeat_interleave_real=False)  # + 1: the position of `seconds`
         return self.transformer(x, t, tokens, seconds[:, None], rotary, return_dict=False)[0]
 
 
 class ToolsAudio(nn.Module):
-    """stable-audio-tools' DiffusionTransformer, whose blocks lie in its own `transformer`."""
+    """stable-audio-tools' DiffusionTransformer, whose blocks are in its attribute `transformer`."""
 
     def __init__(self, **options):
         super().__init__()
@@ -53,7 +53,7 @@ class ToolsAudio(nn.Module):
         self.model = DiffusionTransformer(io_channels=PATCH, cond_token_dim=KINDS, global_cond_dim=1, **options)
 
     def forward(self, x: Tensor, t: Tensor, pitch: Tensor) -> Tensor:
-        """As DiffusersAudio's."""
+        """Like DiffusersAudio.forward."""
         tokens, seconds = conditions(pitch, x)
         return self.model(x, t, cross_attn_cond=tokens, global_embed=seconds, use_checkpointing=False)
 
@@ -62,13 +62,13 @@ LIBRARIES = {"diffusers": DiffusersAudio, "stable_audio_tools": ToolsAudio}
 
 
 def conditions(pitch: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What stands for the prompt, [B, 1, KINDS], and for the length in seconds, [B, 1]."""
+    """(tokens in place of a prompt [B, 1, KINDS], length in seconds [B, 1])."""
     seconds = x.shape[2] * PATCH / RATE
     return KINDS * F.one_hot(pitch, KINDS)[:, None].to(x.dtype), x.new_full((len(x), 1), seconds)
 
 
 def new_model(config: Mapping, seed: int = 0) -> nn.Module:
-    """A network with random weights: config["library"] is one of LIBRARIES, config["model"] holds its options."""
+    """A network with random weights: config["library"] is one of LIBRARIES, config["model"] has its options."""
     library = config.get("library", "diffusers")
     if library not in LIBRARIES:
         raise ValueError(f"library is {library!r}; allowed: {', '.join(LIBRARIES)}")
@@ -85,12 +85,12 @@ def new_model(config: Mapping, seed: int = 0) -> nn.Module:
 
 
 def save_model(model: nn.Module, path: str | os.PathLike) -> None:
-    """Write a model without adapters, its config in the header; atomic."""
+    """Write a model without adapters atomically, with its config in the header."""
     write_safetensors(path, model.state_dict(), {HEADER: json.dumps(model.config)})
 
 
 def load_model(path: str | os.PathLike) -> nn.Module:
-    """A model of `save_model`, frozen. Raises CheckpointError for another file."""
+    """Load a model that `save_model` wrote, frozen. Raises CheckpointError for any other file."""
     file = read_tensors(path)
     if HEADER not in file.metadata:
         raise CheckpointError(f"{path}: is no model of this recipe; `python -m recipes.stable_audio base` makes one")
@@ -102,14 +102,14 @@ def load_model(path: str | os.PathLike) -> nn.Module:
 # ---- diffusion -----------------------------------------------------------------------------------------------------------
 
 def v_loss(model: nn.Module, x0: Tensor, noise: Tensor, t: Tensor, pitch: Tensor) -> Tensor:
-    """Mean square error of v = alpha noise - sigma x0 (Salimans and Ho 2022), as stable-audio-tools trains it; t [B]."""
+    """Mean squared error of v = alpha noise - sigma x0 (Salimans and Ho 2022), as in stable-audio-tools; t [B]."""
     alpha, sigma = (f(t * math.pi / 2)[:, None, None] for f in (torch.cos, torch.sin))
     return F.mse_loss(model(alpha * x0 + sigma * noise, t, pitch), alpha * noise - sigma * x0)
 
 
 @torch.no_grad()
 def sample(model: nn.Module, noise: Tensor, pitch: Tensor, steps: int = 20) -> Tensor:
-    """Latents from N(0, 1) noise [B, PATCH, N]. In VE scale sigma is tan(t pi / 2), so t begins a little below 1."""
+    """Sample latents from N(0, 1) noise [B, PATCH, N]. In VE scale sigma is tan(t pi / 2), so t starts slightly below 1."""
     t = torch.linspace(0.98, 0, steps + 1, dtype=torch.float64)
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
@@ -124,7 +124,7 @@ def sample(model: nn.Module, noise: Tensor, pitch: Tensor, steps: int = 20) -> T
 
 # ---- LoRAs ---------------------------------------------------------------------------------------------------------------
 
-# Modules of stable-audio-tools, in which LoRAW's files speak, and their names in diffusers; q, k, v stay fused here.
+# Module names of stable-audio-tools, which LoRAW's files use, and those of diffusers; q, k, v stay fused here.
 NAMES = [(re.compile(theirs), ours) for theirs, ours in (
     (r"^(model/)*(?=to_|transformer/|pre|post)", ""), (r"^transformer/layers/", "transformer_blocks/"),
     (r"^transformer/project_", "proj_"), (r"/self_attn/", "/attn1/"), (r"/cross_attn/", "/attn2/"), (r"/to_out/", "/to_out/0/"),
@@ -134,10 +134,10 @@ NAMES = [(re.compile(theirs), ours) for theirs, ours in (
 
 def load_lora(model: nn.Module, path: str | os.PathLike, name: str = "default", multiplier: float = 1.0,
               scale: float = 1.0) -> LoadReport:
-    """Attach a LoRA of this recipe, of LoRAW, or of any program that keeps module paths; see `sd.lora.load_lora_weights`.
+    """Attach a LoRA of this recipe, of LoRAW, or of any program that uses module paths; see `sd.lora.load_lora_weights`.
 
-    `scale` is alpha / rank of LoRAW's config, which its files do not hold; ValueError where another file has its own. It
-    belongs within the norm of DoRA, so it is no factor of `multiplier`.
+    `scale` is alpha / rank of LoRAW's config, which its files do not include. It is not the same as `multiplier`, since it
+    goes into the norm of DoRA. Raises ValueError if it is given for another file, which has its own.
     """
     file, _ = open_lora(path)
     if not all("/" in key for key in file):

@@ -1,6 +1,6 @@
-"""Tones to learn from: made waveforms, patches of them as latents, .wav files, and what a spectrum says of a tone.
+"""Synthetic tones: waveforms, their patches as latents, .wav files, and the amplitudes of harmonics.
 
-Legend: B sounds, S samples at RATE, N = S / PATCH patches, which are PATCH channels of N latents.
+Legend: B sounds, S samples at RATE, N = S / PATCH patches, i.e. N latents with PATCH channels.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from sd.files.atomic import atomic_write
 
-RATE, PATCH = 8000, 32  # so a patch is one period of 250 Hz
-PITCHES = range(1, 5)  # in periods of a patch: 250 to 1000 Hz
-SOUNDS = {"sine": (1,), "octave": (2,), "square": (1, 3, 5, 7)}  # the harmonics that sound, each as loud as 1 / its number
+RATE, PATCH = 8000, 32  # a patch is one period of 250 Hz
+PITCHES = range(1, 5)  # in periods per patch: 250 to 1000 Hz
+SOUNDS = {"sine": (1,), "octave": (2,), "square": (1, 3, 5, 7)}  # harmonics of each sound, with amplitudes 1 / their number
 
 
 def tones(sound: str, pitch: Tensor, phase: Tensor, samples: int) -> Tensor:
-    """Waveforms [B, S], the lowest harmonic 0.8 loud. pitch [B]: whole periods of a patch, phase [B]: in turns.
+    """Waveforms [B, S] whose lowest harmonic has amplitude 0.8. pitch [B]: periods per patch, phase [B]: in turns.
 
-    Harmonics that RATE cannot hold are left out.
+    Harmonics above the Nyquist frequency are left out.
     """
     n = torch.arange(samples, dtype=torch.float64)
     turns = pitch[:, None] * n / PATCH + phase[:, None]  # [B, S]
@@ -34,7 +34,7 @@ def tones(sound: str, pitch: Tensor, phase: Tensor, samples: int) -> Tensor:
 
 
 def to_latents(wave: Tensor) -> Tensor:
-    """[B, S] -> [B, PATCH, N], without a loss: what stable-audio-tools calls a patched pretransform."""
+    """[B, S] -> [B, PATCH, N], lossless: the patched pretransform of stable-audio-tools."""
     return wave.unflatten(-1, (-1, PATCH)).mT.contiguous()
 
 
@@ -44,14 +44,14 @@ def to_wave(latents: Tensor) -> Tensor:
 
 
 def harmonics(wave: Tensor, pitch: int, highest: int = 7) -> Tensor:
-    """Amplitudes [B, highest] of the fundamental and its harmonics, of whole patches [B, S]."""
+    """Amplitudes [B, highest] of the fundamental and its harmonics in whole patches [B, S]."""
     spectrum = torch.fft.rfft(wave.double()).abs() * 2 / wave.shape[-1]
     bins = pitch * wave.shape[-1] // PATCH * torch.arange(1, highest + 1)
     return torch.where(bins < spectrum.shape[-1], spectrum[:, bins.clamp(max=spectrum.shape[-1] - 1)], 0.0)
 
 
 def write_wav(path: str | os.PathLike, samples: Tensor) -> None:
-    """One waveform [S] in -1..1 as 16 bits, mono; the file is replaced at once or not at all."""
+    """Write a waveform [S] in -1..1 as 16-bit mono, atomically."""
     with atomic_write(path) as file, wave.open(file, "wb") as sound:
         sound.setnchannels(1)
         sound.setsampwidth(2)

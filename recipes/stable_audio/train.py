@@ -1,4 +1,4 @@
-"""Training: a base that sings sines, and a LoRA by LoRAW's config that lets every tone sound an octave higher."""
+"""Training: a base model of sine tones, and a LoRA, from LoRAW's config, that raises every tone by an octave."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from sd.training.relora import adapters_in_training, attach_merged, fold, restar
 SECTIONS = ("library", "model", "base", "training", "lora")
 OPTIONS = ("steps", "batch_size", "learning_rate", "schedule", "warmup", "weight_decay", "clip_norm", "seed", "quantize",
            "relora_every", "relora_warmup", "relora_save", "relora_rank")  # of a TrainConfig
-PATCHES = 32  # that a training sound has: 0.128 seconds
+PATCHES = 32  # of a training sound: 0.128 seconds
 
 
 def read_config(path: str | os.PathLike) -> dict:
-    """A config in JSON, with LoRAW's `lora` section. Raises ValueError for another file, and for unknown sections."""
+    """Read a JSON config with LoRAW's `lora` section. Raises ValueError if it is not one, or has unknown sections."""
     with open(path, encoding="utf-8") as file:
         try:
             config = json.load(file)
@@ -39,7 +39,7 @@ def read_config(path: str | os.PathLike) -> dict:
 
 
 def settings(section: Mapping, **more) -> tuple[TrainConfig, str]:
-    """What the section `base` or `training` says of the run, and the sound to learn. Raises ValueError for anything else."""
+    """(options of the run, sound to learn) from the section `base` or `training`. Raises ValueError for unknown options."""
     options = dict(section)
     sound = options.pop("sound", "sine")
     if sound not in SOUNDS:
@@ -47,7 +47,7 @@ def settings(section: Mapping, **more) -> tuple[TrainConfig, str]:
     if unknown := [key for key in options if key not in OPTIONS]:
         raise ValueError(f"training option {unknown[0]!r} is unknown; allowed: sound, {', '.join(OPTIONS)}")
     if options.get("relora_every"):
-        options = {"relora_save": "svd"} | options  # a LoRA again, of all the ranks that it went through: exact
+        options = {"relora_save": "svd"} | options  # saves a LoRA with the sum of all ranks, which is exact
     try:
         return TrainConfig(**options | more), sound
     except TypeError as error:
@@ -60,12 +60,12 @@ def micro_batch(sound: str, config: TrainConfig, n: int) -> tuple[Tensor, Tensor
     order, when, what = (torch_rng(config.seed, stream, n) for stream in ("order", "timestep", "noise"))
     pitch = torch.randint(PITCHES.start, PITCHES.stop, (B,), generator=order)
     x0 = to_latents(tones(sound, pitch, torch.rand(B, generator=order), PATCHES * PATCH))
-    t = ((torch.arange(B) + torch.rand(B, generator=when)) / B).sqrt()  # more of them near 1, where the pitch is decided
+    t = ((torch.arange(B) + torch.rand(B, generator=when)) / B).sqrt()  # more of them near 1, where the pitch is determined
     return x0, torch.randn(x0.shape, generator=what), t, pitch
 
 
 def learn(model: nn.Module, groups: list[dict], sound: str, config: TrainConfig) -> list[float]:
-    """AdamW on the v-objective; returns the loss of each step."""
+    """Train with AdamW on the v objective; returns the loss of each step."""
     groups = [{"initial_lr": group.get("lr", config.learning_rate), **group} for group in groups]
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
     parameters, losses = [p for group in groups for p in group["params"]], []
@@ -86,7 +86,7 @@ def learn(model: nn.Module, groups: list[dict], sound: str, config: TrainConfig)
 
 
 def train_base(model: nn.Module, config: Mapping) -> list[float]:
-    """Train all weights by config["base"]; returns the losses."""
+    """Train all weights with the options in config["base"]; returns the losses."""
     options, sound = settings(config.get("base", {}))
     losses = learn(model.requires_grad_(True), [{"params": list(model.parameters())}], sound, options)
     model.requires_grad_(False)
@@ -94,9 +94,9 @@ def train_base(model: nn.Module, config: Mapping) -> list[float]:
 
 
 def train_lora(model: nn.Module, config: Mapping, name: str = "default") -> list[float]:
-    """Train the adapter `name` that config["lora"] describes, by config["training"]; it is active afterwards.
+    """Train the adapter `name` of config["lora"] with the options in config["training"]; it is active afterwards.
 
-    `weight_decompose` is DoRA, `relora_every` ReLoRA, `quantize` a base in few bits. Returns the losses.
+    `weight_decompose` is DoRA, `relora_every` ReLoRA, `quantize` QLoRA. Returns the losses.
     """
     lora = config.get("lora")
     if not isinstance(lora, Mapping):

@@ -70,3 +70,8 @@ def headed(name: str, tensor: Tensor) -> tuple[str, Tensor]:
 def tensor_bytes_hash(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256, in hex, of the bytes that `write_safetensors` writes after the header."""
     return digest(tensors[name] for name in written_order(tensors))
+
+
+def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256, in hex, of names, shapes, dtypes and values, in the order of the names."""
+    return digest(part for name in sorted(tensors) for part in headed(name, tensors[name]))

@@ -1,4 +1,4 @@
-"""Training: a loop on one screen (loop.py) and its parts. Nothing that generates pictures imports it."""
+"""Training: a loop on one screen (loop.py) and its parts. Nothing that generates pictures imports this package."""
 
 from sd.training.config import TrainConfig
 from sd.training.dataset.pictures import PictureFolder, PictureSet

@@ -1,4 +1,4 @@
-"""Options of a training from a file: TOML, JSON or YAML, flat or in sections; LoRAW's `lora` section too."""
+"""Training options from a TOML, JSON or YAML file, flat or in sections; also LoRAW's `lora` section."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from sd.training.config import TrainConfig
 from sd.training.errors import TrainError
 
 SECTIONS = ("data", "model", "lora", "objective", "optimizer", "training", "samples", "run")
-# Of LoRAW's section: the name that it has there -> ours. Its multiplier and component_whitelist are no single field.
+# Names in LoRAW's section -> ours. Its multiplier and component_whitelist have no single counterpart.
 LORAW = {"lr": "learning_rate", "weight_decompose": "dora"}
 NETWORKS = {"unet": "unet", "diffusion": "unet", "text_encoder": "text_encoder", "clip": "text_encoder"}
 
 
 def read_config(path: str | Path) -> dict[str, object]:
-    """Field of TrainConfig -> its value, as `TrainConfig(**read_config("train.toml"))` takes them.
+    """Field of TrainConfig -> value, to be used as `TrainConfig(**read_config("train.toml"))`.
 
-    A section (SECTIONS) only groups its fields. Raises TrainError that names the file and what is wrong in it: an unknown
-    name, a field in two places, a value of another kind.
+    Sections (SECTIONS) only group fields. Raises TrainError, with the file's name, for an unknown option, an option given
+    twice, or a value of the wrong type.
     """
     values: dict[str, object] = {}
     for key, value in parse(path).items():
@@ -39,7 +39,7 @@ def read_config(path: str | Path) -> dict[str, object]:
 
 
 def train_options(values: Mapping[str, object], where: str | Path) -> dict[str, object]:
-    """The same with values as the fields of TrainConfig have them. Raises TrainError that begins with `where`."""
+    """Convert values to the types of TrainConfig's fields. Raises TrainError, starting with `where`, as `read_config` does."""
     kinds, found = get_type_hints(TrainConfig), {}
     for name, value in values.items():
         if name not in kinds:
@@ -50,7 +50,7 @@ def train_options(values: Mapping[str, object], where: str | Path) -> dict[str, 
 
 
 def config_flags(values: Mapping[str, object]) -> list[str]:
-    """The same on the command line."""
+    """The same options as flags of the command line."""
     words: list[str] = []
     for name, value in values.items():
         flag = name.replace("_", "-")
@@ -93,7 +93,7 @@ def _yaml(text: str) -> object:
 
 
 def _from_loraw(section: dict[str, object], path: str | Path) -> dict[str, object]:
-    """LoRAW's names as ours: `multiplier` is a factor of alpha; `component_whitelist` names networks, or layers of them."""
+    """Translate LoRAW's options: `multiplier` is a factor of alpha; `component_whitelist` has networks, or layers in them."""
     found = {LORAW.get(name, name): value for name, value in section.items()}
     if "multiplier" in found:
         alpha = _of_kind(found.get("alpha", TrainConfig.alpha), float, f"{path}: alpha")
@@ -109,7 +109,7 @@ def _from_loraw(section: dict[str, object], path: str | Path) -> dict[str, objec
 
 
 def _of_kind(value: object, kind, where: str) -> object:
-    """The value as its field has it: lists become tuples, whole numbers floats. Raises TrainError for another kind."""
+    """Convert a value to a field's type: lists to tuples, integers to floats. Raises TrainError for any other type."""
     options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     if value is None and type(None) in options:
         return None
@@ -129,7 +129,7 @@ def _of_kind(value: object, kind, where: str) -> object:
         raise TrainError(f"{where} is {value!r}; it must be a list")
     if kind is float and not isinstance(value, bool):
         try:
-            return float(value)  # YAML reads 1e-4, without a point, as a text
+            return float(value)  # YAML reads 1e-4, without a point, as a string
         except (TypeError, ValueError):
             pass
     elif type(value) is kind:

@@ -1,8 +1,8 @@
-"""Several processes that train together, as torchrun starts them; with one process everything here does nothing.
+"""Data-parallel training in several processes (ranks), as torchrun starts them; a no-op with a single process.
 
-Every process holds the same weights and computes its share of each step's micro-batches; the sums of their gradients are the
-same everywhere, so each makes the same step. Process 0, the chief, alone writes. With `shard` (FSDP2) a process holds a part
-of each trained weight, of its gradient and of the optimizer's state.
+All ranks have the same weights. Each computes its share of a step's micro-batches; gradients are summed over the ranks, so
+that all take the same step. Only rank 0 writes files. With `shard` (FSDP2) a rank has a part of each trained weight, of its
+gradient and of the optimizer's state.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from sd.files.hashes import digest
 from sd.training.errors import ProcessError
 
-STEP = timedelta(minutes=30)  # the longest that one process waits for another within a step
-WORK = timedelta(days=2)  # and while a cache is filled, or a file is written
-_groups: dict[str, dist.ProcessGroup] = {}  # on the CPU, inside `processes`
+STEP = timedelta(minutes=30)  # the longest wait of one rank for another within a step
+WORK = timedelta(days=2)  # and while a cache is filled or a file is written
+_groups: dict[str, dist.ProcessGroup] = {}  # on the CPU; empty outside of `processes`
 _joined = count()
 
 
@@ -35,9 +35,9 @@ _joined = count()
 
 @contextmanager
 def processes() -> Iterator[None]:
-    """Inside, the processes that torchrun started are joined, each on a GPU of its own if there are any.
+    """Join the processes that torchrun started, each on its own GPU if there are any, for the duration of the block.
 
-    A group that the caller has made is used. What a lost process makes of the others is a ProcessError.
+    A process group that the caller has initialised is used. Raises ProcessError if another process is lost.
     """
     if _groups or int(os.environ.get("WORLD_SIZE", "1")) == 1 and not (dist.is_available() and dist.is_initialized()):
         yield
@@ -47,8 +47,8 @@ def processes() -> Iterator[None]:
         if ours:
             _join()
         _groups.update(step=dist.new_group(backend="gloo", timeout=STEP), work=dist.new_group(backend="gloo", timeout=WORK))
-        if threading.current_thread() is threading.main_thread():  # torchrun's word when a process was lost
-            former = signal.signal(signal.SIGTERM, _told_to_end)
+        if threading.current_thread() is threading.main_thread():  # torchrun sends it when a process was lost
+            former = signal.signal(signal.SIGTERM, _on_sigterm)
         yield
         wait()
         failed = False
@@ -61,7 +61,7 @@ def processes() -> Iterator[None]:
         _groups.clear()
         if former is not None:
             signal.signal(signal.SIGTERM, former)
-        if dist.is_initialized() and not (failed and torch.cuda.is_available()):  # NCCL may wait for the lost one
+        if dist.is_initialized() and not (failed and torch.cuda.is_available()):  # NCCL might wait for the lost process
             for group in groups:
                 dist.destroy_process_group(group)
 
@@ -75,12 +75,12 @@ def _join() -> None:
         torch.cuda.set_device(local)
         options = {"backend": "cpu:gloo,cuda:nccl", "device_id": torch.device("cuda", local)}
     store, rank, size = next(dist.rendezvous("env://"))
-    # torchrun's store still holds the addresses of processes that ended: a prefix for each start, and each group of one.
+    # torchrun's store keeps the addresses of processes that ended: hence a prefix for each start and each group.
     store = dist.PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}.{next(_joined)}", store)
     dist.init_process_group(store=store, rank=rank, world_size=size, timeout=STEP, **options)
 
 
-def _told_to_end(number, frame):
+def _on_sigterm(number, frame):
     raise _lost()
 
 
@@ -91,23 +91,32 @@ def _lost() -> ProcessError:
 
 
 def world() -> int:
-    """How many processes train together."""
+    """The number of ranks."""
     return dist.get_world_size() if _groups else 1
 
 
-def chief() -> bool:
-    """Whether this is the process that writes."""
-    return not _groups or dist.get_rank() == 0
+def rank() -> int:
+    return dist.get_rank() if _groups else 0
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, the one that writes files."""
+    return rank() == 0
+
+
+def is_joined() -> bool:
+    """Whether there is a process group, be it of a single process."""
+    return bool(_groups)
 
 
 def wait() -> None:
-    """Until all processes are here: after what the chief does alone."""
+    """A barrier, after what rank 0 does alone."""
     if _groups:
         dist.barrier(group=_groups["work"])
 
 
-def of_chief(value: bool) -> bool:
-    """What the chief has as `value`: of a question whose answer may differ by the time that each process asks it."""
+def from_rank0(value: bool) -> bool:
+    """Broadcast rank 0's answer, so that all ranks take the same branch."""
     if not _groups:
         return value
     answer = torch.tensor(int(value))
@@ -116,12 +125,12 @@ def of_chief(value: bool) -> bool:
 
 
 def devices() -> list[int]:
-    """The GPU of this process, for `torch.random.fork_rng`, which else wakes all of the machine."""
+    """This rank's GPU, for `torch.random.fork_rng`, which would initialise every GPU of the machine by default."""
     return [torch.cuda.current_device()] if torch.cuda.is_available() else []
 
 
 def check_accumulate(accumulate: int) -> None:
-    """Raises ProcessError unless each step's micro-batches are shared out evenly."""
+    """Raises ProcessError unless the micro-batches of a step divide evenly among the ranks."""
     n = world()
     if accumulate % n:
         raise ProcessError(f"accumulate is {accumulate} with {n} processes; it is the number of micro-batches in an optimizer "
@@ -129,57 +138,57 @@ def check_accumulate(accumulate: int) -> None:
 
 
 def check_same(parameters: Mapping[str, nn.Parameter], **facts: object) -> None:
-    """Raises ProcessError, in all processes alike, when a fact (as JSON) or the trained weights differ between them."""
+    """Raises ProcessError, on all ranks, if a fact (as JSON) or the trained weights differ between ranks."""
     if not _groups:
         return
-    facts |= {"trained weights": digest(p for p in parameters.values() if not _sharded(p))[:16]}
+    facts |= {"trained weights": digest(p for p in parameters.values() if not is_sharded(p))[:16]}
     found: list = [None] * world()
     dist.all_gather_object(found, (socket.gethostname(), json.loads(json.dumps(facts))), group=_groups["step"])
     first_host, first = found[0]
-    for rank, (host, other) in enumerate(found):
+    for number, (host, other) in enumerate(found):
         differs = [f"{key} is {other.get(key)!r} there, {first.get(key)!r} here" for key in {**first, **other}
                    if first.get(key) != other.get(key)]
         if differs:
-            raise ProcessError(f"process {rank} on {host} differs from process 0 on {first_host}: {'; '.join(differs)}; all "
+            raise ProcessError(f"process {number} on {host} differs from process 0 on {first_host}: {'; '.join(differs)}; all "
                                f"need the same data, out folder, program and kind of device")
 
 
 # ---- the work of a step ----------------------------------------------------------------------------------------------
 
-def own_numbers(step: int, accumulate: int) -> range:
-    """The micro-batches that this process computes of a step's: one of every `world()`, by their number in the whole run."""
-    return range(step * accumulate, (step + 1) * accumulate)[dist.get_rank() if _groups else 0::world()]
+def own_micro_batches(step: int, accumulate: int) -> range:
+    """The micro-batches of a step that this rank computes, every `world()`-th, by their numbers in the whole run."""
+    return range(step * accumulate, (step + 1) * accumulate)[rank()::world()]
 
 
-def own_first(items: Sequence) -> Iterator:
-    """This process's share of the items and, when all have done theirs, the rest: it finds done what they leave on disk."""
+def own_share_first(items: Sequence) -> Iterator:
+    """This rank's share of the items and then, after a barrier, the rest, whose results the other ranks have left on disk."""
     if not _groups:
         yield from items
         return
-    mine = range(dist.get_rank(), len(items), world())
+    mine = range(rank(), len(items), world())
     yield from (items[i] for i in mine)
     wait()
     yield from (item for i, item in enumerate(items) if i not in mine)
 
 
 @torch.no_grad()
-def add_up(parameters: Iterable[nn.Parameter], loss: Tensor, stop: bool) -> tuple[Tensor, bool]:
-    """Sum all processes' gradients, in place, and their `loss`, a scalar; and whether any of them was told to stop.
+def all_reduce(parameters: Iterable[nn.Parameter], loss: Tensor, stop: bool) -> tuple[Tensor, bool]:
+    """Sum gradients, in place, and the scalar `loss` over all ranks; also returns whether any rank received a stop signal.
 
-    One flat fp32 buffer for all gradients, of whatever network. A weight that no process has a gradient for keeps none.
+    All gradients share one flat fp32 buffer. A weight without a gradient on any rank keeps none.
     """
     if not _groups:
         return loss, stop
     parameters = list(parameters)
-    parts = [p for p in parameters if _sharded(p)]
+    parts = [p for p in parameters if is_sharded(p)]
     for p in parts:  # FSDP has averaged them
         p.grad, p.part_of.grad = None if p.part_of.grad is None else p.part_of.grad.to_local().mul_(world()), None
-    parameters = [p for p in parameters if not _sharded(p)]
-    # First a word on the CPU: no device waits for it, and there a lost process is seen at once.
-    words = torch.tensor([stop, *(p.grad is not None for p in parameters)], dtype=torch.int32)
-    dist.all_reduce(words, group=_groups["step"])
-    stops, *held = words.tolist()
-    parameters = [p for p, n in zip(parameters, held) if n]
+    parameters = [p for p in parameters if not is_sharded(p)]
+    # First a reduction on the CPU: no device has to wait for it, and a lost process is noticed at once.
+    flags = torch.tensor([stop, *(p.grad is not None for p in parameters)], dtype=torch.int32)
+    dist.all_reduce(flags, group=_groups["step"])
+    stops, *counts = flags.tolist()  # ranks with a stop signal, and with a gradient of each parameter
+    parameters = [p for p, n in zip(parameters, counts) if n]
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
@@ -194,10 +203,10 @@ def add_up(parameters: Iterable[nn.Parameter], loss: Tensor, stop: bool) -> tupl
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
-    """Scale the gradients down to a norm of `most`, all together (0: leave them); returns the norm that they had."""
+    """Clip the global norm of the gradients, in place, to `most` (0: no limit); returns the norm before."""
     parameters = list(parameters)
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if any(map(_sharded, parameters)):
+    if any(map(is_sharded, parameters)):
         square = norm.square()
         dist.all_reduce(square)
         norm = square.sqrt()
@@ -205,7 +214,6 @@ def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
     return norm
 
 
-# ---- sharded weights: the trained parameters are plain tensors, this process's parts, as their gradients and moments are -----
-
-def _sharded(p: Tensor) -> bool:
+def is_sharded(p: Tensor) -> bool:
+    """Whether p is this rank's part, a plain tensor, of the sharded parameter `p.part_of`."""
     return hasattr(p, "part_of")

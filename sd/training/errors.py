@@ -1,4 +1,4 @@
-"""What a training raises."""
+"""Exceptions of training."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from sd.errors import SDError
 
 
 class TrainError(SDError):
-    """A training that cannot start, go on or be resumed; the message says why and what to change."""
+    """A training cannot start, continue or resume; the message says why and what to change."""
 
 
 class DataError(SDError):
-    """Training data that cannot be used; the message says which and why."""
+    """Training data cannot be used; the message says which and why."""
 
 
 class ProcessError(SDError):
-    """Processes that cannot train together, or one of which was lost; the message says why and what to do."""
+    """Processes cannot train together, or one was lost; the message says why and what to do."""

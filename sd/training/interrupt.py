@@ -1,4 +1,4 @@
-"""Ctrl-C lets the step end and the state be saved."""
+"""Ctrl-C: finish the step and save the state before stopping."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from sd.training.dist import world
 
 @contextmanager
 def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C or SIGTERM only makes the yielded function true; the second ends the program at once,
-    unless there are several processes: Slurm tells each of them, and then torchrun does.
+    """Inside the block, the yielded function returns True after the first Ctrl-C or SIGTERM; a second one raises at once.
 
-    Outside of the main thread, where Python allows no handlers, it stays false.
+    With several processes a second signal is ignored, since both Slurm and torchrun send one to each. Outside of the main
+    thread, where Python allows no handlers, the function stays False.
     """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -1,17 +1,18 @@
 """The training loop, for a LoRA, for whole networks and for the autoencoder. To resume, run the same command again.
 
-Everything random in micro-batch number n is a pure function of (seed, purpose, n), so no random state is saved, and
-N steps are the same bits as k steps, a kill at any instant and N - k steps (with the same number of threads).
+Everything random in micro-batch number n is a pure function of (seed, stream, n), so no random state is saved, and N steps
+give the same bits as k steps, a kill at any instant and N - k steps (with the same number of threads).
 """
 
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sd.adapters.quant import quantize_base, quantized_kinds
 from sd.adapters.targets import lora_layers
@@ -23,7 +24,16 @@ from sd.placement import placed, run_as
 from sd.training.config import TrainConfig
 from sd.training.dataset.open import open_pictures
 from sd.training.dataset.randomness import seed_of
-from sd.training.dist import add_up, check_accumulate, check_same, chief, clip_gradients, devices, own_numbers, processes
+from sd.training.dist import (
+    all_reduce,
+    check_accumulate,
+    check_same,
+    clip_gradients,
+    devices,
+    is_main,
+    own_micro_batches,
+    processes,
+)
 from sd.training.errors import TrainError
 from sd.training.interrupt import asked_to_stop
 from sd.training.loss import vae_loss
@@ -50,22 +60,26 @@ from sd.training.watch.monitor import MONITOR_FIELDS, Monitor, as_result, finite
 
 MAX_LOSS = 1000.0  # a network that answers 0 has a loss of 1
 MAX_SKIPPED = 20  # bad steps in a row, then the training stops
-READ_EVERY = 10  # steps between two readings of losses: a reading waits for the device
+READ_EVERY = 10  # steps between readings of the losses: a reading waits for the device
+
+# What may differ when a run is resumed: where files are, and what changes no bit of the result.
+FREE = ("data", "reg_data", "cache", "out", "model", "save_every", "progress", "checkpointing", "shard",
+        *MONITOR_FIELDS)
 
 
 @processes()
 def train(config: TrainConfig, models: Models | None = None, dataset=None, *, held_out=None,
           autoencoder_loss=vae_loss) -> Models:
-    """Train `models` (none: `config.model`) on `dataset` (none: `config.data`); returns the models.
+    """Train `models` (none: `config.model`) on `dataset` (none: `config.data`), in place; returns the models.
 
-    They are trained in place; a LoRA is left attached and active, and with `quantize` the base stays quantised. The result
-    goes into `config.out`, as `<name>.safetensors` or model.safetensors. `held_out` is a data set whose loss alone is measured
-    (none: what `config.validation` chooses, or `config.validation_data`). `autoencoder_loss` has the arguments of `vae_loss`
-    and may replace it. Ctrl-C saves after the present step, then raises KeyboardInterrupt. Raises TrainError, DataError
-    or ProcessError, before the first step wherever that can be known.
+    The result is written to `config.out` as `<name>.safetensors` or model.safetensors. A LoRA is left attached and active;
+    with `quantize` the base stays quantised. `held_out` is a data set for the validation loss (none: as `config.validation`
+    or `config.validation_data` say). `autoencoder_loss` has the arguments of `vae_loss`, which it replaces. Ctrl-C saves
+    after the current step, then raises KeyboardInterrupt. Raises TrainError, DataError or ProcessError, before the first step
+    wherever possible.
     """
     check_accumulate(config.accumulate)
-    config = replace(config, progress=config.progress and chief())
+    config = replace(config, progress=config.progress and is_main())
     folder = None if config.dry_run else open_folder(config.out)
     if models is None:
         models = preload_models_from_standard_weights(config.model, dtype=torch.float32)
@@ -74,99 +88,123 @@ def train(config: TrainConfig, models: Models | None = None, dataset=None, *, he
         quantize_base(models, config.quantize)
     if config.dry_run:
         text = dry_run(config, models, dataset, held_out)
-        if chief():
+        if is_main():
             print(text)
         return models
-    with alone_in(folder), torch.random.fork_rng(devices()), training(config, models) as parameters, \
-            run_as(config, models), ExitStack() as stack:
-        facts = run_facts(config, FREE, dataset=dataset.fingerprint(), base=fingerprint(models, parameters),
-                          held_out=held_out and held_out.fingerprint(), from_lora=start_hash(config, models))
-        if config.shard:
-            parameters = shard(models, parameters)
-        optimizer = make_optimizer(parameters, config, modules_of(models))
-        layers = lora_layers(models) if config.max_norm else {}
-        ema = {name: p.detach().clone() for name, p in parameters.items()} if config.ema else {}
-        weights = parameters | frozen_parts(config, models)
-        done = load_state(folder, weights, optimizer, ema, facts, run_facts(TrainConfig(), FREE),
-                          ("steps",) if config.schedule == "constant" else ())
-        if done.step > config.steps:
-            raise TrainError(f"steps is {config.steps}, and {folder} has done {done.step}; allowed: {done.step} or more")
-        check_same(weights, **facts, step=done.step)
-        if chief():
-            with atomic_write(folder / "config.json") as file:
-                file.write((json.dumps(asdict(config), indent=2) + "\n").encode())
-        if config.progress and not config.shard and done.step < config.steps:
-            announce(config, models, dataset, parameters, steps=config.steps - done.step)
-        device = next(iter(parameters.values())).device
-        scale = torch.tensor([done.loss_scale if config.precision == "fp16" else 1.0, done.good_steps], device=device)
+    with alone_in(folder), torch.random.fork_rng(devices()), training(config, models) as parameters, run_as(config, models):
+        run = _start_or_resume(config, models, folder, dataset, held_out, parameters)
         micro_loss = (vae_batches(config, models, dataset, autoencoder_loss) if config.train == "vae" else
                       diffusion_batches(config, models, dataset))
-        watch = Monitor(config, models, folder, done.step, held_out, autoencoder_loss)
-        stack.enter_context(placed(models, idle_networks(config, models, dataset), "cpu"))
-        stop = stack.enter_context(asked_to_stop())  # until now Ctrl-C ends at once: what is cached is kept
-        unread: list[Tensor] = []  # (loss, norm of the gradient, whether they were bad) of steps, on the device
-
-        stopping = False
-        for step in range(done.step, config.steps + 1):
-            last = step == config.steps
-            save = stopping or last or (step % config.save_every == 0 and step > done.step)
-            look = watch.due(step) and not stopping
-            if save or look or len(unread) == READ_EVERY:
-                _read(unread, step, done, watch, config)
-            if look:
-                with as_result(models, parameters, optimizer, ema):
-                    watch.look(step)
-            if save:
-                check_same(weights, step=step)
-                watch.save(step)
-                done.step, done.loss_scale, done.good_steps = step, *scale.tolist()
-                save_state(folder, done, weights, optimizer, ema, facts)
-            if last:
-                break
-            if stopping:
-                raise KeyboardInterrupt(f"stopped after {step} of {config.steps} steps; the same command goes on from there")
-
-            restart(step, config, models, optimizer)
-            set_learning_rate(optimizer, lr_factor(step, config))
-            loss = torch.zeros((), device=device)
-            for number in own_numbers(step, config.accumulate):
-                torch.manual_seed(seed_of(config.seed, "layers", number))  # dropout inside the layers
-                with autocast(config.precision, device):
-                    micro = micro_loss(number) / config.accumulate
-                (micro * scale[0]).backward()
-                loss += micro.detach()
-            loss, stopping = add_up(parameters.values(), loss, stop())
-            unscale(parameters.values(), scale[0])
-            norm = clip_gradients(parameters.values(), config.clip_norm)
-            bad = ~(norm.isfinite() & (loss < MAX_LOSS))
-            step_unless(bad, optimizer)
-            limit_norms(layers, config.name, config.max_norm)
-            update_ema(ema, parameters, config.ema, step, bad)
-            optimizer.zero_grad()
-            if config.precision == "fp16":
-                scale = next_loss_scale(scale, norm.isfinite())
-            unread.append(torch.stack([loss, norm, bad]))
-            watch.bar.update()
-
-        watch.close()
-        settle(optimizer)
-        with torch.no_grad():
-            for name, value in ema.items():
-                parameters[name].copy_(value)
-        fold(config, models)
-        unshard(models)
-        if chief():
-            save_result(config, models, folder, facts, len(dataset))
+        watch = Monitor(config, models, folder, run.done.step, held_out, autoencoder_loss)
+        # Until asked_to_stop Ctrl-C ends the program at once: what is cached is kept.
+        with placed(models, idle_networks(config, models, dataset), "cpu"), asked_to_stop() as stop:
+            _run_steps(run, config, models, micro_loss, watch, stop)
+            watch.close()
+            _finish(run, config, models, pictures=len(dataset))
     return models
 
 
-# What may be another when a run is resumed: where things lie, and what changes no bit of the result.
-FREE = ("data", "reg_data", "cache", "out", "model", "save_every", "progress", "checkpointing", "shard",
-        *MONITOR_FIELDS)
+@dataclass
+class _Run:
+    """What a run consists of, beside config and models."""
+
+    folder: Path
+    parameters: dict[str, nn.Parameter]  # trained, by name
+    weights: dict[str, Tensor]  # saved: these, and the frozen parts of the LoRA
+    optimizer: torch.optim.Optimizer
+    ema: dict[str, Tensor]
+    facts: dict[str, object]  # on which a resumed run must agree
+    done: Progress
+
+
+def _start_or_resume(config: TrainConfig, models: Models, folder: Path, dataset, held_out,
+                     parameters: dict[str, nn.Parameter]) -> _Run:
+    """The run from its last save, or from step 0. Raises TrainError if the folder has another run, or more steps."""
+    facts = run_facts(config, FREE, dataset=dataset.fingerprint(), base=fingerprint(models, parameters),
+                      held_out=held_out and held_out.fingerprint(), from_lora=start_hash(config, models))
+    if config.shard:
+        parameters = shard(models, parameters)
+    optimizer = make_optimizer(parameters, config, modules_of(models))
+    ema = {name: p.detach().clone() for name, p in parameters.items()} if config.ema else {}
+    weights = parameters | frozen_parts(config, models)
+    done = load_state(folder, weights, optimizer, ema, facts, run_facts(TrainConfig(), FREE),
+                      ("steps",) if config.schedule == "constant" else ())
+    if done.step > config.steps:
+        raise TrainError(f"steps is {config.steps}, and {folder} has done {done.step}; allowed: {done.step} or more")
+    check_same(weights, **facts, step=done.step)
+    if is_main():
+        with atomic_write(folder / "config.json") as file:
+            file.write((json.dumps(asdict(config), indent=2) + "\n").encode())
+    if config.progress and not config.shard and done.step < config.steps:
+        announce(config, models, dataset, parameters, steps=config.steps - done.step)
+    return _Run(folder, parameters, weights, optimizer, ema, facts, done)
+
+
+def _run_steps(run: _Run, config: TrainConfig, models: Models, micro_loss: Callable[[int], Tensor], watch: Monitor,
+               stop: Callable[[], bool]) -> None:
+    """From the last save to the last step. Saves and samples come before a step, so the loop runs once more at the end."""
+    parameters, optimizer, ema, done = run.parameters, run.optimizer, run.ema, run.done
+    device = next(iter(parameters.values())).device
+    layers = lora_layers(models) if config.max_norm else {}
+    scale = torch.tensor([done.loss_scale if config.precision == "fp16" else 1.0, done.good_steps], device=device)
+    unread: list[Tensor] = []  # (loss, gradient norm, whether they are bad) of recent steps, on the device
+    stopping = False
+    for step in range(done.step, config.steps + 1):
+        last = step == config.steps
+        save = stopping or last or (step % config.save_every == 0 and step > done.step)
+        look = watch.due(step) and not stopping
+        if save or look or len(unread) == READ_EVERY:
+            _read(unread, step, done, watch, config)
+        if look:
+            with as_result(models, parameters, optimizer, ema):
+                watch.look(step)
+        if save:
+            check_same(run.weights, step=step)
+            watch.save(step)
+            done.step, done.loss_scale, done.good_steps = step, *scale.tolist()
+            save_state(run.folder, done, run.weights, optimizer, ema, run.facts)
+        if last:
+            return
+        if stopping:
+            raise KeyboardInterrupt(f"stopped after {step} of {config.steps} steps; the same command goes on from there")
+
+        restart(step, config, models, optimizer)
+        set_learning_rate(optimizer, lr_factor(step, config))
+        loss = torch.zeros((), device=device)
+        for number in own_micro_batches(step, config.accumulate):
+            torch.manual_seed(seed_of(config.seed, "layers", number))  # dropout inside the layers
+            with autocast(config.precision, device):
+                micro = micro_loss(number) / config.accumulate
+            (micro * scale[0]).backward()
+            loss += micro.detach()
+        loss, stopping = all_reduce(parameters.values(), loss, stop())
+        unscale(parameters.values(), scale[0])
+        norm = clip_gradients(parameters.values(), config.clip_norm)
+        bad = ~(norm.isfinite() & (loss < MAX_LOSS))
+        step_unless(bad, optimizer)
+        limit_norms(layers, config.name, config.max_norm)
+        update_ema(ema, parameters, config.ema, step, bad)
+        optimizer.zero_grad()
+        if config.precision == "fp16":
+            scale = next_loss_scale(scale, norm.isfinite())
+        unread.append(torch.stack([loss, norm, bad]))
+        watch.bar.update()
+
+
+def _finish(run: _Run, config: TrainConfig, models: Models, pictures: int) -> None:
+    """Bring the models into their final form, and write the result."""
+    settle(run.optimizer)
+    with torch.no_grad():
+        for name, value in run.ema.items():
+            run.parameters[name].copy_(value)
+    fold(config, models)
+    unshard(models)
+    if is_main():
+        save_result(config, models, run.folder, run.facts, pictures)
 
 
 def _read(unread: list[Tensor], step: int, done: Progress, watch: Monitor, config: TrainConfig) -> None:
-    """Write the losses of the steps before `step`, and count the bad ones. Raises TrainError after too many in a row."""
+    """Record the losses of the steps before `step`, and count the bad ones. Raises TrainError after too many in a row."""
     rows = torch.stack(unread).tolist() if unread else []
     unread.clear()
     for i, (loss, norm, bad) in enumerate(rows, step - len(rows)):

@@ -1,4 +1,4 @@
-"""What is minimised.
+"""Training losses.
 
 B images, C channels, H, W height and width of latents or pictures, L tokens, D context width, T timesteps.
 """
@@ -23,16 +23,16 @@ def _pseudo_huber(out: Tensor, target: Tensor, delta: float) -> Tensor:
     return square / ((square + delta * delta).sqrt() + delta)
 
 
-# Of each number. The two last with the scaling of Khrapov et al. 2024 (kohya's too): for small errors the first is the square,
-# for large ones the second is twice the absolute error.
+# Elementwise. The last two are scaled as in Khrapov et al. 2024 (and kohya): huber approaches the squared error for small
+# errors, smooth_l1 twice the absolute error for large ones.
 LOSSES = {
     "mse": lambda out, target, delta: (out - target).square(),
     "huber": lambda out, target, delta: 2 * delta * _pseudo_huber(out, target, delta),
     "smooth_l1": lambda out, target, delta: 2 * _pseudo_huber(out, target, delta),
 }
 
-# The weight of an error in x0, by SNR = abar / (1 - abar). An error in eps is SNR times one in x0, in v SNR + 1 times
-# (Salimans and Ho 2022), so the weights below are divided by that: eps gets the weights that the papers give.
+# Weights of the error in x0, by SNR = abar / (1 - abar). The squared error in eps is SNR times, in v SNR + 1 times that in x0
+# (Salimans and Ho 2022), so these weights are divided by that factor; for eps this gives the weights of the papers.
 WEIGHTINGS = {
     "none": None,
     "min_snr": lambda snr, gamma: snr.clamp(max=gamma),  # Hang et al. 2023, section 3.4
@@ -43,7 +43,7 @@ WEIGHTINGS = {
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised; the defaults are Ho et al. 2020. A TrainConfig has the same fields and may stand for it."""
+    """The diffusion objective; the defaults are Ho et al. 2020. A TrainConfig has the same fields and can be used instead."""
 
     loss: str = "mse"
     huber_delta: float = 0.1
@@ -57,13 +57,12 @@ PLAIN = Objective()
 
 def diffusion_loss(models, latents: Tensor, context: Tensor, t: Tensor, noise: Tensor, *, objective: Objective = PLAIN,
                    input_noise: Tensor | None = None, weights: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-    """Mean error of the UNet's eps or v at x_t (Ho et al. 2020, equation 14, and `objective`); a scalar in fp32.
+    """Mean error of the UNet's prediction (eps or v) at x_t, Ho et al. 2020, equation 14, with `objective`; a scalar in fp32.
 
     latents: [B, C, H, W] in the UNet's scale (VAE latents times `config.vae.scale`), noise: the same shape,
-    context: [B, L, D], t: [B] timesteps, one for each image, whole ones unless the schedule is the cosine.
-    input_noise: of which x_t is made, where it is not the target's noise. weights: [B], a factor for each image;
-    mask: [B, 1, H, W], a factor for each place.
-    Raises ValueError when t, noise, weights or mask do not fit the latents or the schedule, and TrainError as `noise_levels`.
+    context: [B, L, D], t: [B] timesteps, integers unless the schedule is the continuous cosine. input_noise: the noise in x_t,
+    if it differs from the target's. weights: [B], a factor for each image; mask: [B, 1, H, W], a factor for each position.
+    Raises SDError if t, noise, weights or mask do not fit the latents or the schedule, and TrainError as `noise_levels` does.
     """
     b, _, h, w = latents.shape
     for name, value, shape in (("t", t, (b,)), ("noise", noise, latents.shape), ("input_noise", input_noise, latents.shape),
@@ -72,18 +71,18 @@ def diffusion_loss(models, latents: Tensor, context: Tensor, t: Tensor, noise: T
             raise SDError(f"latents are {list(latents.shape)}, so {name} must be {list(shape)}; it is {list(value.shape)}")
     unet, abar = models["diffusion"], noise_levels(models.config, objective.zero_terminal_snr)
     dtype = unet.conv_in.weight.dtype  # the network may be half; noise levels and the loss are fp32
-    at = t  # where in abar the images' levels are
+    at = t  # indices of the images' noise levels in abar
     if t.is_floating_point():
         if models.config.beta_schedule != "cosine":
             raise SDError(f"t is {t.dtype}; with the schedule {models.config.beta_schedule} timesteps are whole numbers")
-        abar = cosine_angle(t, models.config.train_timesteps).cos().square().clamp(max=1 - 2**-24)  # below 1 in fp32 too
+        abar = cosine_angle(t, models.config.train_timesteps).cos().square().clamp(max=1 - 2**-24)  # stays below 1 in fp32
         at = torch.arange(b, device=t.device)
     x_t = add_noise(latents.float(), (noise if input_noise is None else input_noise).float(), at, abar)
     out = unet(x_t.to(dtype), t, context.to(dtype)).float()
     target = noise.float() if models.config.prediction == "eps" else velocity(latents.float(), noise.float(), at, abar)
 
     if objective.loss == "mse" and objective.weighting == "none" and weights is None and mask is None:
-        return F.mse_loss(out, target)  # what the lines below would give, in one kernel
+        return F.mse_loss(out, target)  # the same as below, in one kernel
     error = LOSSES[objective.loss](out, target, objective.huber_delta)
     each = (error if mask is None else error * mask).flatten(1).mean(1)
     if objective.weighting != "none":
@@ -93,7 +92,7 @@ def diffusion_loss(models, latents: Tensor, context: Tensor, t: Tensor, noise: T
 
 
 def noise_levels(config, zero_terminal_snr: bool = False) -> Tensor:
-    """alphas_cumprod [T] in fp64; with `zero_terminal_snr` rescaled so that the last is 0, Lin et al. 2024, algorithm 1.
+    """alphas_cumprod [T] in fp64; with `zero_terminal_snr` rescaled to end at 0, Lin et al. 2024, algorithm 1.
 
     Raises TrainError for a model that predicts eps: at the last timestep its input would be its target.
     """
@@ -109,14 +108,14 @@ def noise_levels(config, zero_terminal_snr: bool = False) -> Tensor:
 
 
 def snr_weights(abar: Tensor, prediction: str, objective: Objective) -> Tensor:
-    """The factor of the loss at each timestep [T] in fp64, from alphas_cumprod [T]; see WEIGHTINGS."""
+    """The loss weight of each timestep, [T] in fp64, from alphas_cumprod [T]; see WEIGHTINGS."""
     snr = abar / (1 - abar)
     weight = WEIGHTINGS[objective.weighting](snr, objective.snr_gamma)
     return weight / (snr if prediction == "eps" else snr + 1)
 
 
 def check_objective(config, model_config) -> None:
-    """Raises TrainError when this model cannot be trained so: before the first step, by the same rules as the step."""
+    """Raises TrainError before the first step if the model cannot be trained with this objective."""
     noise_levels(model_config, config.zero_terminal_snr)
     steps = model_config.train_timesteps
     for field in ("min_timestep", "max_timestep"):
@@ -126,10 +125,10 @@ def check_objective(config, model_config) -> None:
 
 
 def vae_loss(models, pictures: Tensor, noise: Tensor, kl_weight: float) -> Tensor:
-    """Mean squared error of a picture after encoding, sampling and decoding, plus `kl_weight` times the posterior's KL.
+    """Mean squared reconstruction error plus `kl_weight` times the KL of the posterior; a scalar.
 
     pictures: [B, C, H, W] in [-1, 1], noise: [B, 4, H/f, W/f]. Both terms are means, over pixels and over latents
-    (Kingma and Welling 2014, equation 10 and appendix B). Returns a scalar.
+    (Kingma and Welling 2014, equation 10 and appendix B).
     """
     mean, logvar = models["encoder"](pictures)
     rebuilt = models["decoder"](sample_posterior(mean, logvar, noise))

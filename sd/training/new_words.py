@@ -1,6 +1,6 @@
-"""New words of the prompt (textual inversion, Gal et al. 2022), trained alone or beside a LoRA or the networks.
+"""New words for prompts (textual inversion, Gal et al. 2022), trained alone or together with a LoRA or the networks.
 
-k vectors of a word, D width of the text encoder.
+k vectors per word, D width of the text encoder.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from sd.training.rules import NewWord, parse_word
 
 
 def new_words(config, models) -> dict[str, nn.Parameter]:
-    """Let the text encoder learn the words of `config`; returns their vectors by canonical name.
+    """Add the words of `config` to the text encoder; returns their vectors by canonical name.
 
-    A word without a text starts at random; one that is loaded already, named alone, is trained further. Raises TrainError.
+    A word without initial text starts at random. A word that is already loaded is trained further. Raises TrainError.
     """
     clip, found = models["clip"], {}
     for new in map(parse_word, config.new_words):
@@ -39,14 +39,14 @@ def new_words(config, models) -> dict[str, nn.Parameter]:
 
 
 def word_files(config) -> dict[str, str]:
-    """New word -> the name of the file in which its training ends."""
+    """New word -> name of its result file."""
     return {word: file_name(word) for word, *_ in map(parse_word, config.new_words)}
 
 
 def start_vectors(config, models, new: NewWord, number: int) -> Tensor:
-    """[k, D]: the embeddings of the text's tokens, each for as many vectors as there are more of them; else N(0, std²).
+    """[k, D] initial vectors: the embeddings of the text's tokens, repeated evenly if k is larger; without text N(0, std²).
 
-    std is that of the vocabulary's embeddings. `number`: of the word, for its own random numbers.
+    std is that of the vocabulary's embeddings. `number` is that of the word, for its random numbers.
     """
     clip = models["clip"]
     tokens, _ = tokens_of(models.tokenizer, new.text, clip.words)
@@ -63,11 +63,11 @@ def start_vectors(config, models, new: NewWord, number: int) -> Tensor:
 
 
 def check_words_shown(config, dataset) -> None:
-    """Raises TrainError for a new word that stands in no caption: it would stay as it is."""
+    """Raises TrainError for a new word that is in no caption, since it would never be trained."""
     left = {parse_word(text).word for text in config.new_words}
     for i, texts in enumerate(dataset.captions if left else ()):
         options = picture_options(dataset, config, i)
-        for text in texts:  # as it stands too: a wildcard may hold the word
+        for text in texts:  # the raw caption too: the word may be inside a wildcard
             seen = seen_caption(text, options, np.random.default_rng(0))
             left -= {word for shown in (seen, text) for *_, word in find_words(shown, dict.fromkeys(left))}
         if not left:

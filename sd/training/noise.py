@@ -1,4 +1,4 @@
-"""Noise and timesteps of a micro-batch, pure functions of (seed, its number). B images, C channels, h, w latents."""
+"""Noise and timesteps of a micro-batch: pure functions of (seed, its number). B images, C channels, h, w latents."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ PYRAMID_LEVELS = 6
 
 
 def draw_noise(shape: Sequence[int], config, number: int) -> tuple[Tensor, Tensor]:
-    """(noise, input noise) [B, C, h, w] on the CPU: what the target is made of, and what x_t is made of.
+    """(noise of the target, noise of x_t), [B, C, h, w] each, on the CPU.
 
-    The noise is N(0, 1), with `noise_offset` times one number for each image and channel (Guttenberg 2023) and with coarser
-    noise as `pyramid` has it. The input noise is the same, and `input_perturbation` times other noise (Ning et al. 2023).
+    The former is N(0, 1), plus `noise_offset` times one number per image and channel (Guttenberg 2023), plus coarser noise
+    (`pyramid`). The latter is the same plus `input_perturbation` times independent noise (Ning et al. 2023).
     """
     rng = torch_rng(config.seed, "noise", number)
     noise = torch.randn(tuple(shape), generator=rng)
@@ -31,7 +31,7 @@ def draw_noise(shape: Sequence[int], config, number: int) -> tuple[Tensor, Tenso
 
 
 def pyramid(noise: Tensor, discount: float, rng: torch.Generator) -> Tensor:
-    """Multi-resolution noise (Whitaker 2023, as kohya has it): level i is smaller by r^i, r in 2..4, and weighs discount^i.
+    """Multi-resolution noise (Whitaker 2023, as in kohya): level i is smaller by r^i, r in 2..4, and is weighted by discount^i.
 
     noise: [B, C, h, w]; the sum is scaled to a standard deviation of 1.
     """
@@ -48,10 +48,10 @@ def pyramid(noise: Tensor, discount: float, rng: torch.Generator) -> Tensor:
 
 
 def draw_timesteps(n: int, model_config, config, number: int) -> Tensor:
-    """Whole timesteps [n] of min_timestep <= t < max_timestep: each as likely, or with the density of T u^timestep_bias.
+    """Integer timesteps [n], min_timestep <= t < max_timestep: uniform, or distributed as u^timestep_bias over that range.
 
-    A bias above 1 prefers small t, which hold the details; one below 1 large t, which hold the composition.
-    Of the cosine schedule they are real numbers in fp32, from the first to the last of these.
+    A bias above 1 favours small t (details), one below 1 large t (composition). For the continuous cosine schedule they are
+    real numbers in fp32, between the first and the last of that range.
     """
     rng = torch_rng(config.seed, "timestep", number)
     low, high = config.min_timestep, config.max_timestep or model_config.train_timesteps

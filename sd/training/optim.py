@@ -1,4 +1,4 @@
-"""Optimizers, learning rates, loss scaling and moving average: beside the optimizers, pure functions of the step."""
+"""Optimizers, learning rates, loss scaling and moving average. Except the optimizers, all are pure functions of the step."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from sd.adapters.kinds import KINDS
 from sd.lora_files.block_weights import BlockWeightError, block_multipliers
 from sd.lora_files.modules import Modules
 from sd.training.errors import TrainError
 from sd.training.relora import rewarm_factor
+from sd.training.rules import PRODUCTS
 
-WORDS = "clip.learned."  # the canonical names of new words' vectors start so
+WORDS = "clip.learned."  # prefix of the canonical names of new words' vectors
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # ---- optimizers: (groups, config) -> optimizer -----------------------------------------------------------------------
@@ -27,13 +27,13 @@ def _adamw(groups: list[dict], config) -> torch.optim.Optimizer:
 
 
 def _adamw8bit(groups: list[dict], config) -> torch.optim.Optimizer:
-    """Dettmers et al. 2022: moments in 8 bits, those of parameters under 4096 numbers in 32."""
+    """Dettmers et al. 2022: moments in 8 bits; in 32 bits for parameters with fewer than 4096 elements."""
     from bitsandbytes.optim import AdamW8bit
     return AdamW8bit(groups, lr=config.learning_rate, betas=config.betas)
 
 
 def _adafactor(groups: list[dict], config) -> torch.optim.Optimizer:
-    """Shazeer and Stern 2018, with our learning rate: one that grows with the weight would hold `up` at its 0."""
+    """Shazeer and Stern 2018, with a given learning rate: one relative to the weight would keep `up` at 0."""
     from transformers.optimization import Adafactor
     return Adafactor(groups, lr=config.learning_rate, scale_parameter=False, relative_step=False)
 
@@ -45,13 +45,13 @@ def _lion(groups: list[dict], config) -> torch.optim.Optimizer:
 
 
 def _prodigy(groups: list[dict], config) -> torch.optim.Optimizer:
-    """Mishchenko and Defazio 2024, with what the authors recommend for diffusion models."""
+    """Mishchenko and Defazio 2024, with the settings that the authors recommend for diffusion models."""
     from prodigyopt import Prodigy
     return Prodigy(groups, lr=config.learning_rate, betas=config.betas, safeguard_warmup=True, use_bias_correction=True)
 
 
 def _schedule_free(groups: list[dict], config) -> torch.optim.Optimizer:
-    """Defazio et al. 2024. The warm-up is ours, which is the library's."""
+    """Defazio et al. 2024. Our warm-up is the same as the library's."""
     from schedulefree import AdamWScheduleFree
     optimizer = AdamWScheduleFree(groups, lr=config.learning_rate, betas=config.betas)
     optimizer.train()
@@ -64,12 +64,12 @@ PACKAGES = {"adamw8bit": "bitsandbytes", "lion": "lion-pytorch", "prodigy": "pro
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], config, modules: Modules | None = None) -> torch.optim.Optimizer:
-    """The optimizer of `config` on parameters by canonical name, one group for each pair of learning rate and decay.
+    """The optimizer of `config` for parameters by canonical name, with one group per pair of learning rate and weight decay.
 
-    The rate is `word_learning_rate` of new words, `text_learning_rate` in the text encoder, else `learning_rate`; times
-    `lora_plus` for `up` (Hayou et al. 2024, LoRA+), times what `block_rates` give (for them, `modules` are the model's
-    `modules_of`). Matrices decay; biases, norms, magnitudes, new words and what has no rate do not. Raises TrainError for a
-    missing package, a block of which nothing is trained, LoRA+ without a LoRA, and Prodigy with several rates.
+    The rate is `word_learning_rate` for new words, `text_learning_rate` in the text encoder, else `learning_rate`; times
+    `lora_plus` for `up` (LoRA+, Hayou et al. 2024), times the factor in `block_rates` (which need `modules`, the model's
+    `modules_of`). Weight decay applies to matrices, but not to biases, norms, magnitudes, new words and frozen blocks. Raises
+    TrainError for a missing package, a block without trained parameters, LoRA+ without a LoRA, and Prodigy with several rates.
     """
     rates = _rates(parameters, config, modules)
     if not any(rates.values()):
@@ -91,7 +91,7 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], config, modules: Modu
 
 
 def _rates(parameters: Iterable[str], config, modules: Modules | None) -> dict[str, float]:
-    """Name of each parameter -> its learning rate before any schedule."""
+    """Parameter name -> learning rate, before the schedule."""
     paths = {name: name.rpartition(".")[0] for name in parameters}
     blocks = {}
     if config.block_rates:
@@ -154,10 +154,10 @@ SCHEDULES = {
 
 
 def lr_factor(step: int, config) -> float:
-    """What the learning rate is multiplied by in step 0, 1, ..: linear over the warm-up, then SCHEDULES, which end at 0.
+    """Factor of the learning rate at a step, from 0 on: linear warm-up, then one of SCHEDULES, which end at 0.
 
-    cosine_restarts falls to 0 `cycles` times (Loshchilov and Hutter 2017), polynomial is (1 - progress)^power. All rise anew
-    after a restart of ReLoRA.
+    cosine_restarts falls to 0 `cycles` times (Loshchilov and Hutter 2017), polynomial is (1 - progress)^power. After a
+    restart of ReLoRA there is another warm-up.
     """
     if step < config.warmup:
         return (step + 1) / config.warmup
@@ -166,7 +166,7 @@ def lr_factor(step: int, config) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Every group's own rate times `factor`."""
+    """Set the learning rate of each group to its initial one times `factor`."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
 
@@ -174,17 +174,17 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 # ---- precision -------------------------------------------------------------------------------------------------------
 
 def autocast(precision: str, device: torch.device):
-    """Inside, products are computed in `precision`; weights, gradients and the loss stay fp32."""
+    """Compute products in `precision` inside the block; weights, gradients and the loss stay in fp32."""
     dtype = PRECISIONS[precision]
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
-LOSS_SCALE, SCALE_STEPS = 65536.0, 2000  # powers of 2, so that scaling rounds nothing
+LOSS_SCALE, SCALE_STEPS = 65536.0, 2000  # a power of 2, so that scaling is exact
 
 
 @torch.no_grad()
 def unscale(parameters: Iterable[nn.Parameter], scale: Tensor) -> None:
-    """Divide the gradients by the factor that their loss was multiplied by, in place."""
+    """Divide the gradients by the loss scale, in place."""
     grads = [p.grad for p in parameters if p.grad is not None]
     if grads:
         torch._foreach_mul_(grads, 1 / scale)
@@ -192,9 +192,9 @@ def unscale(parameters: Iterable[nn.Parameter], scale: Tensor) -> None:
 
 @torch.no_grad()
 def next_loss_scale(state: Tensor, good: Tensor) -> Tensor:
-    """[scale, good steps since it changed] after a step: half after a bad one, twice after 2000 good ones.
+    """[loss scale, good steps since it changed] after a step: halved after a bad one, doubled after 2000 good ones.
 
-    The rule of torch.amp.GradScaler, Micikevicius et al. 2018, section 3.2; a bad step has a gradient that is not finite.
+    The rule of torch.amp.GradScaler, Micikevicius et al. 2018, section 3.2. A step with a gradient that is not finite is bad.
     """
     scale, steps = state
     full = steps + 1 == SCALE_STEPS
@@ -206,7 +206,7 @@ def next_loss_scale(state: Tensor, good: Tensor) -> Tensor:
 
 @torch.no_grad()
 def step_unless(bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """The optimizer's step, or none where `bad` (a scalar) is true. Fused ones decide on the device: nothing waits for it."""
+    """Take an optimizer step unless `bad` (a scalar) is true. Fused optimizers decide on the device, without a sync."""
     if getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer.found_inf = bad.float()
         optimizer.step()
@@ -214,15 +214,13 @@ def step_unless(bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
 
 
-PRODUCTS = sorted(name for name, kind in KINDS.items() if kind.is_product)
-
 
 @torch.no_grad()
 def limit_norms(layers: Mapping[str, nn.Module], name: str, max_norm: float) -> None:
-    """Scale adapter `name` of each LoRALayer back to a Frobenius norm of ΔW of at most `max_norm`, its factors alike.
+    """Scale the factors of adapter `name` in each LoRALayer, all alike, so that ΔW has a Frobenius norm of at most `max_norm`.
 
-    That is kohya's scale_weight_norms; ΔW is the one before DoRA's magnitude. What is within the limit keeps its bits, and
-    nothing is read from the device. Raises TrainError for a kind whose ΔW is no product.
+    This is kohya's scale_weight_norms; ΔW is taken before DoRA's magnitude. Weights within the limit keep their bits, and
+    nothing is read from the device. Raises TrainError for a kind whose ΔW is not a product.
     """
     for path, layer in layers.items():
         if name not in layer.adapter_names:
@@ -230,11 +228,11 @@ def limit_norms(layers: Mapping[str, nn.Module], name: str, max_norm: float) -> 
         adapter = layer.adapter(name)
         if not adapter.is_product:
             raise TrainError(f"max_norm is {max_norm}, which does not go with kind {adapter.kind!r} (on {path}); "
-                             f"allowed: {', '.join(PRODUCTS)}")
+                             f"allowed: {', '.join(sorted(PRODUCTS))}")
         factors = [p for key, p in adapter.named_parameters() if key not in ("magnitude", "diff_b")]
-        if not factors:  # a full difference of a bias alone
+        if not factors:  # a difference of the bias alone
             continue
-        # The others ask for no more than the shape: no copy of a half or quantised weight is made.
+        # Most kinds need only the shape of W: avoid an fp32 copy of a half-precision or quantised weight.
         W = layer.base_weight() if adapter.of_weight else torch.empty(tuple(layer.weight.shape), device="meta")
         ratio = (max_norm / torch.linalg.vector_norm(adapter.delta(W))).clamp(max=1)
         torch._foreach_mul_(factors, ratio ** (1 / len(factors)))
@@ -243,7 +241,7 @@ def limit_norms(layers: Mapping[str, nn.Module], name: str, max_norm: float) -> 
 @torch.no_grad()
 def update_ema(ema: dict[str, Tensor], parameters: dict[str, nn.Parameter], decay: float, step: int,
                bad: Tensor | bool = False) -> None:
-    """ema += (1 - d) (p - ema), in place, unless the step was bad; d rises to `decay`: the random start is soon forgotten."""
+    """ema += (1 - d) (p - ema), in place, unless the step was bad; d rises to `decay`, so the random start fades quickly."""
     if ema:
         away = torch._foreach_sub([parameters[name].data for name in ema], list(ema.values()))
         torch._foreach_mul_(away, (1 - min(decay, (1 + step) / (10 + step))) * (1 - torch.as_tensor(bad).float()))

@@ -1,7 +1,7 @@
-"""ReLoRA (Lialin et al. 2023): every N steps the LoRA's change moves into a frozen one, and the LoRA begins anew.
+"""ReLoRA (Lialin et al. 2023): every N steps the LoRA's change is moved into a frozen one, and the LoRA is restarted.
 
-So the sum of many changes of low rank is learned. The base is never written, so it may be quantised: what was moved lies in
-a second adapter, `<name>.merged`, a full difference in fp32 on each layer, until `fold` makes one adapter of the two.
+The result is a sum of low-rank changes. The base is never written, so that it can be quantised: the moved changes are in a
+second adapter, `<name>.merged`, a full fp32 difference on each layer, until `fold` combines the two.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from torch import nn
 from sd.adapters.adapter import Adapter, at_least_fp32
 from sd.adapters.attach import attach_state, lora_state, remove_lora
 from sd.adapters.derived import exact
-from sd.adapters.kinds import KINDS
 from sd.adapters.layer import LoRALayer
 from sd.adapters.low_rank import Full
 from sd.adapters.targets import lora_layers
@@ -23,26 +22,23 @@ from sd.adapters.weights import AdapterWeights
 from sd.tools.decompose import RankRule, Report, approximate
 from sd.training.dataset.randomness import seed_of
 from sd.training.errors import TrainError
-
-KINDS_THAT_ADD = tuple(name for name, kind in KINDS.items() if kind.adds)
-KEPT = ("full", "svd")
-OPTIMIZERS_THAT_FORGET = ("adamw", "adamw8bit", "adafactor", "lion")
+from sd.training.rules import KINDS_THAT_ADD
 
 
 def merged_name(name: str) -> str:
-    """The adapter that holds what was moved."""
+    """Name of the adapter with the moved changes."""
     return f"{name}.merged"
 
 
 def adapters_in_training(config) -> list[str]:
-    """The adapters that make up what is trained: the LoRA, and with ReLoRA what was moved out of it."""
+    """Names of the adapters that make up the trained change: the LoRA and, with ReLoRA, the moved changes."""
     if config.train != "lora":
         return []
     return [config.name, merged_name(config.name)] if config.relora_every else [config.name]
 
 
 def attach_merged(name: str, adapters: dict[str, Adapter], layers: dict[str, LoRALayer]) -> None:
-    """Put the frozen difference, which is 0, beside each trained adapter. Raises TrainError for one that cannot restart."""
+    """Add a frozen difference of 0 beside each trained adapter. Raises TrainError for an adapter that cannot be restarted."""
     for path, adapter in adapters.items():
         if not (adapter.adds or isinstance(adapter, Full)) or adapter.magnitude is not None:
             what = "a magnitude (DoRA)" if adapter.magnitude is not None else f"kind {adapter.kind!r}"
@@ -55,13 +51,13 @@ def attach_merged(name: str, adapters: dict[str, Adapter], layers: dict[str, LoR
 
 
 def restart(step: int, config, models, optimizer: torch.optim.Optimizer) -> None:
-    """Before steps N, 2N, ..: move the change, draw a new one that is 0, forget the optimizer's moments. Else nothing.
+    """Before steps N, 2N, ..: move the change, reinitialise the LoRA to a change of 0, and drop the optimizer's moments.
 
-    The output stays what it is, to fp32 rounding. The n-th restart is a pure function of (seed, n).
+    The output does not change, up to fp32 rounding. The n-th restart is a pure function of (seed, n).
     """
     if not config.relora_every or step == 0 or step % config.relora_every:
         return
-    torch.manual_seed(seed_of(config.seed, "init", step // config.relora_every))  # number 0 was the start
+    torch.manual_seed(seed_of(config.seed, "init", step // config.relora_every))  # number 0 is the initialisation
     with exact():
         for layer, adapter, merged in _pairs(config, models):
             change, bias = _sum(layer, adapter, merged)
@@ -70,13 +66,13 @@ def restart(step: int, config, models, optimizer: torch.optim.Optimizer) -> None
                 merged.diff_b.copy_(bias)
             adapter.restart(layer.lora_shape())
             for p in adapter.parameters():
-                optimizer.state.pop(p, None)  # every optimizer makes it again, as at the start
+                optimizer.state.pop(p, None)  # every optimizer in OPTIMIZERS_THAT_FORGET creates it again
 
 
 def rewarm_factor(step: int, config) -> float:
-    """One more factor of the learning rate: after each restart it rises from 0 anew, linear over `relora_warmup` steps.
+    """Another factor of the learning rate: a linear warm-up of `relora_warmup` steps after each restart.
 
-    With cosine as the schedule it is the jagged cosine of the paper (section 3).
+    With a cosine schedule this gives the paper's jagged cosine (section 3).
     """
     if not config.relora_every or step < config.relora_every:
         return 1.0
@@ -84,7 +80,7 @@ def rewarm_factor(step: int, config) -> float:
 
 
 def fold(config, models) -> None:
-    """Make one adapter of the LoRA and of what was moved, as `relora_save` says: a full difference, or its SVD."""
+    """Combine LoRA and moved changes into one adapter: a full difference or its truncated SVD, as `relora_save` says."""
     if not config.relora_every:
         return
     state, report = lora_state(models, config.name), Report()
@@ -102,7 +98,7 @@ def fold(config, models) -> None:
     attach_state(models, state, config.name)
     for layer in lora_layers(models).values():
         if config.name in layer.adapter_names:
-            layer.adapter(config.name).requires_grad_(True).from_file = False  # as after every training
+            layer.adapter(config.name).requires_grad_(True).from_file = False  # as after any training
     if report.modules:
         logging.getLogger("sd").info("ReLoRA as a LoRA: %s", report)
 
@@ -115,7 +111,7 @@ def _pairs(config, models) -> Iterator[tuple[LoRALayer, Adapter, Full]]:
 
 
 def _sum(layer: LoRALayer, adapter: Adapter, merged: Full) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What both change of the weight and of the bias."""
+    """The total change of the weight, and of the bias."""
     W = layer.base_weight()
     change, bias = adapter.add_to(merged.diff.to(W.dtype), W, 1.0), adapter.bias_delta(layer.base_bias())
     return change, None if bias is None else bias + at_least_fp32(merged.diff_b)

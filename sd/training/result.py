@@ -1,4 +1,4 @@
-"""What a finished training leaves: a LoRA file or a checkpoint, and a file for each new word, that say how they were made."""
+"""The result files of a training: a LoRA or a checkpoint, and one for each new word, with the options in their metadata."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from sd.training.new_words import word_files
 
 
 def result_files(config: TrainConfig) -> list[str]:
-    """The names of the files in the run's folder that are its result."""
+    """Names of the result files in the run's folder."""
     main = {"lora": [f"{config.name}.safetensors"], "words": []}.get(config.train, ["model.safetensors"])
     return [*main, *word_files(config).values()]
 
 
 def save_result(config: TrainConfig, models: Models, folder: Path, facts: dict, pictures: int) -> None:
+    """Write the result files; `facts` and the number of `pictures` go into their metadata."""
     metadata = {"sdlora.training": json.dumps(facts), "sdlora.base_quantization": ",".join(quantized_kinds(models)) or "none"}
     words = word_files(config)
     if config.train in ("full", "vae"):
-        models.source = None  # they are no longer what that file holds
+        models.source = None  # the models no longer match that file
         if config.zero_terminal_snr:
-            models.config = replace(models.config, zero_terminal_snr=True)  # sampled as they were trained
+            models.config = replace(models.config, zero_terminal_snr=True)  # to be sampled as it was trained
         save_checkpoint(models, folder / "model.safetensors", metadata=metadata)
     for word, file in words.items():
         save_embedding(models, folder / file, word, metadata=metadata)

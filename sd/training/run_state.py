@@ -1,4 +1,4 @@
-"""A run's folder: state.safetensors to resume from, and the lock on it. The state is never half written."""
+"""A run's folder: state.safetensors, to resume from, and a lock. The state is written atomically."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sd.files.hashes import digest, headed
 from sd.files.tensor_file import CheckpointError
 from sd.files.tensors import read_tensors, write_safetensors
 from sd.models import Models
-from sd.training.dist import chief, wait
+from sd.training.dist import is_main, wait
 from sd.training.errors import TrainError
 from sd.training.shard import own_part, whole
 
@@ -33,21 +33,21 @@ STATE = "state.safetensors"
 
 @dataclass
 class Progress:
-    """How far a run is: finished steps, and the steps that were skipped because of a bad loss or gradient."""
+    """Progress of a run: finished steps, and steps skipped because of a bad loss or gradient."""
 
     step: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
-    loss_scale: float = 65536.0  # of fp16, and how many steps it has been good for
-    good_steps: int = 0
+    loss_scale: float = 65536.0  # of fp16
+    good_steps: int = 0  # since the loss scale changed
 
 
 def open_folder(path: str | os.PathLike) -> Path:
-    """The run's folder, made if need be. Raises TrainError when nothing can be written there."""
+    """The run's folder, created if missing. Raises TrainError if it is not writable."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if chief():
+        if is_main():
             with atomic_write(folder / ".writable"):
                 pass
             (folder / ".writable").unlink()
@@ -58,8 +58,8 @@ def open_folder(path: str | os.PathLike) -> Path:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Hold the run's folder: a second training in it is refused. The lock goes with the process, however it ends."""
-    if fcntl is None or not chief():
+    """Lock the run's folder, so that a second training in it is refused. The lock ends with the process, however that ends."""
+    if fcntl is None or not is_main():
         yield
         return
     lock = os.open(folder, os.O_RDONLY)
@@ -77,15 +77,15 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 def save_state(folder: Path, progress: Progress, parameters: Mapping[str, nn.Parameter],
                optimizer: torch.optim.Optimizer, ema: Mapping[str, Tensor], facts: Mapping[str, object]) -> None:
-    """Replace the run's state at once: trained weights, optimizer, moving average, progress, facts of the run."""
+    """Write the run's state atomically: weights, optimizer, moving average, progress, facts of the run."""
     tensors = {f"weights/{name}": whole(p, p.detach()) for name, p in parameters.items()}
     tensors |= {f"ema/{name}": whole(parameters[name], value) for name, value in ema.items()}
     for name, p in parameters.items():
         tensors |= {f"optimizer/{name}/{key}": whole(p, v) for key, v in optimizer.state[p].items() if isinstance(v, Tensor)}
-    # What an optimizer counts or estimates for a parameter or for a group (Prodigy's d) is no tensor.
+    # Counters and estimates of the optimizer that are not tensors, such as Prodigy's d.
     numbers = {"groups": [_numbers(group) for group in optimizer.param_groups],
                "states": {name: _numbers(optimizer.state[p]) for name, p in parameters.items()}}
-    if chief():
+    if is_main():
         write_safetensors(folder / STATE, tensors, {"progress": json.dumps(asdict(progress)), "facts": json.dumps(facts),
                                                     "optimizer": json.dumps(numbers, sort_keys=True)})
     wait()
@@ -99,10 +99,10 @@ def _numbers(values: Mapping[str, object]) -> dict[str, float]:
 def load_state(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer,
                ema: dict[str, Tensor], facts: Mapping[str, object], defaults: Mapping[str, object] | None = None,
                free: Collection[str] = ()) -> Progress:
-    """Take up the run where its last save left it; a folder without one starts at step 0.
+    """Restore the last save of a run, in place; without one the run starts at step 0.
 
-    defaults: facts that a run had whose program did not know them yet; free: those that may have changed. Raises TrainError
-    when the saved run is another one, with everything that differs.
+    defaults: values assumed for options that older versions did not save. free: facts that may differ. Raises TrainError,
+    with everything that differs, if the folder has another run.
     """
     path = folder / STATE
     if not path.exists():
@@ -125,7 +125,7 @@ def load_state(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: 
     for name, p in parameters.items():
         p.copy_(own_part(p, tensors[f"weights/{name}"]))
         state = {key.rsplit("/", 1)[1]: value for key, value in tensors.items() if key.startswith(f"optimizer/{name}/")}
-        # A copy: what is read is a view of the mapped file.
+        # Copied: what is read is a view of the mapped file.
         optimizer.state[p] = {key: own_part(p, value) for key, value in state.items()}
         optimizer.state[p] |= numbers["states"].get(name, {})
         if name in ema:
@@ -136,18 +136,18 @@ def load_state(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: 
 
 
 def fingerprint(models: Models, trained: Mapping[str, nn.Parameter]) -> str:
-    """Hash of the config and of all weights that stay as they are: a resumed run must stand on the same ones."""
+    """Hash of the model's config and of all weights that are not trained, which a resumed run must share."""
     config = models.config.to_dict()
     if not config["zero_terminal_snr"]:
-        del config["zero_terminal_snr"]  # which older programs did not know: their runs go on
+        del config["zero_terminal_snr"]  # older versions did not have it, and their runs must still resume
     skip, parts = {id(p) for p in trained.values()}, [json.dumps(config, sort_keys=True)]
-    for component in sorted(models):
-        for name, p in chain(models[component].named_parameters(), models[component].named_buffers()):  # quantised: buffers
+    for component in sorted(models):  # quantised weights are buffers
+        for name, p in chain(models[component].named_parameters(), models[component].named_buffers()):
             if id(p) not in skip and ".adapters." not in name and not name.endswith(("merged_weight", "merged_bias")):
                 parts += headed(f"{component}.{name}", p)
     return digest(parts)[:16]
 
 
 def run_facts(config, free: tuple[str, ...], **more: object) -> dict[str, object]:
-    """What a resumed run must agree on: every field of its config but the `free` ones, and more."""
+    """The facts that a resumed run must share: every field of its config except the `free` ones, and more."""
     return {f.name: getattr(config, f.name) for f in fields(config) if f.name not in free} | more

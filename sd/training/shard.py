@@ -1,4 +1,4 @@
-"""FSDP2: each process holds a part of the trained networks."""
+"""Sharding (FSDP2): each rank has a part of every weight of the trained networks."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sd.models import Models
-from sd.training.dist import _groups, _sharded, chief, world
+from sd.training.dist import is_joined, is_main, is_sharded, rank, world
 
 
 def shard(models: Models, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Split the networks that have these parameters over the processes, block by block; returns this process's parts.
+    """Shard the networks that own these parameters, block by block; returns this rank's parts, as plain tensors.
 
-    A block is whole only while it computes. Each process must call a network equally often, in samples and validation too.
-    What is done to each number of a part alone, such as an optimizer's step, needs no word of the sharding.
+    A block is gathered only while it computes. All ranks must call a network equally often, in samples and validation too.
+    Elementwise work on the parts, such as an optimizer's step, needs to know nothing of the sharding.
     """
-    if not _groups:
+    if not is_joined():
         return dict(parameters)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing here is written to in place
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # no such view is written to in place
     mesh = init_device_mesh(next(iter(parameters.values())).device.type, (world(),))
     for key in dict.fromkeys(name.partition(".")[0] for name in parameters):
-        network = models[key].to(memory_format=torch.contiguous_format)  # FSDP takes no other
+        network = models[key].to(memory_format=torch.contiguous_format)  # the only one that FSDP supports
         empty = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in network.parameters()}
-        vars(network)["plain"] = deepcopy(network, empty)  # not as a module of it
+        vars(network)["plain"] = deepcopy(network, empty)  # past nn.Module, so that it is not a submodule
         for child in network.children():
             for block in child if isinstance(child, nn.ModuleList) else [child] if list(child.children()) else []:
                 fully_shard(block, mesh=mesh)
-        # Else what no block holds would stay as a forward without a backward, such as a sample's, has left it.
+        # Otherwise parameters outside the blocks would stay gathered after a forward without a backward, such as a sample's.
         fully_shard(network, mesh=mesh, reshard_after_forward=True)
     parts = {}
     for name in parameters:
@@ -45,33 +45,33 @@ def shard(models: Models, parameters: Mapping[str, nn.Parameter]) -> dict[str, n
 
 
 def whole(p: nn.Parameter, value: Tensor) -> Tensor:
-    """A tensor that belongs to p, for the chief to write: of a part of its shape the whole, on the CPU; else as it is.
+    """Gather a value of p's shape, such as a moment, on rank 0's CPU; returned as it is if p is not sharded.
 
-    All processes must call it; what the others get is of no use.
+    All ranks must call it; only rank 0's result is meaningful.
     """
-    if not _sharded(p) or value.shape != p.shape:
+    if not is_sharded(p) or value.shape != p.shape:
         return value
     padded = value.new_zeros(_rows(p), *p.shape[1:])
     padded[:len(value)] = value
-    parts = [torch.empty_like(padded) for _ in range(world())] if chief() else None
+    parts = [torch.empty_like(padded) for _ in range(world())] if is_main() else None
     dist.gather(padded, parts)
     return torch.cat(parts)[:len(p.part_of)].cpu() if parts else value
 
 
 def own_part(p: nn.Parameter, value: Tensor) -> Tensor:
-    """A copy on the device of p of what `whole` gave."""
-    if _sharded(p) and value.shape == p.part_of.shape:
-        value = value[dist.get_rank() * _rows(p):][:_rows(p)]
+    """The inverse of `whole`: a copy of this rank's part on the device of p."""
+    if is_sharded(p) and value.shape == p.part_of.shape:
+        value = value[rank() * _rows(p):][:_rows(p)]
     return value.to(p.device, copy=True)
 
 
 def _rows(p: nn.Parameter) -> int:
-    return -(-len(p.part_of) // world())  # of a part, as torch.chunk; the last ones have fewer, or none
+    return -(-len(p.part_of) // world())  # of a part, as torch.chunk makes them; the last ones have fewer or none
 
 
 @torch.no_grad()
 def unshard(models: Models) -> None:
-    """Put plain networks with the whole weights in the place of the sharded ones, in every process."""
+    """Replace sharded networks by plain ones with the full weights, on every rank."""
     for key, network in models.items():
         plain = vars(network).get("plain")
         if plain is not None:

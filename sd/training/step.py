@@ -1,6 +1,8 @@
-"""From the number of a micro-batch to its loss: what the data, the draws and the networks make of it."""
+"""From the number of a micro-batch to its loss: data, random draws, networks."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -9,13 +11,14 @@ from sd.training.config import TrainConfig
 from sd.training.dataset.batches import Batches, batch_captions, batch_noise, batch_variants, batch_weights
 from sd.training.dataset.cache import Posteriors
 from sd.training.dataset.contexts import CONTEXT_BYTES, Contexts, TextStore, all_captions
+from sd.training.dataset.data import PictureData
 from sd.training.loss import check_objective, diffusion_loss
 from sd.training.new_words import check_words_shown
 from sd.training.noise import draw_noise, draw_timesteps
 
 
-def idle_networks(config: TrainConfig, models: Models, dataset) -> tuple[str, ...]:
-    """Those of which all that the steps need is computed before the first: they leave the device while the steps run."""
+def idle_networks(config: TrainConfig, models: Models, dataset: PictureData) -> tuple[str, ...]:
+    """Networks whose outputs are all computed before the first step; they can leave the device while the steps run."""
     if config.train == "vae":
         return ()
     captions, clip = None if config.trains_text else all_captions(dataset, config), models.config.clip
@@ -23,8 +26,8 @@ def idle_networks(config: TrainConfig, models: Models, dataset) -> tuple[str, ..
     return ("encoder", "decoder", "clip") if kept else ("encoder", "decoder")
 
 
-def diffusion_batches(config: TrainConfig, models: Models, dataset):
-    """micro-batch number -> loss, for the UNet, the text encoder, their LoRAs and new words."""
+def diffusion_batches(config: TrainConfig, models: Models, dataset: PictureData) -> Callable[[int], torch.Tensor]:
+    """Micro-batch number -> loss, for UNet, text encoder, their LoRAs and new words."""
     check_objective(config, models.config)
     check_words_shown(config, dataset)
     posteriors, batches = Posteriors(models, dataset, config.cache, progress=config.progress), Batches(dataset, config)
@@ -49,8 +52,8 @@ def diffusion_batches(config: TrainConfig, models: Models, dataset):
     return micro_loss
 
 
-def vae_batches(config: TrainConfig, models: Models, dataset, loss):
-    """micro-batch number -> loss, for the autoencoder."""
+def vae_batches(config: TrainConfig, models: Models, dataset: PictureData, loss: Callable) -> Callable[[int], torch.Tensor]:
+    """Micro-batch number -> loss, for the autoencoder."""
     vae, device, batches = models.config.vae, models.device, Batches(dataset, config)
 
     def micro_loss(number: int) -> torch.Tensor:

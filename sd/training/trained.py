@@ -1,4 +1,4 @@
-"""What is trained: an adapter of a LoRA, whole networks, new words; the rest is frozen while it lasts."""
+"""Selects the trained weights: a LoRA's adapters, whole networks, new words. Everything else is frozen."""
 
 from __future__ import annotations
 
@@ -28,14 +28,13 @@ from sd.tools.decompose import RankRule, truncated_svd
 from sd.training.dataset.randomness import seed_of
 from sd.training.errors import TrainError
 from sd.training.new_words import new_words
-from sd.training.optim import PRODUCTS
 from sd.training.relora import adapters_in_training, attach_merged, merged_name
-from sd.training.rules import SCALED
+from sd.training.rules import PRODUCTS, SCALED
 
 
 @contextmanager
 def training(config, models: Models) -> Iterator[dict[str, nn.Parameter]]:
-    """The weights to train, by name; they alone have gradients inside the block, and afterwards all is as it was."""
+    """Yield the trained weights by name; only they require gradients inside the block. All modes are restored afterwards."""
     before = [(p, p.requires_grad) for network in models.values() for p in network.parameters()]
     modes = [(module, module.training) for _, module in named_layers(models)]
     unet, checkpointing, adapters = models["diffusion"], models["diffusion"].checkpointing, adapter_names(models)
@@ -50,7 +49,7 @@ def training(config, models: Models) -> Iterator[dict[str, nn.Parameter]]:
     except BaseException:
         for name in adapters_in_training(config):
             if name in adapter_names(models) and name not in adapters:
-                remove_lora(models, name)  # half a training is in its folder, not in the models
+                remove_lora(models, name)  # an unfinished training is kept in its folder, not in the models
         for word in set(learned.ids) - words:
             learned.forget(word)
         raise
@@ -66,7 +65,7 @@ def training(config, models: Models) -> Iterator[dict[str, nn.Parameter]]:
 
 
 def trained_parameters(config, models: Models) -> dict[str, nn.Parameter]:
-    """Attach the LoRA or free the networks, and learn the new words; returns what is trained, by canonical name."""
+    """Attach the LoRA or unfreeze the networks, and add new words; returns the trained parameters by canonical name."""
     if config.train == "lora":
         chosen = _attach_lora(config, models)
     elif config.train == "words":
@@ -85,7 +84,7 @@ def trained_parameters(config, models: Models) -> dict[str, nn.Parameter]:
               "clip": config.text_encoder and not vae}
         chosen = {key: models[key] for key in on if on[key]}
     parameters = {f"{path}.{name}": p for path, module in chosen.items() for name, p in module.train().named_parameters()
-                  if not name.startswith("learned.")}  # words that are only loaded stay as they are
+                  if not name.startswith("learned.")}  # loaded words are not trained
     parameters |= new_words(config, models)
     for p in parameters.values():
         p.requires_grad_(True)
@@ -93,9 +92,9 @@ def trained_parameters(config, models: Models) -> dict[str, nn.Parameter]:
 
 
 def frozen_parts(config, models: Models) -> dict[str, Tensor]:
-    """What the LoRA's change is made of beside the trained weights, by canonical name: a state must hold it too.
+    """Frozen tensors of the LoRA, by canonical name, which the saved state must include.
 
-    That is the start of PiSSA, what ReLoRA moved, and modules of `from_lora` in a network that is not trained.
+    These are the subtracted start of PiSSA, the moved changes of ReLoRA, and modules of `from_lora` in untrained networks.
     """
     parts = {}
     for path, layer in lora_layers(models).items():
@@ -110,7 +109,7 @@ def frozen_parts(config, models: Models) -> dict[str, Tensor]:
 # ---- a LoRA ----------------------------------------------------------------------------------------------------------
 
 def _attach_lora(config, models: Models) -> dict[str, Adapter]:
-    """Path -> the adapter that is trained there; it, and what belongs to it, is attached and changes nothing yet."""
+    """Attach the adapters to train, with a change of 0 (or that of `from_lora`); returns them by path."""
     if merged_name(config.name) in adapter_names(models):
         raise TrainError(f"the model carries an adapter named {merged_name(config.name)!r}; remove it, or choose another name")
     networks = {key: models[key] for key, on in (("diffusion", config.unet), ("clip", config.text_encoder)) if on}
@@ -125,7 +124,7 @@ def _attach_lora(config, models: Models) -> dict[str, Adapter]:
     adapters = {path: layer.adapter(config.name) for path, layer in layers.items()}
     if config.init == "pissa":
         for path, adapter in adapters.items():
-            if isinstance(adapter, LowRank):  # not the full difference of a norm
+            if isinstance(adapter, LowRank):  # not a norm's full difference
                 start_with_principal(adapter, layers[path], path)
     if config.relora_every:
         attach_merged(config.name, adapters, layers)
@@ -133,7 +132,7 @@ def _attach_lora(config, models: Models) -> dict[str, Adapter]:
 
 
 def _ranks(config, networks: Mapping[str, nn.Module]) -> tuple[dict[str, int], dict[str, float]]:
-    """Path -> rank and path -> alpha of every target, as rank, alpha, rslora and block_ranks say."""
+    """(path -> rank, path -> alpha) of every target, from rank, alpha, rslora and block_ranks."""
     targets, blocks = find_targets(networks, config.targets), {}
     if config.block_ranks:
         every = modules_of(networks)
@@ -152,14 +151,14 @@ def _ranks(config, networks: Mapping[str, nn.Module]) -> tuple[dict[str, int], d
 
 
 def _alpha(config, rank: int) -> float:
-    """alpha / rank, or with rsLoRA alpha / sqrt(rank), is what it says; an alpha that is no scale stays."""
+    """Keep alpha / rank (with rsLoRA alpha / sqrt(rank)) the same for every rank; leave alpha alone where it is not a scale."""
     if config.kind not in SCALED:
         return config.alpha
     return config.alpha * (math.sqrt(rank) if config.rslora else rank / config.rank)
 
 
 def start_with_principal(adapter: LowRank, layer: LoRALayer, path: str) -> None:
-    """PiSSA (Meng et al. 2024, section 3): alpha / R · up · down starts as the best approximation of W of that rank."""
+    """PiSSA (Meng et al. 2024, section 3): initialise alpha / R · up · down to the best rank-R approximation of W."""
     with exact():
         W = layer.base_weight()
         found = truncated_svd((W.T if adapter.embedding else W).flatten(1), RankRule(rank=adapter.rank))
@@ -173,7 +172,7 @@ def start_with_principal(adapter: LowRank, layer: LoRALayer, path: str) -> None:
 
 
 def _attach_file(config, models: Models, networks: Mapping[str, nn.Module]) -> None:
-    """Attach what the file `from_lora` holds; of a network that is not trained it stays as it is, and in the result."""
+    """Attach the file `from_lora`. Its modules in untrained networks stay unchanged and are part of the result."""
     if config.name in adapter_names(models):
         raise TrainError(f"an adapter named {config.name!r} is there already; remove it, or choose another name")
     found = read_lora(config.from_lora, modules_of(models))
@@ -188,21 +187,21 @@ def _attach_file(config, models: Models, networks: Mapping[str, nn.Module]) -> N
 
 
 def _prepare(adapter: Adapter, config, where: str) -> None:
-    """An adapter of a file for training."""
+    """Make an adapter from a file ready for training. Raises TrainError if it cannot be trained with these options."""
     if why := adapter.why_not_trained():
         raise TrainError(f"{where} {why}")
     if config.max_norm and not adapter.is_product:
-        raise TrainError(f"{where}: max_norm does not go with kind {adapter.kind!r}; allowed: {', '.join(PRODUCTS)}")
+        raise TrainError(f"{where}: max_norm does not go with kind {adapter.kind!r}; allowed: {', '.join(sorted(PRODUCTS))}")
     adapter.from_file = False
     try:
-        full = adapter.kind == "full"  # it has no ranks to drop
+        full = adapter.kind == "full"  # has no ranks to drop
         adapter.set_dropouts(config.dropout, 0.0 if full else config.rank_dropout, config.module_dropout)
     except SDError as error:
         raise TrainError(f"{where}: {error}") from None
 
 
 def start_hash(config, models: Models) -> str | None:
-    """Hash of what `from_lora` holds, whatever its path and format; before the first step, and None without one."""
+    """Hash of the weights of `from_lora`, independent of path and format; None without one. Call before the first step."""
     if config.from_lora is None:
         return None
     parts = []

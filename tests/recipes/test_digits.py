@@ -10,7 +10,7 @@ from sd.model_loader import load_lora_into_models, preload_models_from_standard_
 from sd.pipeline import generate
 from sd.prompts.tokenizer import data_dir
 from sd.training import PictureFolder, TrainConfig, train
-from sd.training.dataset.batches import encode_pictures
+from sd.training.dataset.cache import Posteriors
 
 PROMPTS = [f"a handwritten {word}" for word in ("zero", "two", "five", "seven")]
 
@@ -32,7 +32,7 @@ def test_the_model_is_small_and_knows_its_own_config(digits):
 
 def test_latents_have_the_usual_scale(digits):
     data = PictureFolder(data_dir() / "digits-thick", size=32, channels=1)
-    mean, std = encode_pictures(digits, data)
+    mean, std = Posteriors(digits, data)(range(len(data)))
     assert 0.7 < (mean.var() + std.square().mean()).sqrt() < 1.4  # 1 over ordinary digits of both polarities
     rebuilt = digits["decoder"](mean / digits.config.vae.scale)
     pictures = torch.stack([data.picture(i) for i in range(len(data))])

@@ -17,7 +17,7 @@ from sd.files.tensors import read_tensors
 from sd.model_loader import load_lora_into_models, preload_models_from_standard_weights
 from sd.pipeline import generate
 from sd.prompts.tokenizer import load_tokenizer, tokenize
-from sd.training.dataset.batches import encode_pictures
+from sd.training.dataset.cache import Posteriors
 from sd.training.optim import lr_factor
 
 TINY = replace(train.EMOJI, clip=CLIPConfig(max_tokens=32, width=16, layers=1, heads=2, mlp_width=32),
@@ -141,7 +141,7 @@ def test_folding_makes_latents_of_mean_0_and_variance_1_and_changes_no_picture(p
     after, logvar = models["encoder"](x)
     torch.testing.assert_close(models["decoder"](after), rebuilt, rtol=0, atol=1e-4)
     torch.testing.assert_close(models["decoder"](after + (0.5 * logvar).exp() * noise), sampled, rtol=0, atol=1e-4)
-    mean, std = encode_pictures(models, chosen)
+    mean, std = Posteriors(models, chosen)(range(len(chosen)))
     assert mean.mean(dim=(0, 2, 3)).abs().max() < 1e-4
     torch.testing.assert_close(mean.var(dim=(0, 2, 3)) + std.square().mean(dim=(0, 2, 3)), torch.ones(4), rtol=1e-3, atol=0)
 
@@ -198,7 +198,7 @@ def test_the_text_encoder_learns_what_pictures_look_like_and_goes_on_where_it_wa
     train.train_vae("vae", None)
     chosen = data.choose(pictures, train.base_rows(rows))
     latents = torch.randn(len(chosen), 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(text, "encode_pictures", lambda *_: (latents, None))
+    monkeypatch.setattr(text, "Posteriors", lambda *_: lambda indices: (latents, None))
     config = replace(train.TEXT, steps=150, batch_size=8, warmup=5, learning_rate=5e-3,
                      caption_dropout=0.0, precision="fp32", save_every=20)
 

@@ -22,7 +22,6 @@ from sd.lora import apply_lora_to_model, get_lora_parameters, lora_layers, set_l
 from sd.model_loader import new_models
 from sd.placement import placed
 from sd.training import PictureSet, TrainConfig, train
-from sd.training.dataset.batches import encode_pictures
 from sd.training.dataset.cache import Posteriors, Store, cached_pictures, network_hash
 from sd.training.dataset.contexts import Contexts, TextStore
 from sd.training.dataset.open import open_data
@@ -52,8 +51,8 @@ def folder(tmp_path) -> Path:
 
 
 def opened(folder: Path, known=frozenset(), **options):
-    config = Config(data=str(folder), bucket_step=8, bucket_min=8, **options)
-    return open_data(config, size=16, channels=1, factor=2, known=known)
+    steps = {"bucket_step": 8, "bucket_min": 8} if "buckets" in options else {}
+    return open_data(Config(data=str(folder), **steps, **options), size=16, channels=1, factor=2, known=known)
 
 
 def counted(monkeypatch, network) -> Counter:
@@ -79,9 +78,17 @@ def cache_files(folder: Path) -> list[Path]:
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
-def test_without_a_cache_the_latents_are_those_of_encode_pictures_to_the_bit(models):
+def encoded(models, data) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and std of each picture's latents in the UNet's scale, encoded one by one."""
+    scale = models.config.vae.scale
+    with torch.no_grad():
+        rows = [models["encoder"](data.picture(i)[None]) for i in range(len(data))]
+    return torch.cat([scale * mean for mean, _ in rows]), torch.cat([scale * (0.5 * logvar).exp() for _, logvar in rows])
+
+
+def test_without_a_cache_the_latents_are_those_of_the_encoder_to_the_bit(models):
     data = pictures()
-    mean, std = encode_pictures(models, data)
+    mean, std = encoded(models, data)
     ours = Posteriors(models, data)([3, 0, 3])
     assert torch.equal(ours[0], mean[[3, 0, 3]]) and torch.equal(ours[1], std[[3, 0, 3]])
     assert Posteriors(models, data).masks([0]) is None
@@ -250,7 +257,7 @@ def test_pictures_in_memory_can_be_cached_too_and_a_file_is_plain_safetensors(mo
     second = Posteriors(models, data, tmp_path)
     assert rows["rows"] == 0
     assert all(torch.equal(a, b) for a, b in zip(first(range(5)), second(range(5)), strict=True))
-    torch.testing.assert_close(first(range(5))[0], encode_pictures(models, data)[0])
+    torch.testing.assert_close(first(range(5))[0], encoded(models, data)[0])
     path = second.store.path(second._key(2, 0))
     assert torch.equal(load_file(path)["mean"], first([2])[0][0])
 

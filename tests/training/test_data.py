@@ -4,7 +4,7 @@ import json
 import math
 import sys
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,47 +14,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from sd.training import TrainConfig
 from sd.training.dataset.batches import Batches, batch_captions, batch_variants, batch_weights
 from sd.training.dataset.buckets import make_buckets
 from sd.training.dataset.captions import CAPTION_OPTIONS, fixed_captions, seen_caption
 from sd.training.dataset.contexts import all_captions
+from sd.training.dataset.data import PictureData, as_picture_data
 from sd.training.dataset.open import open_data
 from sd.training.dataset.pictures import PictureFolder
 from sd.training.dataset.randomness import STREAMS, seed_of
 from sd.training.dataset.sources import balanced, read_folder, read_sources, whole_repeats
-from sd.training.errors import DataError
+from sd.training.errors import DataError, TrainError
 from sd.training.watch.describe import describe_data
 from tests.training.tiny import pictures
 
 
-@dataclass(frozen=True)
-class Config:
-    """The fields of TrainConfig that concern data."""
-
-    data: str = ""
-    batch_size: int = 2
-    seed: int = 0
-    steps: int = 10
-    accumulate: int = 1
-    buckets: bool = False
-    bucket_min: int | None = None
-    bucket_max: int | None = None
-    bucket_step: int = 16
-    upscale: bool = True
-    crop: str = "center"
-    flip: bool = False
-    variants: int = 1
-    caption_dropout: float = 0.0
-    shuffle_tags: bool = False
-    keep_tokens: int = 0
-    tag_separator: str = ","
-    prefix: str = ""
-    suffix: str = ""
-    trigger: str = ""
-    wildcards: bool = False
-    reg_data: str | None = None
-    prior_weight: float = 1.0
-    masks: bool = False
+def Config(**options) -> TrainConfig:
+    """Small buckets, captions as they are, two pictures a batch; other options at their defaults."""
+    plain = {"batch_size": 2, "steps": 10, "caption_dropout": 0.0} | ({"bucket_step": 16} if "buckets" in options else {})
+    return TrainConfig(**plain | options)
 
 
 def opened(folder: Path | str, size: int = 64, **options):
@@ -254,7 +232,7 @@ def test_half_of_an_epoch_is_regularisation_and_every_picture_is_in_it(tmp_path,
     assert sum(uses[i] for i in range(n)) == sum(uses[i] for i in range(n, n + m))
     for part in (range(n), range(n, n + m)):
         assert max(uses[i] for i in part) - min(uses[i] for i in part) <= 1
-    config = Config(prior_weight=0.5, trigger="sks")
+    config = Config(reg_data="reg", prior_weight=0.5, trigger="sks")
     assert torch.equal(batch_weights(data, [0, n, n + 1], config), torch.tensor([1, 0.5, 0.5]))
     assert batch_captions(data, [0, n], config, 0) == ["sks, caption of 0.png", "dog"]
     assert batch_weights(opened(train, size=16), [0], config) is None
@@ -364,8 +342,10 @@ def test_random_crops_are_whole_windows_of_the_scaled_picture_and_the_same_in_ev
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"crop": "left"}, "crop is 'left'; allowed: center, random"), ({"variants": 2}, "variants is 2; allowed: 1, unless crop"),
-    ({"variants": 0}, "variants is 0; allowed: 1 to 1000"), ({"upscale": False}, "upscale is False; allowed: True, unless"),
+    ({"crop": "left"}, "crop is 'left'; allowed: center, random"),
+    ({"variants": 2}, "variants is 2; allowed: 1, since .* crop random"),
+    ({"variants": 0}, "variants is 0; allowed: 1 to 1000"),
+    ({"upscale": False}, "upscale is False; allowed: True, since .* buckets"),
     ({"prior_weight": -1.0}, "prior_weight is -1.0; allowed: 0 or more"), ({"keep_tokens": -1}, "keep_tokens is -1"),
     ({"tag_separator": ""}, "tag_separator is ''"),
     ({"buckets": True, "bucket_step": 12}, "bucket_step is 12; allowed: multiples of 8"),
@@ -373,7 +353,7 @@ def test_random_crops_are_whole_windows_of_the_scaled_picture_and_the_same_in_ev
     ({"buckets": True, "bucket_step": 64, "bucket_min": 48, "bucket_max": 64, "size": 56}, "no bucket has sides of|must lie")])
 def test_an_option_that_makes_no_sense_is_refused(tmp_path, options, message):
     write(tmp_path, {"a.png": (16, 16)})
-    with pytest.raises(DataError, match=message):
+    with pytest.raises((DataError, TrainError), match=message):
         opened(tmp_path, **{"size": 64} | options)
 
 
@@ -402,7 +382,7 @@ def test_at_the_defaults_a_picture_is_what_pillow_makes_of_it(tmp_path):
 
 # ---- order -----------------------------------------------------------------------------------------------------------
 
-class Shapes:
+class Shapes(PictureData):
     """A data set without pictures: the bucket of each, and how often it comes in an epoch."""
 
     def __init__(self, buckets, repeats):
@@ -548,5 +528,31 @@ def test_the_dry_run_says_what_will_be_seen(tmp_path):
 
 
 def test_streams_keep_their_numbers_since_they_are_the_seeds_of_every_past_run():
-    assert STREAMS[:8] == ("init", "order", "caption", "caption dropout", "posterior", "timestep", "noise", "layers")
+    assert STREAMS == {"init": 0, "order": 1, "caption": 2, "caption dropout": 3, "posterior": 4, "timestep": 5, "noise": 6,
+                       "layers": 7, "batch order": 8, "words": 9, "variant": 10, "new words": 11}
     assert seed_of(3, "noise", 7) == int(np.random.SeedSequence([3, 6, 7]).generate_state(1, np.uint64)[0] >> 1)
+
+
+class Mine:
+    captions = [("a",), ("b", "c")]
+
+    def __len__(self):
+        return 2
+
+    def picture(self, i):
+        return torch.full((1, 8, 16), float(i))
+
+    def fingerprint(self):
+        return "mine"
+
+
+def test_a_users_own_data_set_needs_captions_pictures_a_fingerprint_and_a_length():
+    given = Mine()
+    data = as_picture_data(given)
+    assert (len(data), data.fingerprint(), data.captions) == (2, "mine", given.captions)
+    assert torch.equal(data.picture(1, 0), torch.ones(1, 8, 16)) and data.sizes == [(16, 8)] * 2
+    assert (list(data.uses), data.bucket_of, data.options, data.regular) == ([0, 1], [0, 0], [{}, {}], [False, False])
+    assert (data.variants, data.masked, data.names) == (1, False, ["picture 0", "picture 1"])
+    assert data.made_of(0) != data.made_of(1) and as_picture_data(data) is data
+    given.uses = [1, 1, 0]
+    assert as_picture_data(given).uses == [1, 1, 0]

@@ -26,7 +26,7 @@ from sd.training import TrainConfig, TrainError, train, vae_loss
 from sd.training.dataset.batches import batch_noise
 from sd.training.dataset.cache import Posteriors
 from sd.training.dataset.contexts import Contexts
-from sd.training.dist import add_up, check_accumulate, own_first, own_numbers, processes, world
+from sd.training.dist import all_reduce, check_accumulate, own_micro_batches, own_share_first, processes, world
 from sd.training.errors import ProcessError
 from tests.training.tiny import SMALL, changed, copy_of, metrics, pictures
 
@@ -127,11 +127,11 @@ def trainings(folder: Path) -> None:
     with processes():
         a, b, c = (torch.nn.Parameter(torch.zeros(2, 3)) for _ in range(3))
         a.grad, b.grad = torch.full((2, 3), 1.0 + rank), torch.full((2, 3), 5.0) if rank else None
-        loss, stop = add_up([a, b, c], torch.tensor(0.5), stop=rank == 1)
+        loss, stop = all_reduce([a, b, c], torch.tensor(0.5), stop=rank == 1)
         assert (a.grad == 3).all() and (b.grad == 5).all() and c.grad is None and loss == 1 and stop is True
-        assert add_up([a], torch.tensor(0.5), stop=False)[1] is False
-        assert own_numbers(3, 4) == range(12 + rank, 16, 2) and world() == 2
-        assert list(own_first("abcde")) == list("bdace" if rank else "acebd")
+        assert all_reduce([a], torch.tensor(0.5), stop=False)[1] is False
+        assert own_micro_batches(3, 4) == range(12 + rank, 16, 2) and world() == 2
+        assert list(own_share_first("abcde")) == list("bdace" if rank else "acebd")
     dist.destroy_process_group()  # it is still there
     found["trained"] = [p.sum().item() for p in result["diffusion"].parameters()]
     (folder / f"found-{rank}.json").write_text(json.dumps(found))
@@ -295,9 +295,9 @@ def test_alone_nothing_is_shared(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     with processes():
         assert not dist.is_initialized() and world() == 1
-        assert own_numbers(2, 3) == range(6, 9) and list(own_first("abc")) == ["a", "b", "c"]
+        assert own_micro_batches(2, 3) == range(6, 9) and list(own_share_first("abc")) == ["a", "b", "c"]
         check_accumulate(3)
-        assert add_up([], 1.0, False) == (1.0, False)
+        assert all_reduce([], 1.0, False) == (1.0, False)
 
 
 @pytest.mark.parametrize("change, message", [

@@ -1,9 +1,41 @@
-"""Options that have no effect beside the others are refused."""
+"""Options with values that are not allowed, and options without effect beside the others, are refused."""
+
+from dataclasses import replace
 
 import pytest
 
+from sd.adapters.lycoris import KINDS
+from sd.adapters.quant import FORMATS
 from sd.training import TrainConfig, TrainError
-from sd.training.rules import EFFECTS
+from sd.training.loss import LOSSES, WEIGHTINGS
+from sd.training.optim import OPTIMIZERS, PRECISIONS, SCHEDULES
+from sd.training.rules import EFFECTS, VALUES, allowed_names
+from sd.training.watch.monitor import LOGS
+
+NAMES = allowed_names(TrainConfig)
+TABLES = {"kind": KINDS, "quantize": ("none", *FORMATS), "optimizer": OPTIMIZERS, "schedule": SCHEDULES,
+          "precision": PRECISIONS, "loss": LOSSES, "weighting": WEIGHTINGS, "log_to": LOGS}
+
+
+@pytest.mark.parametrize("field", TABLES)
+def test_what_is_implemented_is_what_the_option_s_type_allows(field):
+    assert sorted(TABLES[field]) == sorted(NAMES[field])
+
+
+def test_the_options_without_a_table_are_these():
+    assert set(NAMES) - set(TABLES) == {"crop", "train", "init", "relora_save"}
+
+
+@pytest.mark.parametrize("field", NAMES)
+def test_a_name_that_the_type_does_not_have_is_refused_with_all_that_it_has(field):
+    with pytest.raises(TrainError, match=f"^{field} is .*other.*; allowed: {', '.join(NAMES[field])}$"):
+        TrainConfig(**{field: ("other",) if field == "log_to" else "other"})
+
+
+def test_every_default_keeps_the_rule_of_its_field():
+    for fields, is_allowed, _ in VALUES:
+        assert all(is_allowed(getattr(TrainConfig(), field)) for field in fields), fields
+    assert replace(TrainConfig()) == TrainConfig()
 
 
 @pytest.mark.parametrize("change, sentence", [

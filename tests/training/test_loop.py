@@ -16,7 +16,8 @@ from sd.files.tensors import read_tensors
 from sd.lora import LoRAError, adapter_names, apply_lora_to_model, get_lora_parameters, set_lora_enabled
 from sd.model_loader import load_lora_into_models, new_models, preload_models_from_standard_weights
 from sd.training import DataError, PictureFolder, PictureSet, TrainConfig, TrainError, diffusion_loss, train, vae_loss
-from sd.training.dataset.batches import Batches, batch_captions, batch_noise, encode_pictures
+from sd.training.dataset.batches import Batches, batch_captions, batch_noise
+from sd.training.dataset.cache import Posteriors
 from sd.training.dataset.contexts import Contexts
 from sd.training.noise import draw_timesteps
 from sd.training.optim import lr_factor, update_ema
@@ -106,7 +107,7 @@ def test_captions_are_dropped_as_often_as_asked_and_the_rest_are_drawn_from_all(
 
 def test_the_latent_cache_keeps_the_posterior_in_the_scale_of_the_unet(models):
     data = pictures()
-    mean, std = encode_pictures(models, data)
+    mean, std = Posteriors(models, data)(range(len(data)))
     reference_mean, logvar = models["encoder"](data.pictures)
     torch.testing.assert_close(mean, 0.18215 * reference_mean.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(std, 0.18215 * logvar.exp().sqrt().detach(), rtol=1e-5, atol=1e-6)

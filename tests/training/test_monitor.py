@@ -183,8 +183,8 @@ def test_pictures_are_held_out_by_their_content_and_more_pictures_move_none(tmp_
 
 def test_held_out_pictures_are_in_no_batch_and_regularisation_is_balanced_without_them(tmp_path, models, monkeypatch):
     data, regular = write_pictures(tmp_path / "data", 20), write_pictures(tmp_path / "reg", 8, start=50)
-    config = changed(WATCHED, data=str(data), reg_data=str(regular), validation=0.3, out=str(tmp_path / "out"),
-                     sample_prompts=())
+    config = changed(WATCHED, data=str(data), reg_data=str(regular), prior_weight=0.5, validation=0.3,
+                     out=str(tmp_path / "out"), sample_prompts=())
     seen, original = [], loop.diffusion_batches
 
     def spy(config, models, dataset, *rest):

@@ -18,7 +18,8 @@ from sd.model_loader import load_lora_into_models, new_models
 from sd.training import TrainConfig, TrainError, train
 from sd.training.loss import diffusion_loss
 from sd.training.optim import lr_factor, make_optimizer
-from sd.training.relora import KINDS_THAT_ADD, OPTIMIZERS_THAT_FORGET, adapters_in_training, attach_merged, fold, restart
+from sd.training.relora import adapters_in_training, attach_merged, fold, restart
+from sd.training.rules import KINDS_THAT_ADD, OPTIMIZERS_THAT_FORGET
 from sd.training.trained import frozen_parts, training
 from tests.training.test_resume import LORA, files, stopped
 from tests.training.tiny import SMALL, changed, copy_of, metrics, pictures

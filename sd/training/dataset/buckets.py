@@ -1,4 +1,4 @@
-"""Sizes for pictures of other shapes than a square (aspect-ratio buckets, as NovelAI described them in 2022)."""
+"""Aspect-ratio buckets: sizes for pictures that are not square (NovelAI 2022)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sd.training.errors import DataError
 
 @dataclass(frozen=True)
 class Buckets:
-    """All sizes are multiples of `step`, sides from `low` to `high`, area at most that of `size` x `size` pixels."""
+    """All sizes whose sides are multiples of `step` from `low` to `high`, with an area of at most `size` x `size` pixels."""
 
     size: int
     low: int
@@ -20,14 +20,14 @@ class Buckets:
     upscale: bool = True
 
     def sizes(self, size: int | None = None) -> list[tuple[int, int]]:
-        """(width, height): for each side the longest other one that fits into the area. `size`: a smaller area's."""
+        """(width, height): each side with the longest other side that fits into the area. `size`: for a smaller area."""
         return _sizes(self.size if size is None else size, self.low, self.high, self.step)
 
     def choose(self, width: int, height: int, name: str = "a picture") -> tuple[int, int]:
-        """The bucket whose ratio of sides is nearest to the picture's, as a factor; of two such ones the narrower.
+        """The bucket with the nearest aspect ratio, on a log scale; the narrower of two equally near ones.
 
-        Without `upscale` the areas of size, size - step, .. are tried until the picture covers its bucket. Raises DataError
-        for a picture that is smaller than the smallest.
+        Without `upscale`, the areas of size, size - step, .. are tried until the picture covers its bucket. Raises DataError
+        if the picture is smaller than the smallest bucket.
         """
         size = self.size
         while sizes := self.sizes(size):
@@ -49,9 +49,9 @@ def _sizes(size: int, low: int, high: int, step: int) -> list[tuple[int, int]]:
 
 def make_buckets(size: int, *, factor: int, low: int | None = None, high: int | None = None, step: int = 64,
                  upscale: bool = True) -> Buckets:
-    """The buckets for pictures of about `size` x `size` pixels; sides from size / 2 to 2 size unless told otherwise.
+    """Buckets for pictures of about `size` x `size` pixels; by default with sides from size / 2 to 2 size.
 
-    Raises DataError where the step is no multiple of the VAE's `factor`, or no bucket fits.
+    Raises DataError if the step is not a multiple of the VAE's `factor`, or no bucket fits.
     """
     if step < factor or step % factor:
         raise DataError(f"bucket_step is {step}; allowed: multiples of {factor}, the factor of the VAE")

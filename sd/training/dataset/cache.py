@@ -1,14 +1,14 @@
-"""What the frozen networks make of pictures and captions, computed once: in memory, or in a folder that runs may share.
+"""Outputs of the frozen networks for pictures and captions, computed once: in memory, or in a folder that runs can share.
 
-Each file is named by the hash of all that its content depends on, is written at once or not at all, and is checked when it
-is read. B images, h, w latents, L tokens, D context width.
+Each file is named by the hash of everything that its content depends on, written atomically, and verified when it is read.
+B images, h, w latents, L tokens, D context width.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,22 +17,22 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sd.adapters.targets import lora_layers
-from sd.files.hashes import digest, headed
+from sd.files.hashes import digest, headed, tensor_hash
 from sd.files.tensor_file import CheckpointError
 from sd.files.tensors import read_tensors, write_safetensors
 from sd.placement import placed_for
-from sd.training.dist import own_first
+from sd.training.dist import own_share_first
 from sd.training.errors import DataError
 
 log = logging.getLogger("sd")
 
-FORMAT = 1  # raised when what is computed changes
+FORMAT = 1  # to be increased when the computation changes
 
 
 class Store:
-    """A folder of small tensor files. `limit`: bytes of all of them, above which no more are written.
+    """A folder of small tensor files, by key. Once they take `limit` bytes together, no more are written.
 
-    A key is JSON of everything that the content depends on. Two processes may use one folder.
+    A key holds, as JSON, everything that the content depends on. Several processes may share a folder.
     """
 
     def __init__(self, folder: str | Path, limit: int | None = None):
@@ -40,20 +40,20 @@ class Store:
         self.bytes = None if limit is None else sum(f.stat().st_size for f in self.folder.glob("*/*.safetensors"))
 
     def path(self, key: Mapping[str, object]) -> Path:
-        """Where it lies: below the first letters of the picture's digest, or of the key's."""
+        """Path of the file, in a subfolder named by the first two letters of its own name."""
         own = digest([self._text(key)])[:32]
         name = f"{key['picture']}-{own}" if "picture" in key else own
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def read(self, key: Mapping[str, object]) -> dict[str, Tensor] | None:
-        """The tensors, copied out of their file; None where there is none, or a damaged one, which a line then tells."""
+        """Copies of the file's tensors; None if there is no file, or a damaged one, which is logged."""
         path = self.path(key)
         if not path.exists():
             return None
         try:
             file = read_tensors(path)
             tensors = {name: tensor.clone() for name, tensor in file.items()}
-            if (file.metadata.get("key"), file.metadata.get("sha256")) == (self._text(key), _checksum(tensors)):
+            if (file.metadata.get("key"), file.metadata.get("sha256")) == (self._text(key), tensor_hash(tensors)):
                 return tensors
             reason = "its content is not what was written"
         except CheckpointError as error:
@@ -62,7 +62,7 @@ class Store:
         return None
 
     def write(self, key: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
-        """Raises DataError when the disk is full or the folder cannot be written to."""
+        """Raises DataError if the disk is full or the folder is not writable."""
         if self.limit is not None:
             size = sum(tensor.nbytes for tensor in tensors.values())
             if self.bytes + size > self.limit:
@@ -71,7 +71,7 @@ class Store:
         path = self.path(key)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_safetensors(path, dict(tensors), {"key": self._text(key), "sha256": _checksum(tensors)})
+            write_safetensors(path, dict(tensors), {"key": self._text(key), "sha256": tensor_hash(tensors)})
         except OSError as error:
             raise DataError(f"{path.parent}: the cache cannot be written ({error.strerror}); name another folder for "
                             f"it") from None
@@ -81,12 +81,8 @@ class Store:
         return json.dumps({"format": FORMAT, **key}, sort_keys=True)
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    return digest(part for name in sorted(tensors) for part in headed(name, tensors[name]))
-
-
 def network_hash(network: nn.Module) -> str:
-    """Of everything that a network's output depends on: its weights, and the adapters in force with their multipliers."""
+    """Hash of everything that a network's output depends on: its weights, and the active adapters with their multipliers."""
     parts = []
     for name, tensor in network.state_dict().items():
         if ".adapters." not in name:
@@ -105,23 +101,22 @@ def network_hash(network: nn.Module) -> str:
 class Posteriors:
     """indices, variants -> mean and std of the pictures' latents in the UNet's scale, [B, 4, h, w] each, on the CPU.
 
-    Both are kept, not a sample of them, so that each use of a picture draws its latents anew. All are computed here, before
-    the training; in a `folder` they are found again by the content of the picture, the VAE's weights, size, crop, variant and
-    dtype. Up to `limit` bytes of what lies in the folder are held in memory as well. Raises DataError.
+    Mean and std are kept instead of a sample, so that each use of a picture draws new latents. All are computed by the
+    constructor. With a `folder` they are stored by the content of the picture, the VAE's weights, size, crop, variant and
+    dtype, and up to `limit` bytes of them are also kept in memory. Raises DataError.
     """
 
     def __init__(self, models, dataset, folder: str | Path | None = None, *, limit: int = 2 << 30, progress: bool = False):
         self.dataset, self.limit, self.bytes = dataset, limit, 0
         self.kept: dict[tuple[int, int], dict[str, Tensor]] = {}
         self.store = None if folder is None else Store(Path(folder, "latents"))
-        variants, self.masked = getattr(dataset, "variants", 1), getattr(dataset, "masked", False)
         encoder = models["encoder"]
         self.about = {} if self.store is None else {
             "what": "latents", "vae": network_hash(encoder), "scale": models.config.vae.scale,
             "dtype": str(placed_for(encoder, torch.empty(0)).dtype)}
-        pictures = range(len(dataset)) if self.store is None else own_first(range(len(dataset)))
+        pictures = range(len(dataset)) if self.store is None else own_share_first(range(len(dataset)))
         for i in tqdm(pictures, "latents", len(dataset), unit="picture", disable=not progress, dynamic_ncols=True):
-            for variant in range(variants):
+            for variant in range(dataset.variants):
                 key = self._key(i, variant)
                 tensors = self.store.read(key) if self.store else None
                 if tensors is None:
@@ -130,15 +125,15 @@ class Posteriors:
                         self.store.write(key, tensors)
                 self._keep(i, variant, tensors)
 
-    def __call__(self, indices: list[int], variants: list[int] | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, indices: Sequence[int], variants: list[int] | None = None) -> tuple[Tensor, Tensor]:
         found = self._rows(indices, variants)
         return torch.stack([row["mean"] for row in found]), torch.stack([row["std"] for row in found])
 
-    def masks(self, indices: list[int], variants: list[int] | None = None) -> Tensor | None:
-        """[B, 1, h, w] in [0, 1], the mean of the mask over each latent; None for pictures without masks."""
-        return torch.stack([row["mask"] for row in self._rows(indices, variants)]) if self.masked else None
+    def masks(self, indices: Sequence[int], variants: list[int] | None = None) -> Tensor | None:
+        """[B, 1, h, w] in [0, 1]: the mask averaged over the pixels of each latent; None if the pictures have no masks."""
+        return torch.stack([row["mask"] for row in self._rows(indices, variants)]) if self.dataset.masked else None
 
-    def _rows(self, indices: list[int], variants: list[int] | None) -> list[dict[str, Tensor]]:
+    def _rows(self, indices: Sequence[int], variants: list[int] | None) -> list[dict[str, Tensor]]:
         return [self._row(i, v) for i, v in zip(indices, [0] * len(indices) if variants is None else variants, strict=True)]
 
     def _row(self, i: int, variant: int) -> dict[str, Tensor]:
@@ -156,26 +151,21 @@ class Posteriors:
             self.kept[i, variant] = tensors
 
     def _key(self, i: int, variant: int) -> dict[str, object]:
-        if self.store is None:
-            return {}
-        if hasattr(self.dataset, "made_of"):
-            return self.about | self.dataset.made_of(i, variant)
-        return self.about | {"picture": _checksum({"picture": self.dataset.picture(i)})[:32]}
+        return {} if self.store is None else self.about | self.dataset.made_of(i, variant)
 
     @torch.no_grad()
     def _encode(self, models, i: int, variant: int) -> dict[str, Tensor]:
-        """One at a time: a picture's latents must be the same bits whatever else is encoded, with a folder and without."""
+        """One picture at a time: its latents must be the same bits whatever else is encoded, with and without a folder."""
         encoder, vae = models["encoder"], models.config.vae
-        picture = self.dataset.picture(i, variant) if hasattr(self.dataset, "made_of") else self.dataset.picture(i)
-        mean, logvar = encoder(placed_for(encoder, picture[None]))
+        mean, logvar = encoder(placed_for(encoder, self.dataset.picture(i, variant)[None]))
         found = {"mean": vae.scale * mean[0].float().cpu(), "std": vae.scale * (0.5 * logvar[0].float()).exp().cpu()}
-        if self.masked:
+        if self.dataset.masked:
             found["mask"] = F.avg_pool2d(self.dataset.mask(i, variant), vae.factor)
         return found
 
 
 def cached_pictures(folder: str | Path | None) -> set[str]:
-    """Digests of the pictures that a cache holds latents of: they were read and found good before."""
+    """Hashes of the pictures whose latents a cache holds, and which were therefore read without error before."""
     if folder is None:
         return set()
     return {file.name.split("-")[0] for file in Path(folder, "latents").glob("*/*-*.safetensors")}

@@ -1,6 +1,4 @@
-"""A caption as the text encoder sees it: wildcards, shuffled tags, trigger, prefix and suffix. Pure functions of a caption
-and a generator.
-"""
+"""Captions as the text encoder sees them: wildcards, shuffled tags, trigger, prefix and suffix."""
 
 from __future__ import annotations
 
@@ -9,23 +7,22 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-# Every option with its default; a source of several (sd/training/sources.py) may have values of its own.
+# Every option with its default. With several sources (sources.py), each may override them.
 CAPTION_OPTIONS = {"caption_dropout": 0.0, "shuffle_tags": False, "keep_tokens": 0, "tag_separator": ",", "prefix": "",
                    "suffix": "", "trigger": "", "wildcards": False}
 _WILDCARD = re.compile(r"\{([^{}]*)\}")  # an innermost one
 
 
 def caption_options(config, own: Mapping[str, object] = {}) -> dict[str, object]:  # noqa: B006 (it is only read)
-    """The options in force: a source's own, else the config's, else the default."""
+    """The options in effect: the source's own, else the config's, else the default."""
     return {name: own.get(name, getattr(config, name, default)) for name, default in CAPTION_OPTIONS.items()}
 
 
 def seen_caption(caption: str, options: Mapping[str, object], rng: np.random.Generator) -> str:
-    """`caption` with all options but dropout, in this order; with the defaults it is the caption, to the letter.
+    """Apply all options except dropout, in this order; with the defaults the caption is returned unchanged.
 
-    wildcards: each {a|b|c} becomes one of its parts, inner ones first. shuffle_tags: the tags between separators change
-    places, all but the first `keep_tokens`. trigger: a tag in front, unless the caption has the word. prefix and suffix:
-    around all of it, as they are, with a space between.
+    wildcards: each {a|b|c} becomes one of its parts, innermost first. shuffle_tags: the tags are shuffled, except for the
+    first `keep_tokens`. trigger: prepended as a tag, unless the caption has the word. prefix and suffix: joined with a space.
     """
     text = caption
     if options["wildcards"]:
@@ -47,9 +44,9 @@ def seen_caption(caption: str, options: Mapping[str, object], rng: np.random.Gen
 
 
 def fixed_captions(captions: Iterable[Iterable[str]], options: Iterable[Mapping[str, object]]) -> list[str] | None:
-    """All texts that can ever be seen, sorted; None where wildcards or shuffling make each use a text of its own.
+    """All texts that can occur, sorted; None if wildcards or shuffling make them too many to list.
 
-    captions: those of each picture; options: of each picture.
+    captions: those of each picture; options: those of each picture.
     """
     seen = set()
     for texts, chosen in zip(captions, options, strict=True):
@@ -77,4 +74,4 @@ def _fill_wildcards(text: str, rng: np.random.Generator) -> str:
     while found := _WILDCARD.search(text):
         parts = found[1].split("|")
         text = text[:found.start()] + parts[rng.integers(len(parts))] + text[found.end():]
-    return text if text == before else " ".join(text.split())  # an empty part leaves no second space
+    return text if text == before else " ".join(text.split())  # an empty part must not leave two spaces

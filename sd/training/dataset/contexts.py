@@ -1,4 +1,4 @@
-"""Captions to context, once where the text encoder is frozen."""
+"""Captions to context; only once per caption if the text encoder is frozen."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from sd.prompts.tokenizer import tokenize
 from sd.training.dataset.batches import picture_options
 from sd.training.dataset.cache import Store, network_hash
 from sd.training.dataset.captions import fixed_captions
-from sd.training.dist import own_first
+from sd.training.dist import own_share_first
 
-CONTEXT_BYTES = 1 << 30  # of contexts that are kept in memory
+CONTEXT_BYTES = 1 << 30  # of contexts kept in memory
 
 
 class Contexts:
-    """captions -> context [B, L, D] on the UNet's device; each is encoded once a batch, or once for good if the text encoder
-    is frozen.
+    """Captions -> context [B, L, D] on the UNet's device: encoded in each batch if the text encoder is `trained`, else once.
 
-    What is encoded for good is kept on the CPU, `limit` bytes of it, and in `store` (sd/training/latent_cache.py: TextStore)
-    if there is one: the least recently used is encoded, or read, again.
+    Contexts of a frozen text encoder are kept on the CPU, up to `limit` bytes, of which the least recently used are dropped,
+    and in `store`, a TextStore, if there is one.
     """
 
     def __init__(self, models, *, trained: bool, store=None, clip_skip: int = 1, limit: int = CONTEXT_BYTES):
@@ -39,9 +38,9 @@ class Contexts:
         return torch.stack([found[caption] for caption in captions]).to(self.models.device)
 
     def fill(self, captions: Iterable[str]) -> None:
-        """Encode all that will be needed, so that the text encoder may leave the device. Nothing if it is trained."""
+        """Encode captions in advance, so that the text encoder can leave the device. Does nothing if it is trained."""
         captions = [] if self.trained else sorted(set(captions))
-        for caption in own_first(captions) if self.store else captions:
+        for caption in own_share_first(captions) if self.store else captions:
             self._frozen(caption)
 
     def _frozen(self, caption: str) -> Tensor:
@@ -51,7 +50,7 @@ class Contexts:
         tokens = self.tokens([caption])
         context = self.store.read(tokens) if self.store else None
         if context is None:
-            # One at a time and without autocast: a row must not depend on what else is in the batch, or on who asks first.
+            # One at a time and without autocast: a context must not depend on the rest of the batch, or on the caller.
             with torch.no_grad(), torch.autocast(self.models.device.type, enabled=False):
                 context = self._encode([caption])[0].cpu()
             if self.store:
@@ -71,15 +70,15 @@ class Contexts:
 
 
 def all_captions(dataset, config) -> list[str] | None:
-    """Every text that the training will show, sorted; None where wildcards or shuffling make each use another one."""
+    """Every text that the training can use, sorted; None if wildcards or shuffling make them too many to list."""
     return fixed_captions(dataset.captions, [picture_options(dataset, config, i) for i in range(len(dataset))])
 
 
 class TextStore:
-    """tokens [1, L] -> context [L, D] in a folder, for `Contexts`; not for a text encoder that is trained.
+    """Tokens [1, L] -> context [L, D] in a folder, for the `Contexts` of a frozen text encoder.
 
-    The key holds the text encoder's weights with the adapters in force, its dtype, `clip_skip`, and the tokens, which are all
-    that tokenizer and text are to it. Above `limit` bytes no more are written: captions that vary would fill any disk.
+    The key holds the text encoder's weights and active adapters, its dtype, `clip_skip`, and the tokens. At most `limit`
+    bytes are written, since captions that vary would fill any disk.
     """
 
     def __init__(self, folder: str | Path, models, clip_skip: int = 1, limit: int = 2 << 30):

@@ -1,4 +1,4 @@
-"""Pictures from files as a data set: upright, on white, cut to the size of their bucket.
+"""Data sets of pictures: from files, or in memory.
 
 C channels, H, W pixels.
 """
@@ -16,18 +16,19 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from sd.files.hashes import digest
 from sd.training.dataset.buckets import Buckets
+from sd.training.dataset.data import PictureData
 from sd.training.dataset.sources import Entry, read_folder, read_image
 from sd.training.errors import DataError
 
 
-class Pictures:
-    """Pictures from files, read when they are used. Upright, on white, scaled to cover their size and cut to it.
+class Pictures(PictureData):
+    """Pictures from files, read at each use: turned upright, on a white background, scaled to cover their size and cropped.
 
-    sizes: (width, height) of each; without `buckets` all are size x size. variants: how many crops (with crop "random") and
-    mirror images (`flip` doubles them) a picture has; number 0 is the first crop as it is. uses: the indices that make an
-    epoch. bucket_of: those of one bucket may share a batch. regular: whether a picture is for prior preservation.
-    Raises DataError that names the first picture that cannot be used; those whose digest is `known` were read before.
+    Without `buckets` all are size x size. `variants` is the number of crops (with crop "random"), and `flip` adds the mirror
+    image of each; variant 0 is the first crop, unmirrored. Pictures whose digest is in `known` are not decoded to check them.
+    Raises DataError for the first picture that cannot be used.
     """
 
     def __init__(self, entries: Sequence[Entry], *, size: int, channels: int, buckets: Buckets | None = None,
@@ -39,25 +40,21 @@ class Pictures:
         self.masked = any(e.mask for e in self.entries)
         self.uses = [i for i, e in enumerate(self.entries) for _ in range(e.repeats)]
         self._digests: dict[int, str] = {}
-        # What cannot be read is found now, not after an hour of training.
+        # Unreadable files are found now, not after an hour of training.
         found = [self._known_size(i) if known and self.digest(i) in known else self._read(i).size for i in range(len(self))]
         self.sizes = [(size, size) if buckets is None else buckets.choose(*wh, self.entries[i].where)
                       for i, wh in enumerate(found)]
         order = sorted(set(self.sizes))
         self.bucket_of = [order.index(wh) for wh in self.sizes]
 
-    def __len__(self) -> int:
-        return len(self.entries)
-
     def picture(self, i: int, variant: int = 0) -> Tensor:
-        """[C, H, W] in [-1, 1]."""
         width, height = self.sizes[i]
         image = self._cut(self._read(i), i, variant, Image.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.array(image, dtype=np.float32))  # [H, W] or [H, W, 3]
         return pixels.reshape(height, width, -1).permute(2, 0, 1) / 127.5 - 1
 
     def mask(self, i: int, variant: int = 0) -> Tensor:
-        """[1, H, W] in [0, 1], cut as the picture is: 1 where it is learned from, everywhere if it has no mask."""
+        """[1, H, W] in [0, 1], cropped like the picture; 1 everywhere if it has no mask. Raises DataError for another size."""
         width, height = self.sizes[i]
         if self.entries[i].mask is None:
             return torch.ones(1, height, width)
@@ -68,7 +65,6 @@ class Pictures:
         return torch.from_numpy(np.array(self._cut(mask, i, variant, Image.Resampling.BILINEAR), dtype=np.float32))[None] / 255
 
     def made_of(self, i: int, variant: int = 0) -> dict[str, object]:
-        """All that `picture` and `mask` depend on, for the key of a cache."""
         mask = self.entries[i].mask
         return {"picture": self.digest(i), "size": self.sizes[i], "flip": self._flipped(variant),
                 "crop": "center" if self.crop == "center" else variant // (2 if self.flip else 1),
@@ -81,7 +77,7 @@ class Pictures:
         return self._digests[i]
 
     def fingerprint(self) -> str:
-        """Differs when a picture, its name, a caption, a mask or what its source says of it does."""
+        """Changes with any picture, name, caption, mask or option of a source."""
         rows = [(e.name, self.digest(i), e.captions, e.repeats, dict(e.options), e.regular, self.made_of(i)["mask"])
                 for i, e in enumerate(self.entries)]
         return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
@@ -93,14 +89,14 @@ class Pictures:
         return image
 
     def _known_size(self, i: int) -> tuple[int, int]:
-        """From the file's first bytes: it is not decoded."""
+        """Size from the header, without decoding the picture."""
         with Image.open(BytesIO(self.entries[i].content())) as image:
             turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations that swap the sides
             return image.size[::-1] if turned else image.size
 
     def _cut(self, image: Image.Image, i: int, variant: int, resampling: Image.Resampling) -> Image.Image:
         centering = (0.5, 0.5)
-        if self.crop == "random":  # of the picture and the crop's number alone: other runs find it in their cache
+        if self.crop == "random":  # a function of picture and crop alone, so that other runs find it in the cache
             centering = np.random.default_rng([int(self.digest(i), 16), variant // (2 if self.flip else 1)]).random(2)
         image = ImageOps.fit(image, self.sizes[i], resampling, centering=tuple(centering))
         return ImageOps.mirror(image) if self._flipped(variant) else image
@@ -110,33 +106,27 @@ class Pictures:
 
 
 class PictureFolder(Pictures):
-    """The pictures of a folder with their captions, as `read_folder` finds them, scaled and cut to size x size pixels."""
+    """The captioned pictures of a folder (see `read_folder`), scaled and cropped to size x size pixels."""
 
     def __init__(self, folder: str | Path, *, size: int, channels: int):
         super().__init__(read_folder(folder), size=size, channels=channels)
 
 
-class PictureSet:
-    """Pictures in memory, [N, C, H, W] in [-1, 1], with the captions of each; one is drawn each time it is used."""
+class PictureSet(PictureData):
+    """Pictures in memory, [N, C, H, W] in [-1, 1], with one or several captions for each."""
 
     def __init__(self, pictures: Tensor, captions: Sequence[Sequence[str]]):
         if len(pictures) != len(captions):
             raise DataError(f"{len(pictures)} pictures are given with {len(captions)} captions")
         self.pictures, self.captions = pictures, [(c,) if isinstance(c, str) else tuple(c) for c in captions]
 
-    def __len__(self) -> int:
-        return len(self.pictures)
-
     def picture(self, i: int, variant: int = 0) -> Tensor:
         return self.pictures[i]
 
     def fingerprint(self) -> str:
-        """Differs when a picture or a caption does."""
-        return _digest(self.captions, [self.pictures.contiguous().numpy().tobytes()])
+        return captions_hash(self.captions, self.pictures)
 
 
-def _digest(captions: Sequence, contents: Sequence[bytes]) -> str:
-    digest = hashlib.sha256(json.dumps(captions).encode())
-    for content in contents:
-        digest.update(content)
-    return digest.hexdigest()[:16]
+def captions_hash(captions: Sequence[Sequence[str]], pictures: Tensor) -> str:
+    """16 hex digits of the SHA-256 of captions and pictures."""
+    return digest([json.dumps(captions), pictures])[:16]

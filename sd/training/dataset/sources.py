@@ -1,6 +1,6 @@
-"""Where pictures and captions come from: a folder, kohya's `10_name` folders, a TOML of several sources, Hugging Face.
+"""Sources of pictures and captions: a folder, kohya's `10_name` folders, a TOML of several sources, Hugging Face.
 
-Each becomes a list of `Entry`; what does not fit together is a DataError that names the first bad thing.
+Each is read into a list of `Entry`. Inconsistent data raises a DataError that names the first bad item.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ MAX_REPEATS = 10_000
 
 @dataclass(frozen=True)
 class Entry:
-    """A picture as its source has it. `source`: its file, or a function that gives the bytes of one."""
+    """A picture in its source. `source`: its file, or a function that returns the bytes of one."""
 
-    name: str  # in its source, the same wherever that lies
+    name: str  # within its source, independent of where that is
     source: Path | Callable[[], bytes]
     captions: tuple[str, ...]
-    origin: str = ""  # the source's own name
+    origin: str = ""  # name of the source
     repeats: int = 1  # uses in an epoch
-    options: Mapping[str, object] = field(default_factory=dict)  # caption options of its source
+    options: Mapping[str, object] = field(default_factory=dict)  # caption options of the source
     mask: Path | None = None
     regular: bool = False  # for prior preservation
 
@@ -52,7 +52,7 @@ class Entry:
             raise DataError(f"{self.where}: cannot be read ({error.strerror})") from None
 
     def image(self, mode: str) -> Image.Image:
-        """The picture, upright and laid on white; mode is "RGB" or "L". Raises DataError."""
+        """The picture, turned upright, on a white background; mode is "RGB" or "L". Raises DataError."""
         if isinstance(self.source, Path):
             return read_image(self.source, mode)
         try:
@@ -72,9 +72,9 @@ def read_image(path: Path, mode: str) -> Image.Image:
 
 
 def read_sources(data: str, *, masks: bool = False) -> list[Entry]:
-    """All pictures of `data`: a folder, a .toml of several sources, or "hf:" and the name or path of a dataset.
+    """All pictures of `data`: a folder, a .toml of several sources, or "hf:" with the name or path of a dataset.
 
-    Raises DataError for what is missing, does not fit together or is there twice.
+    Raises DataError for missing, inconsistent or duplicate items.
     """
     if data.startswith("hf:"):
         return _hugging_face(data.removeprefix("hf:"))
@@ -87,11 +87,11 @@ def read_sources(data: str, *, masks: bool = False) -> list[Entry]:
 # ---- folders ---------------------------------------------------------------------------------------------------------
 
 def read_folder(folder: str | Path, *, masks: bool = False) -> list[Entry]:
-    """The pictures of a folder, sorted by name; or of its folders `10_some words`, each picture of those 10 times.
+    """The pictures of a folder, sorted by name; or those of its subfolders `10_some words`, each repeated 10 times.
 
-    Captions stand in one of metadata.jsonl, metadata.csv (columns file_name, text) and captions.txt (`name: caption` a line,
-    a name with ':' in quotes), else in a .txt beside each picture. In a numbered folder the words are the caption of those
-    that have none. With `masks`, that of a.png is a-mask.png or masks/a.png. Raises DataError.
+    Captions are in one of metadata.jsonl, metadata.csv (columns file_name, text) and captions.txt (lines `name: caption`,
+    with a name in quotes if it has a colon), else in a .txt beside each picture. In a numbered folder, its words are the
+    caption of pictures without one. With `masks`, the mask of a.png is a-mask.png or masks/a.png. Raises DataError.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -147,7 +147,7 @@ def _texts(folder: Path, files: list[Path]) -> dict[str, str]:
 
 
 def _masks(folder: Path, files: list[Path]) -> tuple[list[Path], dict[str, Path]]:
-    """The pictures that are no masks, and the mask of each that has one."""
+    """(pictures that are not masks, name of a picture -> its mask)."""
     beside = {f.stem.removesuffix("-mask"): f for f in files if f.stem.endswith("-mask") and f.suffix.lower() == ".png"}
     files = [f for f in files if f not in beside.values()]
     inside = {f.name: f for f in _pictures(folder / "masks")} if (folder / "masks").is_dir() else {}
@@ -231,8 +231,8 @@ _SOURCE_KEYS = {"data": "", "repeats": 1, "weight": 1.0, "reg": False} | CAPTION
 
 
 def _toml(path: Path, masks: bool) -> list[Entry]:
-    """[[source]] tables with `data` (a folder beside the file, or any path), and on request repeats or weight, reg = true for
-    prior preservation, and caption options.
+    """Read [[source]] tables with `data` (a path, relative to the file), optionally repeats or weight, reg = true for prior
+    preservation, and caption options.
     """
     try:
         content = tomllib.loads(_read_text(path)) if path.exists() else None
@@ -288,7 +288,7 @@ def _check_source(where: str, row: Mapping[str, object]) -> None:
 
 
 def whole_repeats(wanted: list[float], error: float = 0.05, most: int = 1000) -> list[int]:
-    """The smallest whole numbers in the proportions of `wanted`, each right to 5 %. Raises DataError above `most` of them."""
+    """The smallest integers in the proportions of `wanted`, each within 5 %. Raises DataError above `most`."""
     unit = min(wanted)
     for k in range(1, most + 1):
         exact = [k * w / unit for w in wanted]
@@ -301,14 +301,14 @@ def whole_repeats(wanted: list[float], error: float = 0.05, most: int = 1000) ->
 
 
 def regularisation(entries: list[Entry]) -> list[Entry]:
-    """The same as pictures of the class in general: the words that stand for what is learned are not put before them."""
+    """The same entries as regularisation pictures, without the prefix, suffix and trigger of the learned subject."""
     return [replace(e, regular=True, options={"prefix": "", "suffix": "", "trigger": ""} | e.options) for e in entries]
 
 
 def balanced(entries: list[Entry]) -> list[Entry]:
-    """As many uses of regularisation pictures as of the others: the fewer ones are repeated, whole or one by one.
+    """Repeat entries so that an epoch uses regularisation pictures as often as others, and each picture at least once.
 
-    An epoch then holds every picture of either kind. Without regularisation pictures nothing changes.
+    Without regularisation pictures nothing changes. Raises DataError if there are no others.
     """
     others, regular = ([e for e in entries if e.regular is kind] for kind in (False, True))
     if not regular:
@@ -320,7 +320,7 @@ def balanced(entries: list[Entry]) -> list[Entry]:
     others = [replace(e, repeats=e.repeats * times) for e in others]
     rounds, rest = divmod(wanted * times, present)
     more, regular = rest, [replace(e, repeats=e.repeats * rounds) for e in regular]
-    for i, e in enumerate(regular):  # what is left over goes to the first ones
+    for i, e in enumerate(regular):  # the remainder goes to the first ones
         extra = min(more, e.repeats // rounds)
         regular[i], more = replace(e, repeats=e.repeats + extra), more - extra
     return others + regular

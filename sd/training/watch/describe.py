@@ -1,4 +1,4 @@
-"""What a person sees before a training starts: its data, what is trained, the options."""
+"""Text about a training before it starts: its data, the trained parameters, the options."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from dataclasses import MISSING, fields
 from torch import nn
 
 from sd.training.dataset.batches import Batches, batch_captions
+from sd.training.dataset.data import PictureData
 
 NAMES = {"diffusion": "UNet", "clip": "text encoder", "encoder": "VAE encoder", "decoder": "VAE decoder"}
 
 
-def describe_data(dataset, config, n: int = 8) -> str:
-    """Counts, buckets with their numbers, and the first n captions as they will be seen."""
-    batches, regular = Batches(dataset, config), getattr(dataset, "regular", [False] * len(dataset))
-    uses, variants = len(batches.uses), getattr(dataset, "variants", 1)
+def describe_data(dataset: PictureData, config, n: int = 8) -> str:
+    """Counts, buckets and their sizes, and the first n captions as they will be seen."""
+    batches, uses = Batches(dataset, config), len(dataset.uses)
     lines = [f"{len(dataset)} pictures, {uses} uses and about {uses / config.batch_size:.1f} batches of {config.batch_size} an "
              f"epoch; {config.steps} steps are {config.steps * config.accumulate * config.batch_size / uses:.1f} epochs"]
-    if variants > 1:
-        lines.append(f"{variants} crops and mirror images of each")
-    if any(regular):
-        lines.append(f"{sum(regular)} of them, and {sum(regular[i] for i in batches.uses)} of the uses, are for prior "
-                     f"preservation; their loss counts {config.prior_weight:g} times")
-    origins = Counter(e.origin for e in getattr(dataset, "entries", []))
+    if dataset.variants > 1:
+        lines.append(f"{dataset.variants} crops and mirror images of each")
+    if any(dataset.regular):
+        regular_uses = sum(dataset.regular[i] for i in dataset.uses)
+        lines.append(f"{sum(dataset.regular)} of them, and {regular_uses} of the uses, are for prior preservation; their loss "
+                     f"counts {config.prior_weight:g} times")
+    origins = Counter(e.origin for e in dataset.entries)
     if len(origins) > 1:
-        used = Counter(dataset.entries[i].origin for i in batches.uses)
+        used = Counter(dataset.entries[i].origin for i in dataset.uses)
         lines += [f"  {origin}: {count} pictures, {used[origin]} uses" for origin, count in origins.items()]
-    if getattr(dataset, "masked", False):
+    if dataset.masked:
         lines.append(f"{sum(e.mask is not None for e in dataset.entries)} have a mask")
-    sizes = getattr(dataset, "sizes", None) or [tuple(dataset.picture(i).shape[:0:-1]) for i in range(len(dataset))]
-    pictures, used = Counter(sizes), Counter(sizes[i] for i in batches.uses)
+    pictures, used = Counter(dataset.sizes), Counter(dataset.sizes[i] for i in dataset.uses)
     lines += ["width x height:", *(f"  {w} x {h}: {pictures[w, h]} pictures, {used[w, h]} uses" for w, h in sorted(pictures))]
     lines.append("captions as they will be seen:")
     shown, number = [], 0
@@ -39,12 +39,11 @@ def describe_data(dataset, config, n: int = 8) -> str:
         indices = batches(number)
         shown += zip(indices, batch_captions(dataset, indices, config, number))
         number += 1
-    names = [e.name for e in dataset.entries] if hasattr(dataset, "entries") else [f"picture {i}" for i in range(len(dataset))]
-    return "\n".join(lines + [f"  {names[i]}: {text!r}" for i, text in shown[:n]])
+    return "\n".join(lines + [f"  {dataset.names[i]}: {text!r}" for i, text in shown[:n]])
 
 
 def describe_parameters(models, parameters: Mapping[str, nn.Parameter]) -> str:
-    """Numbers that are trained, by component, and in how many layers."""
+    """Numbers of trained parameters and layers, by component."""
     lines = []
     for component, network in models.items():
         own = {name: p for name, p in parameters.items() if name.startswith(f"{component}.")}
@@ -55,14 +54,14 @@ def describe_parameters(models, parameters: Mapping[str, nn.Parameter]) -> str:
     return "\n".join(lines)
 
 
-def describe_held_out(held_out) -> str:
-    names = [entry.name for entry in getattr(held_out, "entries", [])[:8]]
+def describe_held_out(held_out: PictureData) -> str:
+    names = [entry.name for entry in held_out.entries[:8]]
     more = ", ..." if len(names) < len(held_out) and names else ""
     return f"{len(held_out)} pictures, for the validation loss alone" + (f": {', '.join(names)}{more}" if names else "")
 
 
 def describe_config(config) -> str:
-    """Every field that is not at its default, with the default beside it."""
+    """Every field that differs from its default, with the default."""
     rows = [(f.name, getattr(config, f.name), f.default) for f in fields(config)]
     rows = [(name, value, default) for name, value, default in rows if default is not MISSING and value != default]
     width = max((len(name) for name, _, _ in rows), default=0)

@@ -1,4 +1,4 @@
-"""What a training will take, before it starts: bytes counted on tensors without data, seconds measured on one micro-batch.
+"""What a training will cost: bytes counted on tensors without data, seconds measured on one micro-batch.
 
 B images, C channels, H, W pixels, h, w latents, L tokens, D context width.
 """
@@ -23,7 +23,7 @@ from sd.adapters.attach import remove_lora
 from sd.adapters.switch import adapter_names
 from sd.placement import placed_for
 from sd.training.config import TrainConfig
-from sd.training.dataset.batches import Batches
+from sd.training.dataset.data import PictureData
 from sd.training.dist import devices, world
 from sd.training.loss import diffusion_loss, vae_loss
 from sd.training.optim import OPTIMIZERS, autocast
@@ -37,23 +37,23 @@ log = logging.getLogger("sd")
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes at the peak of a step and before the first one, and seconds of a step."""
+    """Peak bytes of a step and of the encoding before it, and seconds of a step."""
 
     weights: int
     idle: int  # of these, what leaves the device before the first step
     gradients: int
     optimizer: int
-    average: int  # the moving one of the weights
-    activations: int  # what forward and backward hold at their peak, beside the gradients
-    encoding: int  # of the pictures, before the first step
+    average: int  # moving average of the weights
+    activations: int  # peak of forward and backward, beside the gradients
+    encoding: int  # peak of encoding the pictures, before the first step
     checkpointing: bool
-    other_activations: int | None  # with the other setting of checkpointing
+    other_activations: int | None  # with checkpointing the other way
     seconds: float
     steps: int
 
     @property
     def step(self) -> int:
-        """Bytes at the peak of a step; Python, libraries and the device's own buffers come on top."""
+        """Peak bytes of a step, without Python, libraries and the device's own buffers."""
         return self.weights - self.idle + self.gradients + self.optimizer + self.average + self.activations
 
     @property
@@ -74,14 +74,14 @@ class Estimate:
                                   f"{self.steps:,} steps"])
 
 
-def estimate(config: TrainConfig, models, dataset, parameters: Mapping[str, nn.Parameter], *, steps: int,
+def estimate(config: TrainConfig, models, dataset: PictureData, parameters: Mapping[str, nn.Parameter], *, steps: int,
              compare: bool = True) -> Estimate:
-    """Of `steps` steps of a training of `parameters` (inside `training`) on the sizes of `dataset`.
+    """The cost of `steps` steps that train `parameters` (inside `training`) on pictures of the sizes in `dataset`.
 
-    Bytes are those of its largest pictures. The time is that of forward and backward: saves, samples and validation come on
-    top. `compare`: also with the other setting of checkpointing. Changes nothing but torch's random state.
+    Bytes are those of the largest pictures. Seconds are those of forward and backward, without saves, samples and validation.
+    `compare`: also count activations with checkpointing the other way. Changes only torch's random state.
     """
-    sizes, used = picture_sizes(dataset), Batches(dataset, config).uses
+    sizes, used = dataset.sizes, dataset.uses
     largest = max(sizes, key=lambda size: size[0] * size[1])
     area = sum(sizes[i][0] * sizes[i][1] for i in used) / len(used) / (largest[0] * largest[1])
     gradients = sum(p.nbytes for p in parameters.values())
@@ -101,15 +101,10 @@ def estimate(config: TrainConfig, models, dataset, parameters: Mapping[str, nn.P
         steps=steps)
 
 
-def picture_sizes(dataset) -> list[tuple[int, int]]:
-    """(width, height) of each picture."""
-    return getattr(dataset, "sizes", None) or [tuple(dataset.picture(i).shape[:0:-1]) for i in range(len(dataset))]
-
-
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 def one_step(config: TrainConfig, models, size: tuple[int, int]) -> Callable[[], None]:
-    """Forward and backward of a micro-batch of pictures of (width, height) pixels, all 0."""
+    """A function that runs forward and backward on a micro-batch of pictures of (width, height) pixels, all 0."""
     device, c, (width, height), b = models.device, models.config, size, config.batch_size
 
     def step() -> None:
@@ -138,10 +133,10 @@ def _encode(models, size: tuple[int, int], n: int) -> Callable[[], None]:
 
 
 def peak_bytes(models, step: Callable[[], None], *, checkpointing: bool = False) -> int:
-    """Most bytes that `step` holds at a time beside the networks' weights, its gradients included.
+    """Peak bytes of `step` beside the networks' weights, gradients included.
 
-    It runs on tensors without data (torch's FakeTensorMode) that choose the same kernels as real ones: to 3 % it is what the
-    allocator gives. What a kernel takes by itself is not in it (oneDNN's on the CPU is 0.5 GB for SD 1.5).
+    Runs on tensors without data (torch's FakeTensorMode), which choose the same kernels as real ones: within 3 % of what the
+    allocator reports. Workspaces of kernels are not counted (oneDNN's on the CPU is 0.5 GB for SD 1.5).
     """
     networks, unet = _Networks(models, step), models["diffusion"]
     before, unet.checkpointing = unet.checkpointing, checkpointing
@@ -157,7 +152,7 @@ def peak_bytes(models, step: Callable[[], None], *, checkpointing: bool = False)
 
 
 class _Networks(nn.Module):
-    """What runs `step` on the networks, so that functional_call can put other tensors into them."""
+    """Runs `step` on the networks, so that functional_call can replace their tensors."""
 
     def __init__(self, models, step: Callable[[], None]):
         super().__init__()
@@ -168,12 +163,12 @@ class _Networks(nn.Module):
 
 
 class _Peak(TorchDispatchMode):
-    """Counts the storages that are made and still alive; those of `given` tensors are not counted."""
+    """Counts the bytes of live storages that were created inside; those of `given` tensors are not counted."""
 
     def __init__(self, given: Iterable[Tensor]):
         super().__init__()
         self.now = self.most = 0
-        self.given = [t.untyped_storage() for t in given]  # alive, or else their numbers would be used again
+        self.given = [t.untyped_storage() for t in given]  # kept alive, or their ids would be reused
         self.alive: dict[int, object] = dict.fromkeys(s._cdata for s in self.given)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -184,7 +179,7 @@ class _Peak(TorchDispatchMode):
     def add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         number, size = storage._cdata, storage.nbytes()
-        if number in self.alive or tensor.device.type == "meta":  # the latter has no data in a real run either
+        if number in self.alive or tensor.device.type == "meta":  # meta tensors have no data in a real run either
             return
         self.now += size
         self.most = max(self.most, self.now)
@@ -197,13 +192,13 @@ class _Peak(TorchDispatchMode):
 
 
 def optimizer_bytes(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> int:
-    """Bytes of the optimizer's states: measured after one step of it on a stand-in for each shape."""
+    """Bytes of the optimizer's states, measured after one step on a stand-in for each shape."""
     total = 0
     by_shape: dict[tuple, list[nn.Parameter]] = {}
     for p in parameters:
         by_shape.setdefault((p.shape, p.dtype), []).append(p)
     for alike in by_shape.values():
-        p = nn.Parameter(alike[0].detach().clone())  # Prodigy keeps less of one that starts at 0
+        p = nn.Parameter(alike[0].detach().clone())  # Prodigy keeps less state for one that starts at 0
         rate = {"lr": config.learning_rate, "initial_lr": config.learning_rate, "weight_decay": config.weight_decay}
         optimizer = OPTIMIZERS[config.optimizer]([{"params": [p], **rate}], config)
         p.grad = torch.ones_like(p)
@@ -221,7 +216,7 @@ def _storages(networks: Iterable[nn.Module]) -> list[torch.UntypedStorage]:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be had there, where the system tells."""
+    """Free bytes on the device; None if the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     try:
@@ -234,7 +229,7 @@ def free_memory(device: torch.device) -> int | None:
 # ---- time ------------------------------------------------------------------------------------------------------------
 
 def _seconds(config: TrainConfig, models, parameters: Mapping[str, nn.Parameter], size: tuple[int, int]) -> float:
-    """Of one micro-batch: the second, or the first where that took long."""
+    """Seconds of a micro-batch: the second one, or the first if that took long."""
     step, device = one_step(config, models, size), models.device
     for _ in range(2):
         start = time.perf_counter()
@@ -258,18 +253,18 @@ def duration(seconds: float) -> str:
     return f"{value:.2g} {unit}" if value < 10 else f"{value:.0f} {unit}"
 
 
-# ---- what is shown -----------------------------------------------------------------------------------------------------
+# ---- text ------------------------------------------------------------------------------------------------------------
 
-def announce(config: TrainConfig, models, dataset, parameters: Mapping[str, nn.Parameter], *, steps: int) -> None:
-    """Log the estimate, and a warning where the memory is short."""
+def announce(config: TrainConfig, models, dataset: PictureData, parameters: Mapping[str, nn.Parameter], *, steps: int) -> None:
+    """Log the estimate, and a warning if memory is short."""
     about = estimate(config, models, dataset, parameters, steps=steps, compare=False)
     log.info("%s", about)
     if warning := short_of_memory(about, models.device):
         log.warning("%s", warning)
 
 
-def dry_run(config: TrainConfig, models, dataset, held_out=None) -> str:
-    """What the training would do, as text; no file is written, and the models are as before (quantised, if that is asked)."""
+def dry_run(config: TrainConfig, models, dataset: PictureData, held_out: PictureData | None = None) -> str:
+    """A description of the training, as text; writes no file and leaves the models as they were (quantised, if asked for)."""
     before = adapter_names(models)
     with torch.random.fork_rng(devices()):
         with training(config, models) as parameters:
@@ -286,7 +281,7 @@ def dry_run(config: TrainConfig, models, dataset, held_out=None) -> str:
 
 
 def short_of_memory(about: Estimate, device: torch.device) -> str | None:
-    """A line where more is needed than is free, the weights being there already."""
+    """A warning if more memory is needed than is free; the weights are in memory already. Else None."""
     free, needed = free_memory(device), about.peak - about.weights
     if free is None or needed <= free:
         return None

@@ -1,6 +1,6 @@
-"""What a person sees of a run: bar, metrics.jsonl, loss.png, samples.png, timing.jsonl, TensorBoard and wandb.
+"""Output of a run: bar, metrics.jsonl, loss.png, samples.png, timing.jsonl, TensorBoard and wandb.
 
-All but the bar and timing.jsonl are pure functions of the run, so one that was killed and resumed leaves the same.
+All except the bar and timing.jsonl are pure functions of the run, and therefore the same after a kill and a resume.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from sd.files.atomic import atomic_write
 from sd.pictures.image_io import load_image, save_image
 from sd.pictures.sheets import line_plot
-from sd.training.dist import chief
+from sd.training.dist import is_main
 from sd.training.errors import TrainError
 from sd.training.loss import vae_loss
 from sd.training.optim import final_weights
@@ -37,33 +37,33 @@ except ImportError:  # Windows
     resource = None
 
 
-# Fields of a config that may be others when a run is resumed: they change no bit of what is trained.
+# Fields of a config that may change when a run is resumed, since they do not affect the trained weights.
 MONITOR_FIELDS = ("validation_data", "validate_every", "sample_prompts", "sample_every", "sample_seed",
                   "sample_steps", "sample_cfg", "log_to", "dry_run")
 
 
 class Monitor:
-    """Bar, files and logs of a run that goes on at `step`; `held_out` pictures are measured, the sample prompts drawn.
+    """Progress bar, files and logs of a run from `step` on, with validation on `held_out` and samples.
 
-    timing.jsonl has a line for each save: seconds since this start, steps and images a second on average in them (saves,
-    samples and validation included), and the peak memory in bytes. Steps that a kill took back are in it twice.
+    timing.jsonl has a line for each save: seconds since the start of the process, average steps and images per second
+    (including saves, samples and validation), and peak memory in bytes. Steps repeated after a kill are in it twice.
     """
 
     def __init__(self, config, models, folder: Path, step: int, held_out=None, autoencoder_loss=vae_loss):
         self.config, self.folder, self.device = config, folder, models.device
         self.metrics = Metrics(folder, step)
-        self.logs = [LOGS[name](config, folder, step) for name in config.log_to if chief()]
+        self.logs = [LOGS[name](config, folder, step) for name in config.log_to if is_main()]
         self.validation = None if held_out is None else Validation(config, models, held_out, autoencoder_loss)
         self.samples = Samples(config, models, folder, step) if config.sample_prompts else None
         self.start, self.first = time.perf_counter(), step
         self.bar = tqdm(total=config.steps, initial=step, unit="step", disable=not config.progress, dynamic_ncols=True)
 
     def due(self, step: int) -> bool:
-        """Whether `look` has something to do before step number `step`: every so many steps, and at the end."""
+        """Whether validation or samples are due before step number `step`."""
         return self._validates(step) or self._samples(step)
 
     def look(self, step: int) -> None:
-        """Validation and samples, inside `as_result`."""
+        """Run validation and samples, if due; call inside `as_result`."""
         if self._validates(step):
             self.add(step=step, validation=finite(self.validation()))
         if self._samples(step):
@@ -78,15 +78,15 @@ class Monitor:
         return self.samples is not None and (step % self.config.sample_every == 0 or step == self.config.steps)
 
     def add(self, **row: float | int | None) -> None:
-        """A line of metrics.jsonl, and a point in the logs."""
+        """Add a line to metrics.jsonl, and a point to the logs."""
         self.metrics.add(**row)
         for log in self.logs:
             log.add(row)
 
     def show(self) -> None:
-        """Loss, images a second and peak memory, on the bar."""
+        """Show loss, images per second and peak memory on the bar."""
         figures = {} if math.isnan(loss := self.metrics.recent_loss()) else {"loss": f"{loss:.4f}"}
-        rate = self.bar.format_dict.get("rate") or 0.0  # of the last steps; none before the second
+        rate = self.bar.format_dict.get("rate") or 0.0  # a moving average; none before the second step
         if rate:
             figures["images/s"] = f"{rate * self.config.batch_size * self.config.accumulate:.3g}"
         if memory := peak_memory(self.device):
@@ -94,8 +94,8 @@ class Monitor:
         self.bar.set_postfix(figures, refresh=False)
 
     def save(self, step: int) -> None:
-        """Before a state is saved: metrics to the disk, the plot anew, and what the clock says."""
-        if not chief():
+        """Flush metrics and logs, plot the loss, and record the timing; call before the state is saved."""
+        if not is_main():
             return
         self.metrics.sync()
         for log in self.logs:
@@ -116,9 +116,9 @@ class Monitor:
 
 @contextmanager
 def as_result(models, parameters: Mapping[str, nn.Parameter], optimizer, ema: dict[str, Tensor]) -> Iterator[None]:
-    """Inside, the networks are what the result would be if it ended now: moving average, no dropout, no gradients.
+    """Put the networks into their final form inside the block: moving average, no dropout, no gradients.
 
-    Afterwards all is as it was, to the bit.
+    Afterwards everything is restored bit by bit.
     """
     def swap() -> None:
         for name, value in ema.items():
@@ -142,10 +142,10 @@ def as_result(models, parameters: Mapping[str, nn.Parameter], optimizer, ema: di
 # ---- metrics.jsonl ---------------------------------------------------------------------------------------------------
 
 class Metrics:
-    """metrics.jsonl: a line for each step, and before it one with the validation loss where that was measured.
+    """metrics.jsonl: a line for each step, preceded by one with the validation loss if it was measured.
 
-    Of both, "step" is the number of steps that were done before. Lines from the resumed step on are cut off: the file ends
-    as that of an unbroken run.
+    "step" is the number of steps done before. On resuming, lines from the resumed step on are cut off, so that the file
+    becomes that of an uninterrupted run.
     """
 
     def __init__(self, folder: Path, step: int):
@@ -157,27 +157,27 @@ class Metrics:
                     break
                 self.rows.append(row)
         except (ValueError, TypeError, KeyError):
-            pass  # a line that was cut short by a kill lies behind the last save, or else is missed now
+            pass  # a line cut short by a kill is after the last save; any other is missed below
         if [row["step"] for row in self.rows if "loss" in row] != list(range(step)):
             raise TrainError(f"{self.path}: its lines are not the steps 0 to {step - 1}; it was changed or removed after "
                              f"the run; put it back, or choose another out folder")
-        if chief():
+        if is_main():
             with atomic_write(self.path) as file:
                 file.write("".join(json.dumps(row) + "\n" for row in self.rows).encode())
 
     def add(self, **row: float | int | None) -> None:
         self.rows.append(row)
-        if chief():
+        if is_main():
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
     def recent_loss(self, n: int = 50) -> float:
-        """Mean over the last n lines that have one."""
+        """Mean loss of those of the last n lines that have one."""
         losses = [row["loss"] for row in self.rows[-n:] if row.get("loss") is not None]
         return sum(losses) / len(losses) if losses else math.nan
 
     def plot(self, path: Path, points: int = 60) -> None:
-        """The loss as a curve, each point the mean of as many steps as there are too many; and the validation loss."""
+        """Plot the loss, averaged over equal numbers of steps to about `points` points, and the validation loss."""
         rows = [row for row in self.rows if row.get("loss") is not None]
         n = math.ceil(len(rows) / points) or 1
         bins = [rows[i:i + n] for i in range(0, len(rows), n)]
@@ -188,20 +188,20 @@ class Metrics:
         save_image(line_plot(curves, "loss", "step", "loss"), path)
 
     def sync(self) -> None:
-        """To the disk: before a state is saved, its lines must be there."""
+        """fsync: a saved state must not be ahead of its metrics."""
         with open(self.path, "rb+") as file:
             os.fsync(file.fileno())
 
 
 def finite(value: float) -> float | None:
-    """None for what JSON cannot hold."""
+    """The value, or None for infinity and NaN, which JSON does not have."""
     return value if math.isfinite(value) else None
 
 
-# ---- TensorBoard, wandb: x is the step, and a resumed run has no twin points -----------------------------------------
+# ---- TensorBoard, wandb: x is the step, and a resumed run has no duplicate points ------------------------------------
 
 class TensorBoard:
-    """Event files in <out>/tensorboard; a reader drops what an earlier start wrote of the resumed step and later."""
+    """Event files in <out>/tensorboard; readers drop what an earlier process wrote from the resumed step on."""
 
     def __init__(self, config, folder: Path, step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -223,7 +223,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of the project sdlora, whose id stands in <out>/wandb.txt; what was logged before is not logged again."""
+    """A run of the project sdlora, with its id in <out>/wandb.txt; steps already logged are not logged again."""
 
     def __init__(self, config, folder: Path, step: int):
         import wandb
@@ -235,14 +235,14 @@ class Wandb:
                               config=asdict(config), resume="allow")
 
     def add(self, row: Mapping[str, object]) -> None:
-        if row["step"] >= self.run.step:  # of a resumed run the first one that it has no values of
+        if row["step"] >= self.run.step:  # the first step without values in a resumed run
             self.run.log({name: value for name, value in row.items() if name != "step" and value is not None}, step=row["step"])
 
     def picture(self, step: int, path: Path) -> None:
         self.add({"step": step, "samples": self.image(str(path))})
 
     def flush(self) -> None:
-        """Nothing: what was logged lies with wandb's own process, which outlives this one."""
+        """Nothing to do: wandb's own process, which outlives this one, has the values."""
 
     def close(self) -> None:
         self.run.finish()
@@ -254,7 +254,7 @@ LOGS = {"tensorboard": TensorBoard, "wandb": Wandb}
 # ---- figures ---------------------------------------------------------------------------------------------------------
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes: of CUDA's allocator, else of the process (its largest resident size), where the system tells."""
+    """Peak bytes of CUDA's allocator, else of the process (maximum resident set size); None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if resource is None:
@@ -263,7 +263,7 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def size_text(n: float) -> str:
-    """Bytes in decimal units, three digits."""
+    """Bytes in decimal units, with three digits."""
     for unit in ("B", "kB", "MB"):
         if n < 999.5:
             return f"{n:.3g} {unit}"

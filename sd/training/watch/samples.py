@@ -18,7 +18,7 @@ from sd.pictures.image_io import load_image, save_image
 from sd.pictures.sheets import contact_sheet
 from sd.pipeline import NotFiniteError, generate
 from sd.placement import placed
-from sd.training.dist import chief, of_chief
+from sd.training.dist import from_rank0, is_main
 from sd.training.optim import autocast
 from sd.training.relora import adapters_in_training
 
@@ -36,7 +36,7 @@ class Samples:
     def __init__(self, config, models, folder: Path, step: int):
         self.config, self.models, self.folder, self.sheet = config, models, folder / "samples", folder / "samples.png"
         self.size = config.size or models.config.image_size
-        if not chief():
+        if not is_main():
             return
         self.folder.mkdir(exist_ok=True)
         for file in self.folder.glob("*.png"):
@@ -52,11 +52,11 @@ class Samples:
         lora = self.config.train == "lora"
         trained = {"lora": dict.fromkeys(adapters_in_training(self.config), 1.0)} if lora else {}
         for column in range(len(self.config.sample_prompts)):
-            if (lora or step == 0) and not of_chief(self._file("base", column).exists()):
+            if (lora or step == 0) and not from_rank0(self._file("base", column).exists()):
                 self._make("base", column, {"use_lora": False}, 0)
             if step > 0:
                 self._make(f"{step:08d}", column, trained, step)
-        if chief():
+        if is_main():
             self._draw_sheet()
         return self.sheet
 
@@ -71,7 +71,7 @@ class Samples:
         except NotFiniteError as error:
             log.warning("step %d: no sample of %r: %s", step, about["prompt"], error)
             return
-        if chief():
+        if is_main():
             save_image(picture, self._file(row, column), about | {"training_step": step})
 
     def _about(self, column: int) -> dict:

@@ -1,4 +1,4 @@
-"""Pictures that are never learned from, and the loss on them: which they are, and what noise they get, never changes.
+"""The validation loss, on held-out pictures with the same noise and timesteps in every run.
 
 B images, h, w latents, T timesteps.
 """
@@ -16,22 +16,22 @@ from sd.training.dataset.batches import picture_options
 from sd.training.dataset.cache import Posteriors
 from sd.training.dataset.captions import seen_caption
 from sd.training.dataset.contexts import Contexts, TextStore
+from sd.training.dataset.data import PictureData
 from sd.training.loss import Objective, diffusion_loss
 from sd.training.optim import autocast
 
-TIMESTEPS = 8  # of each picture: one from each eighth of those that are trained
+TIMESTEPS = 8  # per picture: one from each eighth of the trained range
 
-
-# ---- their loss ------------------------------------------------------------------------------------------------------
 
 class Validation:
-    """() -> mean squared error on the held-out pictures, at noise and timesteps that follow from each picture alone.
+    """() -> mean squared error on the held-out pictures, with noise and timesteps that depend on each picture alone.
 
-    So it is the same measure in every run, whatever seed, batch size (to rounding), weighting and other pictures: plain
-    captions, first crop, T timesteps spread evenly over those that are trained. Of the autoencoder it is `autoencoder_loss`.
+    It is therefore comparable between runs, whatever their seed, batch size (up to rounding), weighting and other pictures.
+    Each picture has its first caption, its first crop and T timesteps spread evenly over the trained range. For the
+    autoencoder it is `autoencoder_loss`.
     """
 
-    def __init__(self, config, models, held_out, autoencoder_loss=None):
+    def __init__(self, config, models, held_out: PictureData, autoencoder_loss=None):
         self.config, self.models, self.pictures, self.autoencoder_loss = config, models, held_out, autoencoder_loss
         self.seeds = [_seed(held_out.picture(i)) for i in range(len(held_out))]
         if config.train == "vae":
@@ -43,7 +43,7 @@ class Validation:
 
     @torch.no_grad()
     def __call__(self) -> float:
-        """One reading of the device in all."""
+        """Reads from the device only once."""
         loss = self._autoencoder if self.config.train == "vae" else self._diffusion
         device = self.models.device
         total, count = torch.zeros((), device=device), 0
@@ -54,8 +54,8 @@ class Validation:
         return total.item() / count
 
     def _batches(self, times: int) -> Iterator[list[tuple[int, int]]]:
-        """(picture, which of its timesteps), as many as in a training batch, all of one bucket."""
-        buckets = getattr(self.pictures, "bucket_of", [0] * len(self.pictures))
+        """(picture, number of its timestep), as many as in a training batch, all from one bucket."""
+        buckets = self.pictures.bucket_of
         for bucket in sorted(set(buckets)):
             rows = [(i, k) for i, own in enumerate(buckets) if own == bucket for k in range(times)]
             yield from (rows[n:n + self.config.batch_size] for n in range(0, len(rows), self.config.batch_size))
@@ -73,7 +73,7 @@ class Validation:
                               mask=None if mask is None else mask.to(device))
 
     def _draw(self, i: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, list[int]]:
-        """Of picture i: noise of its posterior [C, h, w], noise [T, C, h, w], and T timesteps."""
+        """For picture i: noise for its posterior [C, h, w], noise [T, C, h, w], and T timesteps."""
         rng = torch.Generator().manual_seed(self.seeds[i])
         low, high = self.config.min_timestep, self.config.max_timestep or self.models.config.train_timesteps
         u = torch.rand((), generator=rng, dtype=torch.float64).item()
@@ -81,7 +81,7 @@ class Validation:
         return torch.randn(shape, generator=rng), torch.randn((TIMESTEPS, *shape), generator=rng), t
 
     def _caption(self, i: int) -> str:
-        """The first one, with the same words each time where they are drawn."""
+        """The first caption; wildcards and shuffling are drawn the same way each time."""
         options = picture_options(self.pictures, self.config, i)
         return seen_caption(self.pictures.captions[i][0], options, np.random.default_rng(self.seeds[i]))
 
@@ -94,5 +94,5 @@ class Validation:
 
 
 def _seed(picture: Tensor) -> int:
-    """63 bits of the pixels' hash."""
+    """63 bits of the hash of the pixels."""
     return int(digest([picture])[:16], 16) >> 1

@@ -111,6 +111,11 @@ class Request:
         fitted.schedule(config)  # raises what is wrong with steps, spacing and strength
         return fitted
 
+    def singles(self) -> list[Request]:
+        """A request for each image of one whose uncond_prompt is one text and whose seed is a number."""
+        prompts = [p for p in _texts(self.prompt, "prompt") for _ in range(self.images_per_prompt)]
+        return [replace(self, prompt=p, seed=s, images_per_prompt=1) for p, s in zip(prompts, _seeds(self.seed, len(prompts)))]
+
     def schedule(self, config) -> Schedule:
         """The noise levels to walk: all steps, or with an input_image the last `strength` of them. Raises GenerateError."""
         try:

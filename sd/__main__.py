@@ -1,3 +1,5 @@
+"""`python -m sd`."""
+
 from sd.commands.main import main
 
 if __name__ == "__main__":

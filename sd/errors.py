@@ -1,4 +1,4 @@
-"""The base of every error that a user's mistake raises."""
+"""The base of every error that a user's mistake raises, and the one of numbers that are not finite."""
 
 
 class SDError(ValueError):
@@ -6,3 +6,7 @@ class SDError(ValueError):
 
     The command line shows it without a traceback; anything else that is raised is a fault of the program.
     """
+
+
+class NotFiniteError(RuntimeError):
+    """A picture of NaN: the message says whether weights or an overflow are to blame."""

@@ -6,12 +6,10 @@ H, W pixels, h, w latents (pixels / VAE factor), L tokens, D context width.
 
 from __future__ import annotations
 
-import inspect
-import math
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from numbers import Integral, Real
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,31 +18,19 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from sd.adapters.merging import unmerge
-from sd.adapters.quant import quantized_kinds
 from sd.adapters.switch import active_multipliers, adapter_names, exclusive, use_adapters, use_rows
-from sd.errors import SDError
-from sd.model_loader import preload_models_from_standard_weights
+from sd.errors import NotFiniteError
 from sd.models import Models, usable_device
-from sd.pictures.image_io import load_image
 from sd.pictures.sheets import contact_sheet
-from sd.placement import Placement, placed_for
-from sd.prompts.learned_words import vectors_hash
-from sd.prompts.tokenizer import find_words, tokenize
+from sd.placement import Networks, placed_for, should_merge
+from sd.prompts.tokenizer import tokenize
+from sd.request import GenerateError, Request, describe
 from sd.sampling.denoiser import DENOISERS, CFGDenoiser
-from sd.sampling.noise import Schedule, alphas_cumprod, cut
-from sd.sampling.samplers import SAMPLERS, check_eta, run, sampler_schedule
+from sd.sampling.noise import Schedule
+from sd.sampling.samplers import run
 from sd.vae import sample_posterior
 
-MAX_IMAGES = 4096  # in one call
-
-
-class GenerateError(SDError):
-    """A request that cannot be met: the message names the argument, its value and what is allowed."""
-
-
-class NotFiniteError(RuntimeError):
-    """A picture of NaN: the message says whether weights or an overflow are to blame."""
+__all__ = ["GenerateError", "NotFiniteError", "compare", "describe", "draw", "generate", "to_uint8"]
 
 
 def generate(prompt: str | Sequence[str], uncond_prompt: str | Sequence[str] | None = None, input_image=None,
@@ -62,83 +48,35 @@ def generate(prompt: str | Sequence[str], uncond_prompt: str | Sequence[str] | N
     `lora`: exactly these adapters, {"name": multiplier}, or one such dict for each image; None: what is active.
     `use_lora=False` is the bare base, whatever is loaded. `merged`: run with merged weights ("auto": in fp32 and with
     the same LoRA for all images); they stay for the next call, until `sd.lora.unmerge`. `on_step(i, n, x0)` sees each
-    step's estimate. What was active before is restored.
+    step's estimate. `device`: where the networks run; each is moved there for its part and then back. `idle_device`: where
+    each is put after its part instead. What was active before is restored.
     Raises GenerateError (a ValueError) for bad arguments before any network runs, NotFiniteError instead of a black picture.
     """
-    prompts = _prompts(prompt, "prompt")
-    _check(images_per_prompt, "images_per_prompt", Integral, 1, MAX_IMAGES)
-    images = len(prompts) * int(images_per_prompt)
-    _check(images, "the number of images", Integral, 1, MAX_IMAGES)
-    models = preload_models_from_standard_weights(device=device) if models is None else models
-    if not isinstance(models, Models):
-        raise GenerateError(f"models is a {type(models).__name__}; pass what preload_models_with_lora or "
-                            f"preload_models_from_standard_weights returns")
-    config, device = models.config, models.device if device is None else usable_device(device)
+    request = Request(prompt, uncond_prompt=uncond_prompt, input_image=input_image, strength=strength, do_cfg=do_cfg,
+                      cfg_scale=cfg_scale, sampler_name=sampler_name, n_inference_steps=n_inference_steps, seed=seed,
+                      width=width, height=height, images_per_prompt=images_per_prompt, spacing=spacing, eta=eta,
+                      clip_skip=clip_skip, mask=mask, lora=lora, use_lora=use_lora, merged=merged)
+    pictures = draw(request, _models(models, device), device=device, idle_device=idle_device, tokenizer=tokenizer,
+                    on_step=on_step)
+    return pictures[0] if isinstance(prompt, str) and len(pictures) == 1 else pictures
+
+
+def draw(request: Request, models: Models, *, device=None, idle_device=None, tokenizer=None,
+         on_step: Callable[[int, int, Tensor], None] | None = None) -> np.ndarray:
+    """The pictures of a request, uint8 [B, H, W, 3]; arguments and errors are those of `generate`."""
+    request = request.fit(models.config)  # every check, before any network runs
+    device = models.device if device is None else usable_device(device)
     idle_device = None if idle_device is None else usable_device(idle_device)
-    prompts = [p for p in prompts for _ in range(images_per_prompt)]
-    unconds = _prompts("" if uncond_prompt is None else uncond_prompt, "uncond_prompt")
-    if len(unconds) not in (1, images, images // images_per_prompt):
-        raise GenerateError(f"{len(unconds)} uncond_prompts for {images // images_per_prompt} prompts; give one, or one each")
-    unconds = [u for u in unconds for _ in range(images // len(unconds))]
-    _check(cfg_scale, "cfg_scale", Real)
-    _check(strength, "strength", Real, 0, 1)
-    _check(clip_skip, "clip_skip", Integral, 1, config.clip.layers)
-    _check(eta, "eta", Real, 0, 1)
-    scale = cfg_scale if do_cfg else 1.0
-    height, width = _size(height, "height", config), _size(width, "width", config)
-    shape = config.vae.latent_channels, height // config.vae.factor, width // config.vae.factor
-    noise = ImageNoise(_seeds(seed, images), shape)
-    picture, mask = _input(input_image, mask, height, width, config)
-    if not isinstance(sampler_name, str):
-        raise GenerateError(f"sampler {sampler_name!r} is unknown; allowed: {', '.join(SAMPLERS)}")
-    try:
-        steps = sampler_schedule(sampler_name, n_inference_steps, alphas_cumprod(config), spacing)
-        steps = steps if picture is None else cut(steps, strength)
-        check_eta(sampler_name, eta)
-    except SDError as error:
-        raise GenerateError(str(error)) from None
-
-    with torch.no_grad(), ExitStack() as stack:
-        stack.enter_context(exclusive(models))
-        _enter_adapters(stack, models, lora, use_lora, images)
-        place = Placement(models, device, idle_device, _should_merge(models, merged))
-
-        # Guidance asks for two rows an image: without a prompt first, then with it.
-        rows = torch.arange(images).repeat(1 if scale == 1 else 2)
-        stack.enter_context(use_rows(models, rows))
-        texts = prompts if scale == 1 else unconds + prompts
-        tokens = tokenize(tokenizer or models.tokenizer, texts, config.clip.max_tokens, models["clip"].words).to(device)
-        context = place("clip")(tokens, clip_skip)  # [R, L, D]
-        uncond, context = (None, context) if scale == 1 else context.chunk(2)
-
-        known, extra = None, None
-        if picture is not None:
-            with use_rows(models, torch.arange(images)):
-                known = _encode(place("encoder"), picture.expand(images, -1, -1, -1), noise(), config).to(device)
-        start_noise = noise().to(device)
-        if config.unet.in_channels == 9:
-            with use_rows(models, torch.arange(images)):
-                extra = _inpainting_channels(place, picture, mask, images, noise, config, height, width).to(device)
-
-        unet = place("diffusion")
-        network = DENOISERS[config.prediction](lambda x, t, context, rows: unet(x, t, context), steps,
-                                               dtype=unet.conv_in.weight.dtype, extra=extra)
-        denoise = CFGDenoiser(network, context.float(), None if uncond is None else uncond.float(), scale)
-        x = start_noise * steps.start if known is None else known + start_noise * steps.start
-        if mask is not None:
-            small = F.interpolate(mask, size=x.shape[2:]).to(device)  # [1, 1, h, w], nearest
-            denoise = _keep_outside(denoise, small, known, start_noise)
-        x = _sample(denoise, x, steps, sampler_name, eta, lambda i: noise().to(device), on_step)
-        if mask is not None:
-            x = small * x + (1 - small) * known
-
-        with use_rows(models, torch.arange(images)):
-            pictures = _decode(place("decoder"), x, config)  # [B, C, H, W]
-        place(None)
-        if not torch.isfinite(pictures).all():
-            raise NotFiniteError(_why_not_finite(models))
-    array = to_uint8(pictures)
-    return array[0] if isinstance(prompt, str) and images == 1 else array
+    with torch.no_grad(), exclusive(models), adapters_of(models, request):
+        networks = Networks(models, device, idle_device, should_merge(models, request.merged))
+        noise = image_noise(request, models.config)
+        context = encode(networks, request, tokenizer)
+        start = first_latents(networks, request, noise)
+        with use_rows(models, rows_of(request)), networks.use("diffusion") as unet:
+            denoise = guided(unet, context, start, request, models.config)
+            latents = walk(denoise, start.x, request, models.config, noise, on_step)
+        pictures = decode(networks, start.keep_outside(latents))
+    return to_uint8(pictures)
 
 
 def compare(prompts: str | Sequence[str], models: Models | None = None, variants: Sequence[Mapping[str, float]] = (), *,
@@ -148,14 +86,14 @@ def compare(prompts: str | Sequence[str], models: Models | None = None, variants
     All variants are made in one batch, each prompt with the same noise in every column. `variants` defaults to the base
     beside all loaded adapters, each alone at 1. `arguments` go to `generate`.
     """
-    prompts = _prompts(prompts, "prompts")
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     taken = sorted({"lora", "use_lora", "images_per_prompt"} & arguments.keys())
     if taken:
         raise GenerateError(f"compare() sets {taken[0]} itself: each of the variants is a dict of adapters, {{}} is the base")
-    models = preload_models_from_standard_weights(device=arguments.get("device")) if models is None else models
+    models = _models(models, arguments.get("device"))
     variants = list(variants) or [{}, *({name: 1.0} for name in adapter_names(models))]
     seed = secrets.randbits(32) if seed is None else seed
-    _check(seed, "seed", Integral, 0)
+    Request(prompts, seed=seed)  # raises what is wrong with them
     if not isinstance(arguments.get("uncond_prompt") or "", str):
         arguments["uncond_prompt"] = [u for u in arguments["uncond_prompt"] for _ in variants]
     cells = [(p, variant, seed + i) for i, p in enumerate(prompts) for variant in variants]
@@ -166,140 +104,149 @@ def compare(prompts: str | Sequence[str], models: Models | None = None, variants
     return contact_sheet(rows, prompts, labels)
 
 
-class ImageNoise:
-    """N(0, 1) noise for a batch: one CPU generator an image, so that image i depends on its own seed and on nothing else."""
+# ---- the parts of it -------------------------------------------------------------------------------------------------
 
-    def __init__(self, seeds: Sequence[int], shape: tuple[int, ...]):
-        self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-        self.shape = shape
-
-    def __call__(self) -> Tensor:
-        """The next draw, [B, *shape] in fp32 on the CPU."""
-        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators])
-
-
-# ---- the arguments ---------------------------------------------------------------------------------------------------
-
-def _prompts(prompt, what: str) -> list[str]:
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Sequence) else [prompt]
-    if not prompts:
-        raise GenerateError(f"{what} is an empty list; at least one text is needed")
-    for text in prompts:
-        if not isinstance(text, str):
-            raise GenerateError(f"{what} holds {text!r}, which is no text")
-    return prompts
+def _models(models: Models | None, device) -> Models:
+    """The model that ships, if none is given."""
+    if models is None:
+        from sd.model_loader import preload_models_from_standard_weights
+        return preload_models_from_standard_weights(device=device)
+    if not isinstance(models, Models):
+        raise GenerateError(f"models is a {type(models).__name__}; pass what preload_models_with_lora or "
+                            f"preload_models_from_standard_weights returns")
+    return models
 
 
-def _check(value, what: str, kind: type, low: float = -math.inf, high: float = math.inf) -> None:
-    """Raises GenerateError unless `value` is a finite number of that kind from low to high."""
-    if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value) or not low <= value <= high:
-        allowed = "a finite number" if low == -math.inf else f"{low} to {high}"
-        raise GenerateError(f"{what} is {value!r}; allowed: {'whole numbers from ' if kind is Integral else ''}{allowed}")
+@contextmanager
+def adapters_of(models: Models, request: Request) -> Iterator[None]:
+    """The request's adapters are active inside: none of them, those of `lora`, or those that are active already."""
+    with use_adapters(models, chosen) if (chosen := _chosen(request)) is not None else nullcontext():
+        for name, m in active_multipliers(models).items():
+            if isinstance(m, tuple) and len(m) != len(request.prompt):
+                raise GenerateError(f"the multipliers of {name!r} are for {len(m)} images, {len(request.prompt)} are asked for")
+        yield
 
 
-def _size(pixels: int | None, what: str, config) -> int:
-    pixels, factor = config.image_size if pixels is None else pixels, config.vae.factor
-    if not isinstance(pixels, int) or not factor <= pixels <= config.largest_size:
-        raise GenerateError(f"{what} is {pixels!r}; allowed: whole numbers of pixels from {factor} to {config.largest_size}, "
-                            f"8 times what this model is made for")
-    if pixels % factor:
-        low = pixels // factor * factor
-        raise GenerateError(f"{what} is {pixels}, no multiple of {factor}; the nearest are {low} and {low + factor}")
-    return pixels
+def _chosen(request: Request) -> Mapping[str, float | Tensor] | None:
+    """The multipliers for `use_adapters`; None: what is active stays."""
+    lora = request.lora if request.use_lora else {}
+    if lora is None or isinstance(lora, Mapping):
+        return lora
+    if all(dict(one) == dict(lora[0]) for one in lora):
+        return lora[0]
+    names = sorted({name for one in lora for name in one})
+    return {name: torch.tensor([float(one.get(name, 0.0)) for one in lora]) for name in names}
 
 
-def _seeds(seed: int | Sequence[int] | None, images: int) -> list[int]:
-    seed = secrets.randbits(32) if seed is None else seed
-    seeds = [int(seed) + i for i in range(images)] if isinstance(seed, Integral) else list(seed)
-    if len(seeds) != images:
-        raise GenerateError(f"{len(seeds)} seeds are given for {images} images")
-    for s in seeds:
-        if not isinstance(s, Integral) or not 0 <= s < 2**63:
-            raise GenerateError(f"seed {s!r} is not allowed; a whole number from 0 to 2^63 - 1 is needed")
-    return seeds
+def rows_of(request: Request) -> Tensor:
+    """The image of each row of a network call, [R]: guidance asks for two rows an image, without a prompt first."""
+    return torch.arange(len(request.prompt)).repeat(1 if request.cfg_scale == 1 else 2)
 
 
-def _input(image, mask, height: int, width: int, config) -> tuple[Tensor | None, Tensor | None]:
-    """(picture [1, C, H, W] in [-1, 1] or None, mask [1, 1, H, W] of 0 and 1 or None)."""
-    if image is None and (mask is not None or config.unet.in_channels == 9):
-        raise GenerateError("inpainting needs input_image= and mask=; input_image is missing")
-    if image is not None and mask is None and config.unet.in_channels == 9:
-        raise GenerateError("this is an inpainting model: it needs mask= beside input_image= (white is repainted)")
-    if image is None:
-        return None, None
-    picture = load_image(image).convert("L" if config.vae.image_channels == 1 else "RGB")
-    picture = np.asarray(picture.resize((width, height), Image.LANCZOS), dtype=np.float32)
-    picture = torch.from_numpy(picture).view(height, width, -1).permute(2, 0, 1)[None] / 127.5 - 1
-    if mask is not None:
-        mask = np.asarray(load_image(mask).convert("L").resize((width, height), Image.LANCZOS), dtype=np.float32)
-        mask = torch.from_numpy(mask / 255 >= 0.5).float()[None, None]
-    return picture, mask
+def image_noise(request: Request, config) -> Iterator[Tensor]:
+    """Draws of N(0, 1), [B, C, h, w] in fp32 on the CPU: image i depends on its own seed and on nothing else."""
+    shape = config.vae.latent_channels, request.height // config.vae.factor, request.width // config.vae.factor
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in request.seed]
+    while True:
+        yield torch.stack([torch.randn(shape, generator=g) for g in generators])
 
 
-# ---- LoRA ------------------------------------------------------------------------------------------------------------
-
-def _enter_adapters(stack: ExitStack, models: Models, lora, use_lora: bool, images: int) -> None:
-    """The toggle: use_lora=False over lora=... over the present state."""
-    if not use_lora:
-        stack.enter_context(use_adapters(models, {}))
-    elif isinstance(lora, Mapping):
-        stack.enter_context(use_adapters(models, lora))
-    elif lora is not None:
-        if len(lora) != images:
-            raise GenerateError(f"lora has {len(lora)} dicts for {images} images; give one dict, or one for each image")
-        if all(dict(one) == dict(lora[0]) for one in lora):
-            stack.enter_context(use_adapters(models, lora[0]))
-        else:
-            names = sorted({name for one in lora for name in one})
-            table = {name: torch.tensor([float(one.get(name, 0.0)) for one in lora]) for name in names}
-            stack.enter_context(use_adapters(models, table))
-    for name, m in active_multipliers(models).items():
-        if isinstance(m, tuple) and len(m) != images:
-            raise GenerateError(f"the multipliers of {name!r} are for {len(m)} images, {images} are asked for")
+def encode(networks: Networks, request: Request, tokenizer=None) -> Tensor:
+    """The context of each row, [R, L, D]."""
+    models = networks.models
+    texts = request.prompt if request.cfg_scale == 1 else request.uncond_prompt + request.prompt
+    tokens = tokenize(tokenizer or models.tokenizer, texts, models.config.clip.max_tokens, models["clip"].words)
+    with use_rows(models, rows_of(request)), networks.use("clip") as clip:
+        return clip(tokens.to(networks.device), request.clip_skip)
 
 
-def _should_merge(models: Models, merged: bool | str) -> bool:
-    if merged not in (True, False, "auto"):
-        raise GenerateError(f"merged is {merged!r}; allowed: 'auto', True, False")
-    if merged is False:
-        unmerge(models)
-    if merged != "auto":
-        return bool(merged)
-    # In half precision the sum W + ΔW rounds away a good part of a usual ΔW; the adapters' own path keeps it.
-    same_for_all = not any(isinstance(m, tuple) for m in active_multipliers(models).values())
-    # Merged weights are whole ones: of a quantised base they would take what it saves.
-    return same_for_all and models.dtype == torch.float32 and not quantized_kinds(models)
+@dataclass(frozen=True)
+class Start:
+    """Where the steps begin: x [B, C, h, w] in VE scale, the noise in it, and of img2img and inpainting the rest."""
+
+    x: Tensor
+    noise: Tensor
+    known: Tensor | None = None  # latents of the picture, [B, C, h, w]
+    mask: Tensor | None = None  # 1 where it is repainted, [1, 1, h, w]
+    extra: Tensor | None = None  # for UNets with 9 input channels: mask and latents of the picture without it, [B, 5, h, w]
+
+    def keep_outside(self, x: Tensor) -> Tensor:
+        """x inside the mask, the known latents outside."""
+        return x if self.mask is None else self.mask * x + (1 - self.mask) * self.known
 
 
-# ---- the steps -------------------------------------------------------------------------------------------------------
+def first_latents(networks: Networks, request: Request, noise: Iterator[Tensor]) -> Start:
+    """Noise, or noised latents of the picture; draws for the posterior, the start and the inpainting channels."""
+    models, device = networks.models, networks.device
+    config, sigma = models.config, request.schedule(models.config).start
+    if request.input_image is None:
+        start = next(noise).to(device)
+        return Start(start * sigma, start)
+    picture, mask, images = _pixels(request.input_image) / 127.5 - 1, None, len(request.prompt)
+    if request.mask is not None:
+        mask = (_pixels(request.mask) / 255 >= 0.5).float()
+    with use_rows(models, torch.arange(images)), networks.use("encoder") as encoder:
+        known = _to_latents(encoder, picture.expand(images, -1, -1, -1), next(noise), config)
+        start, extra = next(noise).to(device), None
+        if config.unet.in_channels == 9:
+            hidden = picture * (mask < 0.5)
+            latents = _to_latents(encoder, hidden.expand(images, -1, -1, -1), next(noise), config)
+            small = F.interpolate(mask, size=latents.shape[2:]).to(latents)
+            extra = torch.cat([small.expand(images, -1, -1, -1), latents], dim=1).to(device)
+    known = known.to(device)
+    small = None if mask is None else F.interpolate(mask, size=known.shape[2:]).to(device)  # nearest
+    return Start(known + start * sigma, start, known, small, extra)
 
-def _sample(denoise, x: Tensor, steps: Schedule, sampler_name: str, eta: float, noise, on_step) -> Tensor:
-    """Run the sampler with a progress bar; returns latents in the UNet's scale."""
-    with tqdm(total=len(steps.timesteps), desc=sampler_name, leave=False, disable=None) as bar:
-        def told(i, n, x0):
-            bar.update()
-            if on_step is not None:
-                on_step(i, n, x0)
-        x = run(sampler_name, denoise, x, steps, noise=noise, on_step=told, eta=eta)
-    return x * steps.end
+
+def _pixels(picture: Image.Image) -> Tensor:
+    """[1, C, H, W], 0 to 255, in fp32."""
+    array = np.asarray(picture, dtype=np.float32)
+    return torch.from_numpy(array).view(picture.height, picture.width, -1).permute(2, 0, 1)[None]
 
 
-def _keep_outside(denoise, mask: Tensor, known: Tensor, noise: Tensor):
-    """Inpainting for any UNet: outside the mask the network sees, and the sampler gets, the known latents."""
-    def masked(x: Tensor, sigma: float) -> Tensor:
-        x0 = denoise(mask * x + (1 - mask) * (known + sigma * noise), sigma)
-        return mask * x0 + (1 - mask) * known
-    return masked
-
-
-def _encode(encoder, picture: Tensor, noise: Tensor, config) -> Tensor:
+def _to_latents(encoder, picture: Tensor, noise: Tensor, config) -> Tensor:
     """Latents of pictures [B, C, H, W], sampled from the posterior with `noise`, in the UNet's scale and fp32."""
     mean, logvar = encoder(placed_for(encoder, picture))
     return sample_posterior(mean.float(), logvar.float(), noise.to(mean.device)) * config.vae.scale
 
 
-def _decode(decoder, latents: Tensor, config) -> Tensor:
-    return decoder(placed_for(decoder, latents / config.vae.scale)).float()
+def guided(unet, context: Tensor, start: Start, request: Request, config) -> Callable[[Tensor, float], Tensor]:
+    """denoise(x, sigma) -> x0 from the UNet: with guidance, and with the known latents outside the mask."""
+    network = DENOISERS[config.prediction](lambda x, t, context, rows: unet(x, t, context), request.schedule(config),
+                                           dtype=unet.conv_in.weight.dtype, extra=start.extra)
+    uncond, context = (None, context) if request.cfg_scale == 1 else context.float().chunk(2)
+    denoise = CFGDenoiser(network, context.float(), uncond, request.cfg_scale)
+    if start.mask is None:
+        return denoise
+    return lambda x, sigma: start.keep_outside(denoise(_shown(start, x, sigma), sigma))
+
+
+def _shown(start: Start, x: Tensor, sigma: float) -> Tensor:
+    """Inpainting for any UNet: outside the mask the network sees the known latents at this noise level."""
+    return start.mask * x + (1 - start.mask) * (start.known + sigma * start.noise)
+
+
+def walk(denoise, x: Tensor, request: Request, config, noise: Iterator[Tensor], on_step=None) -> Tensor:
+    """Run the sampler from x with a progress bar; returns latents in the UNet's scale."""
+    steps: Schedule = request.schedule(config)
+    with tqdm(total=len(steps.timesteps), desc=request.sampler_name, leave=False, disable=None) as bar:
+        def done(i, n, x0):
+            bar.update()
+            if on_step is not None:
+                on_step(i, n, x0)
+        x = run(request.sampler_name, denoise, x, steps, noise=lambda i: next(noise).to(x.device), on_step=done,
+                eta=request.eta)
+    return x * steps.end
+
+
+def decode(networks: Networks, latents: Tensor) -> Tensor:
+    """Pictures [B, 1 or 3, H, W] in [-1, 1] and fp32. Raises NotFiniteError."""
+    models = networks.models
+    with use_rows(models, torch.arange(len(latents))), networks.use("decoder") as decoder:
+        pictures = decoder(placed_for(decoder, latents / models.config.vae.scale)).float()
+    if not torch.isfinite(pictures).all():
+        raise NotFiniteError(_why_not_finite(models))
+    return pictures
 
 
 def _why_not_finite(models: Models) -> str:
@@ -312,60 +259,7 @@ def _why_not_finite(models: Models) -> str:
             f"load it with dtype=torch.float32 or bfloat16, or lower cfg_scale and multipliers")
 
 
-def _inpainting_channels(place: Placement, picture, mask, images: int, noise: ImageNoise, config, height, width) -> Tensor:
-    """Mask and latents of the picture without the masked part, [B, 5, h, w], for UNets with 9 input channels."""
-    hidden = picture * (mask < 0.5)
-    latents = _encode(place("encoder"), hidden.expand(images, -1, -1, -1), noise(), config)
-    small = F.interpolate(mask, size=latents.shape[2:]).to(latents)
-    return torch.cat([small.expand(images, -1, -1, -1), latents], dim=1)
-
-
 def to_uint8(pictures: Tensor) -> np.ndarray:
     """[B, 1 or 3, H, W] in [-1, 1] to uint8 [B, H, W, 3], rounded to nearest."""
     pictures = (pictures / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
     return pictures.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-
-
-def describe(models: Models, prompt: str, *, seed: int, **arguments) -> dict:
-    """What makes a picture again: the arguments of `generate` with its defaults, the model, and the LoRAs truly applied.
-
-    For `sd.image_io.save_image(picture, path, parameters)`, which writes it into the file.
-    """
-    _check(seed, "seed", Integral, 0)
-    defaults = {k: p.default for k, p in inspect.signature(generate).parameters.items() if p.default is not p.empty}
-    known = defaults | {k: v for k, v in arguments.items() if v is not None}
-    if known["sampler_name"] not in SAMPLERS:
-        raise GenerateError(f"sampler {known['sampler_name']!r} is unknown; allowed: {', '.join(SAMPLERS)}")
-    row = SAMPLERS[known["sampler_name"]]
-    found = {"prompt": prompt, "uncond_prompt": known["uncond_prompt"] or "", "n_inference_steps": known["n_inference_steps"],
-             "sampler_name": known["sampler_name"], "cfg_scale": float(known["cfg_scale"] if known["do_cfg"] else 1.0),
-             "seed": int(seed), "width": known["width"] or models.config.image_size,
-             "height": known["height"] or models.config.image_size, "model": models.config.name,
-             "spacing": known["spacing"] or row.spacing, "clip_skip": known["clip_skip"]}
-    if known["eta"]:
-        found["eta"] = known["eta"]
-    if known["input_image"] is not None:
-        found["strength"] = known["strength"]
-    if models.model_hash:
-        found["model_hash"] = models.model_hash
-    if embeddings := used_embeddings(models, prompt, found["uncond_prompt"]):
-        found["embeddings"] = embeddings
-    if not isinstance(known["lora"], Mapping | None):
-        raise GenerateError("describe() is for one picture: lora is the dict of that picture")
-    applied = known["lora"] if known["lora"] is not None else active_multipliers(models)
-    applied = {name: float(m) for name, m in applied.items() if m} if known["use_lora"] else {}
-    if applied:
-        found["lora"] = applied
-        reports = {name: models.lora_reports[name] for name in applied if name in models.lora_reports}
-        found["lora_hashes"] = {name: report.hash for name, report in reports.items() if report.hash}
-        parts = {"lora_blocks": {name: report.blocks for name, report in reports.items() if report.blocks},
-                 "lora_skipped": {name: report.skipped for name, report in reports.items() if report.skipped}}
-        found |= {key: value for key, value in parts.items() if value}
-    return found
-
-
-def used_embeddings(models: Models, *texts: str) -> dict[str, str]:
-    """The learned words in these texts, and what tells each one's vectors from others (`sd.embeddings.vectors_hash`)."""
-    learned = models["clip"].learned
-    words = {word for text in texts for *_, word in find_words(text, learned.ids)}
-    return {word: vectors_hash(learned.of(word)) for word in sorted(words)}

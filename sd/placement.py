@@ -1,16 +1,19 @@
-"""How the networks are run while a training lasts: compiled, in a memory format, with deterministic kernels."""
+"""How networks are run: on which device, merged, compiled, with deterministic kernels. All of it ends with its `with` block."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from sd.adapters.merging import merge
+from sd.adapters.merging import merge, unmerge
+from sd.adapters.quant import quantized_kinds
+from sd.adapters.switch import active_multipliers
 from sd.models import Models
 
 
@@ -44,41 +47,70 @@ def placed_for(network: nn.Module, x: Tensor) -> Tensor:
 
 
 @contextmanager
+def at(network: nn.Module, device, afterwards=None) -> Iterator[nn.Module]:
+    """The network is on `device` inside the block; then it goes where it was, or to the device `afterwards`.
+
+    A network that is there already is not touched: a move drops merged weights.
+    """
+    before = _device_of(network, device)
+    _move(network, device)
+    try:
+        yield network
+    finally:
+        _move(network, before if afterwards is None else afterwards)
+
+
+@contextmanager
 def placed(models, keys: Iterable[str], device) -> Iterator[None]:
     """Networks on another device inside the block: frozen ones leave it when all that is needed of them is cached."""
-    before = {key: placed_for(models[key], torch.empty(0)).device for key in keys}
-    try:
-        _move(models, dict.fromkeys(before, torch.device(device)))
+    with ExitStack() as stack:
+        stack.callback(_free_cache)  # after the networks are back
+        for key in keys:
+            stack.enter_context(at(models[key], device))
+        _free_cache()
         yield
-    finally:
-        _move(models, before)
 
 
-def _move(models, places: Mapping[str, torch.device]) -> None:
-    for key, device in places.items():
-        if placed_for(models[key], torch.empty(0)).device != device:
-            models[key].to(device)  # which drops merged weights
+@dataclass(frozen=True)
+class Networks:
+    """The networks of a model as a call of `generate` runs them."""
+
+    models: Models
+    device: torch.device
+    idle_device: torch.device | None = None  # where they go after use; None: where they were
+    merged: bool = False
+
+    @contextmanager
+    def use(self, key: str) -> Iterator[nn.Module]:
+        """The network on the device, merged if asked, inside the block. Its merged weights stay until it moves."""
+        with at(self.models[key], self.device, self.idle_device) as network:
+            if self.merged:
+                merge(network)
+            yield network
+
+
+def should_merge(models: Models, merged: bool | str) -> bool:
+    """Whether to run merged weights; "auto": in fp32, where all images have the same LoRA. False frees those that are there."""
+    if merged is False:
+        unmerge(models)
+    if merged != "auto":
+        return bool(merged)
+    # In half precision the sum W + ΔW rounds away a good part of a usual ΔW; the adapters' own path keeps it.
+    same_for_all = not any(isinstance(m, tuple) for m in active_multipliers(models).values())
+    # Merged weights are whole ones: of a quantised base they would take what it saves.
+    return same_for_all and models.dtype == torch.float32 and not quantized_kinds(models)
+
+
+def _device_of(network: nn.Module, default) -> torch.device:
+    return placed_for(network, torch.empty(0, device=default)).device
+
+
+def _move(network: nn.Module, device) -> None:
+    there, wanted = _device_of(network, device), torch.device(device)
+    if there.type != wanted.type or wanted.index not in (None, there.index):  # "cuda" means any of its devices
+        network.to(wanted)
+
+
+def _free_cache() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-class Placement:
-    """Brings a network to the device when it is needed, merged if asked, and sends the one before to `idle_device`."""
-
-    def __init__(self, models: Models, device: torch.device, idle_device, merged: bool):
-        self.models, self.device, self.idle, self.merged, self.current = models, device, idle_device, merged, None
-
-    def __call__(self, name: str | None):
-        if self.idle is not None and self.current not in (None, name):
-            self.models[self.current].to(self.idle)
-        self.current = name
-        if name is None:
-            return None
-        network, wanted = self.models[name], self.device
-        there = placed_for(network, torch.empty(0, device=wanted)).device
-        # A network that is there already is not touched: a move drops merged weights. "cuda" means any of its devices.
-        if there.type != wanted.type or wanted.index not in (None, there.index):
-            network.to(wanted)
-        if self.merged:
-            merge(network)
-        return network

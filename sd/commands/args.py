@@ -1,17 +1,19 @@
-"""What several commands share: which model, its LoRAs, device and dtype."""
+"""What several commands share: which model, its LoRAs, device and dtype; the settings of a picture; paths to write."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, make_dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from sd.errors import SDError
+from sd.request import MAX_IMAGES, Request
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -63,7 +65,7 @@ def lora(text: str) -> tuple[Path, float, str | None]:
     found = shipped(path)
     if not found.exists() and ":" in path.name:
         raise SDError(f"{path}: no such file; a LoRA is named as PATH, PATH:MULTIPLIER or PATH:MULTIPLIER:BLOCKS, with "
-                         f"BLOCKS as 17, 25 or 26 numbers or as in text_encoder=0.5,mid_block=0")
+                      f"BLOCKS as 17, 25 or 26 numbers or as in text_encoder=0.5,mid_block=0")
     return found, multiplier, blocks
 
 
@@ -89,44 +91,33 @@ def dtype(name: str | None):
     return None if name is None else getattr(torch, name)
 
 
-@dataclass(frozen=True)
-class PictureArgs:
-    """How a picture is made; the same for generate and compare."""
-
-    negative: str = ""
-    """What the picture should not show."""
-    steps: int = 30
-    """Sampler steps."""
-    sampler: str = "dpmpp_2m"
-    """ddpm, ddim, pndm, euler, euler_a, heun, dpmpp_2m, dpmpp_2m_sde, unipc, lcm."""
-    spacing: str | None = None
-    """leading, trailing, linspace, karras, exponential; none: the sampler's own."""
-    cfg: float = 7.5
-    """Guidance scale; 1 is none."""
-    width: int | None = None
-    """Pixels; none: what the model is made for."""
-    height: int | None = None
-    """Pixels; none: what the model is made for."""
-    clip_skip: int = 1
-    """1: last layer of the text encoder, 2: the one before."""
-    seed: int | None = None
-    """Image i has seed + i; none: a random one, which is printed."""
-
-    def arguments(self) -> dict:
-        """For `sd.pipeline.generate`."""
-        return {"uncond_prompt": self.negative, "n_inference_steps": self.steps, "sampler_name": self.sampler,
-                "spacing": self.spacing, "cfg_scale": self.cfg, "width": self.width, "height": self.height,
-                "clip_skip": self.clip_skip}
-
-
 Positional = tyro.conf.Positional
-
-
 Format = Literal["kohya", "diffusers", "peft", "comfyui"]
+
+# The flags of generate and compare: a field of Request -> (flag, type, default where it is not the field's own).
+FLAGS = {"uncond_prompt": ("negative", str, ""), "n_inference_steps": ("steps", int, 30),
+         "sampler_name": ("sampler", str, "dpmpp_2m"), "spacing": ("spacing", str | None), "cfg_scale": ("cfg", float),
+         "width": ("width", int | None), "height": ("height", int | None), "clip_skip": ("clip_skip", int),
+         "seed": ("seed", int | None)}
+
+
+def _flag(name: str, flag: str, type_, *default):
+    """A field for make_dataclass."""
+    setting = Request.__dataclass_fields__[name]
+    return flag, Annotated[type_, tyro.conf.arg(help=setting.metadata["help"])], field(default=(*default, setting.default)[0])
+
+
+PictureFlags = make_dataclass("PictureFlags", [_flag(name, *flag) for name, flag in FLAGS.items()], frozen=True)
+
+
+def settings(flags: PictureFlags) -> dict:
+    """The fields of Request that these flags set, without the seed."""
+    return {name: getattr(flags, flag) for name, (flag, *_) in FLAGS.items() if name != "seed"}
 
 
 def writes(tool: Callable) -> Callable:
     """With the folder of `--out` made first, and taken away again when the tool fails."""
+    @wraps(tool)
     def run(args) -> None:
         missing = [folder for folder in Path(args.out).absolute().parents if not folder.exists()]
         try:
@@ -143,7 +134,6 @@ def writes(tool: Callable) -> Callable:
 def picture_paths(out: str, count: int) -> list[Path]:
     """Where pictures go: the file that is named, numbered if there are several, or the next free numbers of a folder."""
     from sd.pictures.image_io import FORMATS
-    from sd.pipeline import MAX_IMAGES
     path = Path(out)
     if not out:
         raise SDError("--out is empty; name a folder or a file")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sd.commands.args import DType, Format, Positional, dtype
+from sd.commands.args import DType, Format, Positional, dtype, writes
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Convert:
     skip: str | None = None
     """Leave out what this regular expression matches."""
 
-
-def convert(args: Convert) -> None:
-    from sd.tools.convert import convert as run
-    report = run(args.source, args.out, format=args.format, dtype=dtype(args.dtype), approximate=args.approximate,
-                 base=args.model, skip=args.skip)
-    print(f"{args.out}: {report}")
+    @writes
+    def run(self) -> None:
+        from sd.tools.convert import convert as run
+        report = run(self.source, self.out, format=self.format, dtype=dtype(self.dtype), approximate=self.approximate,
+                     base=self.model, skip=self.skip)
+        print(f"{self.out}: {report}")

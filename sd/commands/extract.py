@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from sd.commands.args import DType, Format, Positional, dtype
+from sd.commands.args import DType, Format, Positional, dtype, writes
 from sd.errors import SDError
 
 
@@ -40,18 +40,18 @@ class Extract:
             raise SDError("without --tuned the LoRAs inside a checkpoint are taken out as they are; leave out all flags but "
                              "--model")
 
-
-def extract(args: Extract) -> None:
-    from sd.tools.embed import take_out
-    from sd.tools.extract import extract_lora
-    if args.tuned is None:
-        if args.model is None:
-            raise SDError("nothing to extract from: name the fine-tuned checkpoint with --tuned and its base with --model, "
-                             "or with --model alone a checkpoint that has LoRAs inside")
-        for path in take_out(args.model, args.out):
-            print(path)
-        return
-    report = extract_lora(args.model, args.tuned, args.out, rank=args.rank, conv_rank=args.conv_rank, threshold=args.threshold,
-                          frobenius=args.frobenius, randomized=args.randomized, vae=args.vae, format=args.format,
-                          dtype=dtype(args.dtype))
-    print(f"{args.out}: {report}")
+    @writes
+    def run(self) -> None:
+        from sd.tools.embed import take_out
+        from sd.tools.extract import extract_lora
+        if self.tuned is None:
+            if self.model is None:
+                raise SDError("nothing to extract from: name the fine-tuned checkpoint with --tuned and its base with --model, "
+                                 "or with --model alone a checkpoint that has LoRAs inside")
+            for path in take_out(self.model, self.out):
+                print(path)
+            return
+        report = extract_lora(self.model, self.tuned, self.out, rank=self.rank, conv_rank=self.conv_rank,
+                              threshold=self.threshold, frobenius=self.frobenius, randomized=self.randomized, vae=self.vae,
+                              format=self.format, dtype=dtype(self.dtype))
+        print(f"{self.out}: {report}")

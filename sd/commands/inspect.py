@@ -22,15 +22,14 @@ class Inspect:
     json: bool = False
     """One JSON object, {path: facts}."""
 
-
-def inspect(args: Inspect) -> None:
-    from sd.tools.inspect import as_text, inspect_file
-    if not args.paths:
-        raise SDError("nothing to inspect: name files or folders")
-    facts = {path: inspect_file(path, args.model, verify=args.verify) for path in args.paths}
-    if args.json:
-        print(json.dumps(facts, indent=2, ensure_ascii=False))
-    else:
-        print("\n".join(as_text(path, found) for path, found in facts.items()))
-        if args.verify:
-            print("every tensor fits")
+    def run(self) -> None:
+        from sd.tools.inspect import as_text, inspect_file
+        if not self.paths:
+            raise SDError("nothing to inspect: name files or folders")
+        facts = {path: inspect_file(path, self.model, verify=self.verify) for path in self.paths}
+        if self.json:
+            print(json.dumps(facts, indent=2, ensure_ascii=False))
+        else:
+            print("\n".join(as_text(path, found) for path, found in facts.items()))
+            if self.verify:
+                print("every tensor fits")

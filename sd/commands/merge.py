@@ -1,4 +1,4 @@
-"""The commands that work on files: merge, extract, resize, convert, embed, inspect."""
+"""sdlora merge."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from sd.commands.args import ModelArgs, Positional, dtype, lora
+from sd.commands.args import ModelArgs, Positional, dtype, lora, writes
 from sd.errors import SDError
 
 
@@ -42,23 +42,21 @@ class Merge:
                 or self.seed != Merge.seed and self.method != "dare"):
             raise SDError("--density is for ties, dare and magnitude, --seed for dare")
 
-
-# ---- the commands ----------------------------------------------------------------------------------------------------
-
-def merge(args: Merge) -> None:
-    from sd.model_loader import merge_lora_into_checkpoint
-    on, chosen = args.on, [lora(text) for text in args.on.lora]
-    if len({path for path, *_ in chosen}) < len(chosen):
-        raise SDError("the same LoRA is named twice; give it once, with the sum of the multipliers")
-    names = " + ".join(f"{m:g} x {path.name}" for path, m, _ in chosen)
-    multipliers, blocks = {path: m for path, m, _ in chosen}, {path: b for path, _, b in chosen if b is not None}
-    if args.into == "lora":
-        from sd.tools.merge import merge_lora_files
-        report = merge_lora_files(multipliers, args.out, method=args.method, rank=args.rank, density=args.density,
-                                  seed=args.seed, randomized=args.randomized, base=on.model, dtype=dtype(on.dtype),
-                                  skip=on.skip, block_weights=blocks)
-        print(f"{args.out}: {names}; {report}")
-    else:
-        merge_lora_into_checkpoint(on.model, multipliers, args.out, dtype=dtype(on.dtype), vae=on.vae,
-                                   device=on.device or "cpu", skip=on.skip, block_weights=blocks)
-        print(f"{args.out}: the model with {names} merged into it")
+    @writes
+    def run(self) -> None:
+        from sd.model_loader import merge_lora_into_checkpoint
+        on, chosen = self.on, [lora(text) for text in self.on.lora]
+        if len({path for path, *_ in chosen}) < len(chosen):
+            raise SDError("the same LoRA is named twice; give it once, with the sum of the multipliers")
+        names = " + ".join(f"{m:g} x {path.name}" for path, m, _ in chosen)
+        multipliers, blocks = {path: m for path, m, _ in chosen}, {path: b for path, _, b in chosen if b is not None}
+        if self.into == "lora":
+            from sd.tools.merge import merge_lora_files
+            report = merge_lora_files(multipliers, self.out, method=self.method, rank=self.rank, density=self.density,
+                                      seed=self.seed, randomized=self.randomized, base=on.model, dtype=dtype(on.dtype),
+                                      skip=on.skip, block_weights=blocks)
+            print(f"{self.out}: {names}; {report}")
+        else:
+            merge_lora_into_checkpoint(on.model, multipliers, self.out, dtype=dtype(on.dtype), vae=on.vae,
+                                       device=on.device or "cpu", skip=on.skip, block_weights=blocks)
+            print(f"{self.out}: the model with {names} merged into it")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sd.commands.args import DType, Format, Positional, dtype
+from sd.commands.args import DType, Format, Positional, dtype, writes
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Resize:
     dtype: DType | None = None
     """None: that of the source."""
 
-
-def resize(args: Resize) -> None:
-    from sd.tools.resize import resize_file
-    report = resize_file(args.source, args.out, rank=args.rank, ratio=args.ratio, cumulative=args.cumulative,
-                         frobenius=args.frobenius, threshold=args.threshold, max_rank=args.max_rank, skip=args.skip,
-                         format=args.format, base=args.model, dtype=dtype(args.dtype))
-    print(f"{args.out}: {report}")
+    @writes
+    def run(self) -> None:
+        from sd.tools.resize import resize_file
+        report = resize_file(self.source, self.out, rank=self.rank, ratio=self.ratio, cumulative=self.cumulative,
+                             frobenius=self.frobenius, threshold=self.threshold, max_rank=self.max_rank, skip=self.skip,
+                             format=self.format, base=self.model, dtype=dtype(self.dtype))
+        print(f"{self.out}: {report}")

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from sd.commands.args import shipped
+from sd.training.config import TrainConfig
 
 
-def train(args) -> None:
-    from sd.training.config import TrainConfig
-    from sd.training.dist import is_main, processes
-    from sd.training.loop import train as run
-    from sd.training.result import result_files
-    options = {f.name: getattr(args, f.name) for f in fields(TrainConfig)}
-    if args.from_lora:
-        options["from_lora"] = str(shipped(Path(args.from_lora)))
-    with processes():
-        run(TrainConfig(**options))
-        for file in () if args.dry_run or not is_main() else result_files(args):
-            print(Path(args.out) / file)
+@dataclass(frozen=True)
+class Train(TrainConfig):
+    __doc__ = TrainConfig.__doc__
+    config: str | None = None
+    """TOML, JSON or YAML file with these options; flags win over it."""
+
+    def run(self) -> None:
+        from sd.training.dist import is_main, processes
+        from sd.training.loop import train
+        from sd.training.result import result_files
+        options = {f.name: getattr(self, f.name) for f in fields(TrainConfig)}
+        if self.from_lora:
+            options["from_lora"] = str(shipped(Path(self.from_lora)))
+        with processes():
+            train(TrainConfig(**options))
+            for file in () if self.dry_run or not is_main() else result_files(self):
+                print(Path(self.out) / file)

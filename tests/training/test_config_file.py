@@ -5,7 +5,8 @@ from dataclasses import asdict, fields
 
 import pytest
 
-from sd.commands.main import _parse, main
+from sd.commands.main import COMMANDS, main
+from sd.commands.parse import parse
 from sd.training import TrainConfig, TrainError
 from sd.training.config_file import config_flags, read_config
 
@@ -50,7 +51,7 @@ def test_a_file_flat_or_in_sections_is_the_config(tmp_path, name, text):
 
 
 def parsed(*argv) -> TrainConfig:
-    args = _parse([str(word) for word in argv])
+    args = parse([str(word) for word in argv], COMMANDS)
     return TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
 
 

@@ -9,15 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from sd.errors import NotFiniteError
 from sd.pictures.image_io import load_image, save_image
 from sd.pictures.sheets import contact_sheet
-from sd.pipeline import NotFiniteError, generate
+from sd.pipeline import draw
 from sd.placement import placed
+from sd.request import Request
 from sd.training.dist import from_rank0, is_main
 from sd.training.optim import autocast
 from sd.training.relora import adapters_in_training
@@ -25,17 +28,23 @@ from sd.training.relora import adapters_in_training
 log = logging.getLogger("sd")
 
 SAMPLER, LARGEST, MOST_ROWS = "dpmpp_2m", 256, 40  # the sheet's pictures are scaled down to it, and its rows thinned out
+# What the file of a sample says of its request, in this order. A hash of it is in the file's name, so it must stay as it is.
+SAVED = ("prompt", "seed", "n_inference_steps", "cfg_scale", "sampler_name", "width", "height")
 
 
 class Samples:
     """The samples of a run that goes on at `step`: those of later steps, of a run that was killed, are removed.
 
-    All processes draw them, since a sharded network needs all, and the chief writes.
+    All processes draw them, since a sharded network needs all, and the is_main writes.
     """
 
     def __init__(self, config, models, folder: Path, step: int):
         self.config, self.models, self.folder, self.sheet = config, models, folder / "samples", folder / "samples.png"
-        self.size = config.size or models.config.image_size
+        size = config.size or models.config.image_size
+        of_all = Request("", n_inference_steps=config.sample_steps, cfg_scale=config.sample_cfg, sampler_name=SAMPLER,
+                         width=size, height=size, merged=False)
+        self.requests = [replace(of_all, prompt=prompt, seed=config.sample_seed + column)
+                         for column, prompt in enumerate(config.sample_prompts)]
         if not is_main():
             return
         self.folder.mkdir(exist_ok=True)
@@ -62,27 +71,25 @@ class Samples:
 
     def _make(self, row: str, column: int, which: dict, step: int) -> None:
         """One at a time: a picture must not depend on the other prompts, and decoding many takes more than training."""
-        about = self._about(column)
+        request = replace(self.requests[column], **which)
         # Half precision would overflow in the autoencoder of many models.
         precision = "bf16" if self.config.precision == "bf16" else "fp32"
         try:
             with placed(self.models, self.models, self.models.device), autocast(precision, self.models.device):
-                picture = generate(models=self.models, merged=False, **about, **which)
+                (picture,) = draw(request, self.models)
         except NotFiniteError as error:
-            log.warning("step %d: no sample of %r: %s", step, about["prompt"], error)
+            log.warning("step %d: no sample of %r: %s", step, request.prompt, error)
             return
         if is_main():
-            save_image(picture, self._file(row, column), about | {"training_step": step})
+            save_image(picture, self._file(row, column), self._saved(column) | {"training_step": step})
 
-    def _about(self, column: int) -> dict:
-        return {"prompt": self.config.sample_prompts[column], "seed": self.config.sample_seed + column,
-                "n_inference_steps": self.config.sample_steps, "cfg_scale": self.config.sample_cfg, "sampler_name": SAMPLER,
-                "width": self.size, "height": self.size}
+    def _saved(self, column: int) -> dict:
+        return {name: getattr(self.requests[column], name) for name in SAVED}
 
     def _file(self, row: str, column: int) -> Path:
         """Another prompt, seed or setting is another file, so a changed one leaves a gap, and no false neighbours."""
-        about = hashlib.sha256(json.dumps(self._about(column), sort_keys=True).encode()).hexdigest()[:8]
-        return self.folder / f"{row}-{about}.png"
+        settings = hashlib.sha256(json.dumps(self._saved(column), sort_keys=True).encode()).hexdigest()[:8]
+        return self.folder / f"{row}-{settings}.png"
 
     def _draw_sheet(self) -> None:
         columns = range(len(self.config.sample_prompts))

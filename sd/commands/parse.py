@@ -1,0 +1,59 @@
+"""From the words of a command line to the dataclass of its command, or to a sentence about what is wrong with them."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping
+from contextlib import redirect_stderr
+from functools import reduce
+from operator import or_
+from typing import Annotated
+
+import tyro
+
+from sd.commands.train import Train
+from sd.errors import SDError
+
+
+def parse(argv: list[str], commands: Mapping[str, type]):
+    """The dataclass of one of `commands` (name -> dataclass). Raises SDError for a mistake, SystemExit for --help."""
+    flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
+    for flag in flags:
+        if flags.count(flag) > 1:
+            raise SDError(f"{flag} is given twice; name all of its values after one {flag}")
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box):
+            return tyro.cli(_union(commands), prog="python -m sd", args=_with_config(argv, flags),
+                            config=(tyro.conf.OmitArgPrefixes,))
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        raise SDError(sentence_in(box.getvalue())) from None
+
+
+def sentence_in(box: str) -> str:
+    """tyro's message about a mistake, without the box around it, its title and its hints."""
+    text = re.sub(r"([╭╮╰╯│─\s]|-{5,})+", " ", box).partition("For full helptext")[0].partition(" in python ")[0]
+    text = text.replace("Unrecognized options Unrecognized", "Unrecognized").strip()
+    return re.sub(r"^.*Error parsing \w+: ", "", text)
+
+
+def _with_config(argv: list[str], flags: list[str]) -> list[str]:
+    """Insert the options from `train --config FILE` before the flags; flags win."""
+    if argv[:1] != ["train"] or "--config" not in flags:
+        return argv
+    from sd.training.config_file import config_flags, read_config
+    at = next(i for i, word in enumerate(argv) if word.partition("=")[0] == "--config")
+    path = argv[at].partition("=")[2] or "".join(argv[at + 1:at + 2])
+    said = {flag.removeprefix("--").removeprefix("no-").replace("-", "_") for flag in flags}
+    return ["train", *config_flags({name: v for name, v in read_config(path).items() if name not in said}), *argv[1:]]
+
+
+def _union(commands: Mapping[str, type]):
+    """The commands as tyro's subcommands."""
+    def subcommand(name: str, command: type):
+        flags = command if command is Train else tyro.conf.FlagCreatePairsOff[command]  # --no-x against a config file's x
+        return Annotated[flags, tyro.conf.subcommand(name, description=(command.__doc__ or "").splitlines()[0])]
+    return reduce(or_, (subcommand(name, command) for name, command in commands.items()))

@@ -1,0 +1,276 @@
+"""Request: all settings of a picture, checked before any network runs; what a file says of its picture, and back.
+
+The fields have the names of generate()'s arguments, which are also the keys in the files, so one vocabulary serves all three.
+Only the command line spells some of them shorter: FLAGS in sd/commands/args.py.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
+
+from PIL import Image
+
+from sd.adapters.switch import active_multipliers
+from sd.errors import SDError
+from sd.pictures.image_io import load_image
+from sd.prompts.learned_words import vectors_hash
+from sd.prompts.tokenizer import find_words
+from sd.sampling.noise import Schedule, alphas_cumprod, cut
+from sd.sampling.samplers import SAMPLERS, Sampler, check_eta, sampler_schedule
+
+MAX_IMAGES = 4096  # in one call
+# What the file of a picture always says, in this order, and of which type; some of it only newer versions write.
+SAVED = {"prompt": str, "uncond_prompt": str, "n_inference_steps": int, "sampler_name": str, "cfg_scale": float, "seed": int,
+         "width": int, "height": int}
+SAVED_LATER = ("spacing", "clip_skip", "eta")
+
+
+class GenerateError(SDError):
+    """A request that cannot be met: the message names the argument, its value and what is allowed."""
+
+
+def setting(default, help: str):
+    """A field with the text that --help has for it."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Request:
+    """The settings of one call of generate(), which documents them. Raises GenerateError for a value that no model takes."""
+
+    prompt: str | Sequence[str]
+    uncond_prompt: str | Sequence[str] | None = setting(None, "What the picture should not show.")
+    n_inference_steps: int = setting(50, "Sampler steps.")
+    sampler_name: str = setting("ddpm", f"{', '.join(SAMPLERS)}.")
+    spacing: str | None = setting(None, f"{', '.join(Sampler.spacings)}; none: the sampler's own.")
+    cfg_scale: float = setting(7.5, "Guidance scale; 1 is none.")
+    width: int | None = setting(None, "Pixels; none: what the model is made for.")
+    height: int | None = setting(None, "Pixels; none: what the model is made for.")
+    clip_skip: int = setting(1, "1: last layer of the text encoder, 2: the one before.")
+    seed: int | Sequence[int] | None = setting(None, "Image i has seed + i; none: a random one, which is printed.")
+    images_per_prompt: int = setting(1, "Pictures for each prompt.")
+    input_image: object = setting(None, "Picture to start from (img2img).")
+    mask: object = setting(None, "Where to repaint it (white).")
+    strength: float = setting(0.8, "How much of it is noised: 0 nothing, 1 all.")
+    do_cfg: bool = True
+    eta: float = 0.0
+    lora: Mapping[str, float] | Sequence[Mapping[str, float]] | None = None
+    use_lora: bool = True
+    merged: bool | str = "auto"
+
+    def __post_init__(self):
+        prompts = _texts(self.prompt, "prompt")
+        _check(self.images_per_prompt, "images_per_prompt", Integral, 1, MAX_IMAGES)
+        images = len(prompts) * int(self.images_per_prompt)
+        _check(images, "the number of images", Integral, 1, MAX_IMAGES)
+        unconds = _texts("" if self.uncond_prompt is None else self.uncond_prompt, "uncond_prompt")
+        if len(unconds) not in (1, images, len(prompts)):
+            raise GenerateError(f"{len(unconds)} uncond_prompts for {len(prompts)} prompts; give one, or one each")
+        _check(self.cfg_scale, "cfg_scale", Real)
+        _check(self.strength, "strength", Real, 0, 1)
+        _check(self.eta, "eta", Real, 0, 1)
+        if self.seed is not None:
+            _seeds(self.seed, images)
+        if self.mask is not None and self.input_image is None:
+            raise GenerateError("inpainting needs input_image= and mask=; input_image is missing")
+        if not isinstance(self.sampler_name, str) or self.sampler_name not in SAMPLERS:
+            raise GenerateError(f"sampler {self.sampler_name!r} is unknown; allowed: {', '.join(SAMPLERS)}")
+        try:
+            check_eta(self.sampler_name, self.eta)
+        except SDError as error:
+            raise GenerateError(str(error)) from None
+        if self.merged not in (True, False, "auto"):
+            raise GenerateError(f"merged is {self.merged!r}; allowed: 'auto', True, False")
+        if self.use_lora:
+            _check_lora(self.lora, images)
+
+    def fit(self, config) -> Request:
+        """The request for a model of this ModelConfig, with nothing left open.
+
+        In the result prompt, uncond_prompt and seed are lists with one item for each image, images_per_prompt is 1, size and
+        spacing are filled in, cfg_scale is 1 without guidance, and input_image and mask are PIL pictures of that size.
+        Raises GenerateError, or ImageError for a picture that cannot be read.
+        """
+        _check(self.clip_skip, "clip_skip", Integral, 1, config.clip.layers)
+        height, width = _size(self.height, "height", config), _size(self.width, "width", config)
+        if config.unet.in_channels == 9 and self.input_image is None:
+            raise GenerateError("inpainting needs input_image= and mask=; input_image is missing")
+        if config.unet.in_channels == 9 and self.mask is None:
+            raise GenerateError("this is an inpainting model: it needs mask= beside input_image= (white is repainted)")
+        prompts = [p for p in _texts(self.prompt, "prompt") for _ in range(self.images_per_prompt)]
+        unconds = _texts("" if self.uncond_prompt is None else self.uncond_prompt, "uncond_prompt")
+        mode = "L" if config.vae.image_channels == 1 else "RGB"
+        fitted = replace(
+            self, prompt=prompts, uncond_prompt=[u for u in unconds for _ in range(len(prompts) // len(unconds))],
+            seed=_seeds(secrets.randbits(32) if self.seed is None else self.seed, len(prompts)), images_per_prompt=1,
+            height=height, width=width, cfg_scale=self.cfg_scale if self.do_cfg else 1.0,
+            spacing=SAMPLERS[self.sampler_name].spacing if self.spacing is None else self.spacing,
+            input_image=_opened(self.input_image, mode, (width, height)), mask=_opened(self.mask, "L", (width, height)))
+        fitted.schedule(config)  # raises what is wrong with steps, spacing and strength
+        return fitted
+
+    def singles(self) -> list[Request]:
+        """A request for each image of one whose uncond_prompt is one text and whose seed is a number."""
+        prompts = [p for p in _texts(self.prompt, "prompt") for _ in range(self.images_per_prompt)]
+        return [replace(self, prompt=p, seed=s, images_per_prompt=1) for p, s in zip(prompts, _seeds(self.seed, len(prompts)))]
+
+    def schedule(self, config) -> Schedule:
+        """The noise levels to walk: all steps, or with an input_image the last `strength` of them. Raises GenerateError."""
+        try:
+            steps = sampler_schedule(self.sampler_name, self.n_inference_steps, alphas_cumprod(config), self.spacing)
+            return steps if self.input_image is None else cut(steps, self.strength)
+        except SDError as error:
+            raise GenerateError(str(error)) from None
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
+
+def _texts(prompt, what: str) -> list[str]:
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Sequence) else [prompt]
+    if not prompts:
+        raise GenerateError(f"{what} is an empty list; at least one text is needed")
+    for text in prompts:
+        if not isinstance(text, str):
+            raise GenerateError(f"{what} holds {text!r}, which is no text")
+    return prompts
+
+
+def _check(value, what: str, kind: type, low: float = -math.inf, high: float = math.inf) -> None:
+    """Raises GenerateError unless `value` is a finite number of that kind from low to high."""
+    if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value) or not low <= value <= high:
+        allowed = "a finite number" if low == -math.inf else f"{low} to {high}"
+        raise GenerateError(f"{what} is {value!r}; allowed: {'whole numbers from ' if kind is Integral else ''}{allowed}")
+
+
+def _seeds(seed: int | Sequence[int], images: int) -> list[int]:
+    """One for each image."""
+    try:
+        seeds = [int(seed) + i for i in range(images)] if isinstance(seed, Integral) else list(seed)
+    except TypeError:
+        seeds = [seed] * images
+    if len(seeds) != images:
+        raise GenerateError(f"{len(seeds)} seeds are given for {images} images")
+    for s in seeds:
+        if not isinstance(s, Integral) or not 0 <= s < 2**63:
+            raise GenerateError(f"seed {s!r} is not allowed; a whole number from 0 to 2^63 - 1 is needed")
+    return seeds
+
+
+def _check_lora(lora, images: int) -> None:
+    if lora is None or isinstance(lora, Mapping):
+        return
+    if not isinstance(lora, Sequence) or not all(isinstance(one, Mapping) for one in lora):
+        raise GenerateError(f"lora is {lora!r}; allowed: a dict of multipliers, or one for each image")
+    if len(lora) != images:
+        raise GenerateError(f"lora has {len(lora)} dicts for {images} images; give one dict, or one for each image")
+
+
+def _size(pixels: int | None, what: str, config) -> int:
+    pixels, factor = config.image_size if pixels is None else pixels, config.vae.factor
+    if not isinstance(pixels, int) or not factor <= pixels <= config.largest_size:
+        raise GenerateError(f"{what} is {pixels!r}; allowed: whole numbers of pixels from {factor} to {config.largest_size}, "
+                            f"8 times what this model is made for")
+    if pixels % factor:
+        low = pixels // factor * factor
+        raise GenerateError(f"{what} is {pixels}, no multiple of {factor}; the nearest are {low} and {low + factor}")
+    return pixels
+
+
+def _opened(image, mode: str, size: tuple[int, int]) -> Image.Image | None:
+    return None if image is None else load_image(image).convert(mode).resize(size, Image.LANCZOS)
+
+
+# ---- what a file says of its picture, and back ---------------------------------------------------------------------------
+
+def describe(models, prompt: str, *, seed: int, **arguments) -> dict:
+    """What makes a picture again: the arguments of `generate` with its defaults, the model, and the LoRAs truly applied.
+
+    For `sd.pictures.save_image(picture, path, parameters)`, which writes it into the file. Arguments of `generate` that are
+    about how it runs, such as `device`, are left out.
+    """
+    _check(seed, "seed", Integral, 0)
+    known = {f.name for f in fields(Request)}
+    given = {name: value for name, value in arguments.items() if name in known and value is not None}
+    return parameters_of(Request(prompt, seed=seed, **given), models)
+
+
+def parameters_of(request: Request, models) -> dict:
+    """What `describe` returns, of a request for one picture. Raises GenerateError for several."""
+    applied = active_multipliers(models) if request.lora is None else request.lora
+    if not isinstance(applied, Mapping) or not isinstance(request.prompt, str):
+        raise GenerateError("describe() is for one picture: lora is the dict of that picture")
+    filled = replace(request, uncond_prompt=request.uncond_prompt or "", seed=int(request.seed),
+                     cfg_scale=float(request.cfg_scale if request.do_cfg else 1.0),
+                     width=request.width or models.config.image_size, height=request.height or models.config.image_size)
+    found = {name: getattr(filled, name) for name in SAVED} | {
+        "model": models.config.name, "spacing": request.spacing or SAMPLERS[request.sampler_name].spacing,
+        "clip_skip": request.clip_skip}
+    if request.eta:
+        found["eta"] = request.eta
+    if request.input_image is not None:
+        found["strength"] = request.strength
+    if models.model_hash:
+        found["model_hash"] = models.model_hash
+    if embeddings := used_embeddings(models, found["prompt"], found["uncond_prompt"]):
+        found["embeddings"] = embeddings
+    applied = {name: float(m) for name, m in applied.items() if m} if request.use_lora else {}
+    if applied:
+        found["lora"] = applied
+        reports = {name: models.lora_reports[name] for name in applied if name in models.lora_reports}
+        found["lora_hashes"] = {name: report.hash for name, report in reports.items() if report.hash}
+        parts = {"lora_blocks": {name: report.blocks for name, report in reports.items() if report.blocks},
+                 "lora_skipped": {name: report.skipped for name, report in reports.items() if report.skipped}}
+        found |= {key: value for key, value in parts.items() if value}
+    return found
+
+
+def used_embeddings(models, *texts: str) -> dict[str, str]:
+    """The learned words in these texts, each with a hash of its vectors (`vectors_hash`)."""
+    learned = models["clip"].learned
+    words = {word for text in texts for *_, word in find_words(text, learned.ids)}
+    return {word: vectors_hash(learned.of(word)) for word in sorted(words)}
+
+
+def again(about: Mapping, path, models, **others) -> Request:
+    """The request that made the picture in the file `path`, from what the file says of it; `others` are more settings.
+
+    Raises GenerateError where that is not enough, and for other models, LoRAs or learned words than it was made with.
+    """
+    for key, kind in SAVED.items():
+        if type(about.get(key)) is not kind:
+            raise GenerateError(f"{path}: cannot be made again: what it says of itself has no {key} that is a {kind.__name__}")
+    for key in ("lora", "lora_hashes", "lora_blocks", "lora_skipped"):
+        if not isinstance(about.get(key) or {}, Mapping):
+            raise GenerateError(f"{path}: cannot be made again: what it says of its LoRAs is damaged")
+    if "strength" in about and others.get("input_image") is None:
+        raise GenerateError(f"{path}: made from another picture, which it does not hold; name it with --input")
+    if about.get("model_hash", models.model_hash) != models.model_hash:
+        raise GenerateError(f"{path}: made with model {about.get('model')!r} of hash {about['model_hash']}; "
+                            f"this one has {models.model_hash}; name it with --model")
+    _check_same_loras(about, path, models)
+    then, now = about.get("embeddings") or {}, used_embeddings(models, about["prompt"], about["uncond_prompt"])
+    if then != now:
+        raise GenerateError(f"{path}: made with the embeddings {then or 'none'} (word: hash) in its prompts; this one has "
+                            f"{now or 'none'}; name them with --embedding")
+    keys = (*SAVED, *SAVED_LATER, "strength")
+    return Request(**others | {key: about[key] for key in keys if key in about}, lora=about.get("lora") or {})
+
+
+def _check_same_loras(about: Mapping, path, models) -> None:
+    used, reports = about.get("lora") or {}, models.lora_reports
+    missing = sorted(set(used) - set(reports))
+    if missing:
+        raise GenerateError(f"{path}: made with the LoRA {missing[0]!r}; load it with --lora")
+    for name, digest in (about.get("lora_hashes") or {}).items():
+        if name in reports and reports[name].hash != digest:
+            raise GenerateError(f"{path}: made with another LoRA {name!r}, of hash {digest}; this one has {reports[name].hash}")
+    for key, what in (("lora_blocks", "blocks"), ("lora_skipped", "skipped")):
+        for name in used:
+            then, now = (about.get(key) or {}).get(name) or None, getattr(reports[name], what) or None
+            if then != now:
+                raise GenerateError(f"{path}: made with {what} {then} of the LoRA {name!r}; this one has {now}; "
+                                    f"say so with --lora PATH:MULTIPLIER:BLOCKS and --skip")

@@ -26,7 +26,7 @@ from sd.model_loader import new_models
 from sd.training import train
 from tests.training.tiny import LORA, SMALL, copy_of, files
 
-CONFIG = replace(LORA, text_encoder=False, optimizer="adamw", steps=24, save_every=1)
+CONFIG = replace(LORA, text_encoder=False, optimizer="adamw", steps=12, save_every=1)
 
 
 def make_data(folder: Path, n: int = 12) -> Path:

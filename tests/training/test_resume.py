@@ -26,8 +26,7 @@ loop = importlib.import_module("sd.training.loop")
 
 FULL = changed(LORA, train="full", accumulate=1, checkpointing=True)
 VAE = changed(LORA, train="vae", accumulate=1)
-SHORT = replace(LORA, steps=5)
-ONE = replace(SHORT, accumulate=1)
+SHORT = replace(LORA, steps=5, accumulate=1)
 RELORA = replace(LORA, accumulate=1, ema=0.0, relora_every=3, relora_warmup=2)
 WATCHED = replace(LORA, steps=4, accumulate=1, validate_every=2, sample_every=2, sample_prompts=("number 1", "4"),
                   sample_steps=2, sample_cfg=2.0)
@@ -55,11 +54,12 @@ RUNS = {
     "relora, svd": (replace(RELORA, relora_save="svd", save_every=3), (3, 5)),
     "relora of norms": (replace(RELORA, targets=("norm1", "q_proj")), (5,)),
     "relora from a file": (replace(RELORA, from_lora="lora", **FROM), (3, 5)),
-    "pissa": (replace(ONE, init="pissa"), (3,)), "pissa dora": (replace(ONE, init="pissa", dora=True, rank_dropout=0.0), (3,)),
-    "pissa on nf4": (replace(ONE, init="pissa", quantize="nf4"), (3,)),
-    "block ranks": (replace(ONE, block_ranks=("mid_block=1",), text_encoder=False), (3,)),
-    "from a file": (replace(ONE, from_lora="loha", rank_dropout=0.0, **FROM), (3,)),
-    "from a file, unet alone": (replace(ONE, from_lora="dora", rank_dropout=0.0, text_encoder=False, **FROM), (3,)),
+    "pissa": (replace(SHORT, init="pissa"), (3,)),
+    "pissa dora": (replace(SHORT, init="pissa", dora=True, rank_dropout=0.0), (3,)),
+    "pissa on nf4": (replace(SHORT, init="pissa", quantize="nf4"), (3,)),
+    "block ranks": (replace(SHORT, block_ranks=("mid_block=1",), text_encoder=False), (3,)),
+    "from a file": (replace(SHORT, from_lora="loha", rank_dropout=0.0, **FROM), (3,)),
+    "from a file, unet alone": (replace(SHORT, from_lora="dora", rank_dropout=0.0, text_encoder=False, **FROM), (3,)),
     "words": (WORDS, (1,)), "lora and words": (LORA_AND_WORDS, (3,)),
     "lora of both and words": (replace(LORA_AND_WORDS, text_encoder=True, checkpointing=True), (1,)),
     "full and words": (changed(LORA_AND_WORDS, train="full", text_encoder=True, dropout=0.0), (3,)),

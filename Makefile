@@ -1,15 +1,21 @@
-# `make demo` shows the program, `make test` proves it. Both need only Python 3.11 or newer.
+# `make demo` shows the program, `make test` proves it (docs/tests.md). Both need only Python 3.11 or newer.
 PYTHON ?= python3
 BIN = .venv/bin
+# Two processes; the tests of a file stay together, since they share what their fixtures computed.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test lint install clean
+.PHONY: demo test test-recipes lint install clean
 install: .venv/installed
 
 demo: install
 	$(BIN)/python lora_example.py
 
+# Everything but the long tests of the recipes.
 test: install
-	$(BIN)/python -m pytest
+	$(PYTEST) -m 'not recipes'
+
+test-recipes: install
+	$(PYTEST) tests/recipes
 
 lint: install
 	$(BIN)/ruff check

@@ -39,6 +39,7 @@ def test_latents_have_the_usual_scale(digits):
     assert 10 * torch.log10(4 / (rebuilt - pictures).square().mean()) > 20  # dB
 
 
+@pytest.mark.smoke
 def test_the_lora_turns_white_on_black_into_black_on_white_and_off_is_the_base(digits):
     base = make(digits)
     load_lora_into_models(digits, data_dir() / "loras" / "digits-inverted.safetensors", "inverted")

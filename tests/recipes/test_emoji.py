@@ -146,6 +146,7 @@ def test_folding_makes_latents_of_mean_0_and_variance_1_and_changes_no_picture(p
     torch.testing.assert_close(mean.var(dim=(0, 2, 3)) + std.square().mean(dim=(0, 2, 3)), torch.ones(4), rtol=1e-3, atol=0)
 
 
+@pytest.mark.smoke
 def test_every_stage_leaves_what_the_next_one_needs(recipe, rows, monkeypatch):
     train.train_vae("vae", None)
     train.train_text_encoder("text")

@@ -32,6 +32,7 @@ def blueness(pictures: np.ndarray) -> float:
     return float((drawn[:, 2] - drawn[:, 0]).mean())
 
 
+@pytest.mark.smoke
 def test_it_is_the_default_and_small_and_knows_its_config_and_its_sources(emoji):
     assert emoji.source == data_dir() / "emoji.safetensors" and emoji.source.stat().st_size <= 36e6
     assert emoji.config == EMOJI

@@ -191,6 +191,7 @@ def test_the_judge_tells_a_right_digit_from_an_inverted_one_and_red_from_blue():
     assert lesson_judge.share(Judge(), red, ones, ["red", "blue"]) == "100.0%, colour 50.0%"
 
 
+@pytest.mark.smoke
 def test_every_command_of_the_text_runs(class_room):
     text = (ROOT / "docs/lesson.md").read_text()
     lines = [line for block in re.findall(r"^```sh\n(.*?)^```", text, re.S | re.M) for line in block.splitlines()]

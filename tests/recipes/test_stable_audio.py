@@ -208,6 +208,7 @@ def test_outputs_and_gradients_are_those_of_peft(dora):
         assert torch.allclose(a.down.grad, b.lora_A["default"].weight.grad, atol=1e-6, rtol=1e-4), path
 
 
+@pytest.mark.smoke
 def test_training_twice_gives_the_same_bits():
     models = [audio.new_model(CONFIGS) for _ in range(2)]
     assert train_base(models[0], CONFIGS) == train_base(models[1], CONFIGS)

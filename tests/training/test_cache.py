@@ -30,16 +30,6 @@ from tests.training.test_data import Config
 from tests.training.tiny import SMALL, copy_of, pictures
 
 
-@pytest.fixture(scope="module")
-def untrained():
-    return new_models(SMALL, seed=1)
-
-
-@pytest.fixture
-def models(untrained):
-    return copy_of(untrained)
-
-
 @pytest.fixture
 def folder(tmp_path) -> Path:
     (tmp_path / "data").mkdir()

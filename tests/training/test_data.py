@@ -26,17 +26,16 @@ from sd.training.dataset.randomness import STREAMS, seed_of
 from sd.training.dataset.sources import balanced, read_folder, read_sources, whole_repeats
 from sd.training.errors import DataError, TrainError
 from sd.training.watch.describe import describe_data
-from tests.training.tiny import pictures
+from tests.training.tiny import changed, pictures
 
 
-def Config(**options) -> TrainConfig:
-    """Small buckets, captions as they are, two pictures a batch; other options at their defaults."""
-    plain = {"batch_size": 2, "steps": 10, "caption_dropout": 0.0} | ({"bucket_step": 16} if "buckets" in options else {})
-    return TrainConfig(**plain | options)
+def config_of(**options) -> TrainConfig:
+    """Small batches without empty captions, and what has no effect beside the given options left as it is by default."""
+    return changed(TrainConfig(batch_size=2, steps=10, caption_dropout=0.0), **({"bucket_step": 16} | options))
 
 
 def opened(folder: Path | str, size: int = 64, **options):
-    return open_data(Config(data=str(folder), **options), size=size, channels=3, factor=8)
+    return open_data(config_of(data=str(folder), **options), size=size, channels=3, factor=8)
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -151,7 +150,7 @@ def test_a_toml_of_sources_has_weights_and_caption_options_of_its_own(tmp_path):
     data = opened(tmp_path / "all.toml", size=16, suffix="end")
     uses = Counter(data.uses)
     assert uses[0] == 2 * sum(uses[i] for i in (1, 2, 3)) and uses[1] == uses[2] == uses[3] == 1
-    config = Config(suffix="end")
+    config = config_of(suffix="end")
     assert batch_captions(data, [0, 1], config, 0) == ["", "a photo, caption of 0.png end"]
     before = data.fingerprint()
     (tmp_path / "all.toml").write_text(TOML.replace("sks", "shs"))
@@ -232,7 +231,7 @@ def test_half_of_an_epoch_is_regularisation_and_every_picture_is_in_it(tmp_path,
     assert sum(uses[i] for i in range(n)) == sum(uses[i] for i in range(n, n + m))
     for part in (range(n), range(n, n + m)):
         assert max(uses[i] for i in part) - min(uses[i] for i in part) <= 1
-    config = Config(reg_data="reg", prior_weight=0.5, trigger="sks")
+    config = config_of(reg_data="reg", prior_weight=0.5, trigger="sks")
     assert torch.equal(batch_weights(data, [0, n, n + 1], config), torch.tensor([1, 0.5, 0.5]))
     assert batch_captions(data, [0, n], config, 0) == ["sks, caption of 0.png", "dog"]
     assert batch_weights(opened(train, size=16), [0], config) is None
@@ -255,7 +254,7 @@ def test_masks_are_cut_as_their_pictures_are_and_are_no_pictures_themselves(tmp_
         assert len({p.numpy().tobytes() for p in crops}) == 6
         assert all(torch.equal(crops[v].flip(-1), crops[v + 1]) for v in (0, 2, 4))
     assert torch.equal(data.mask(2), torch.ones(1, 16, 16))
-    assert "2 have a mask" in describe_data(data, Config())
+    assert "2 have a mask" in describe_data(data, config_of())
 
 
 @pytest.mark.parametrize("name, size, message", [
@@ -304,7 +303,7 @@ def test_pictures_of_two_shapes_fill_their_buckets_without_bars_or_distortion(tm
         assert data.picture(i).shape == (3, h, w)
     wide = torch.from_numpy(np.array(noise(128, 32), dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
     assert torch.equal(data.picture(2), wide)  # it is as large as its bucket: nothing is done to it
-    assert "128 x 32: 1 pictures, 1 uses" in describe_data(data, Config())
+    assert "128 x 32: 1 pictures, 1 uses" in describe_data(data, config_of())
     small = opened(tmp_path, size=64, buckets=True, bucket_min=16, bucket_step=16, upscale=False)
     assert small.sizes[1] == (16, 16)
     with pytest.raises(DataError, match="small.png: has 24 x 24 pixels, less than its smallest bucket"):
@@ -318,7 +317,7 @@ def test_a_picture_that_its_exif_turns_has_the_bucket_of_the_upright_one(tmp_pat
     (tmp_path / "a.txt").touch()
     data = opened(tmp_path, buckets=True, bucket_min=16)
     assert data.sizes == [(32, 128)]
-    known = open_data(Config(data=str(tmp_path), buckets=True, bucket_min=16), size=64, channels=3, factor=8,
+    known = open_data(config_of(data=str(tmp_path), buckets=True, bucket_min=16), size=64, channels=3, factor=8,
                       known={data.digest(0)})
     assert known.sizes == data.sizes
 
@@ -336,9 +335,9 @@ def test_random_crops_are_whole_windows_of_the_scaled_picture_and_the_same_in_ev
         assert min(errors) < 0.6 * np.median(errors)
         assert torch.equal(data.picture(0, v), again.picture(0, v))
     assert len(set(offsets)) > 1
-    counts = Counter(v for number in range(200) for v in batch_variants(data, [0, 1], Config(), number))
+    counts = Counter(v for number in range(200) for v in batch_variants(data, [0, 1], config_of(), number))
     assert set(counts) == {0, 1, 2, 3} and min(counts.values()) > 60
-    assert batch_variants(pictures(), [0, 1], Config(), 5) == [0, 0]
+    assert batch_variants(pictures(), [0, 1], config_of(), 5) == [0, 0]
 
 
 @pytest.mark.parametrize("options, message", [
@@ -401,7 +400,7 @@ shapes = st.integers(1, 12).flatmap(lambda n: st.tuples(
 @settings(max_examples=80, deadline=None)
 @given(shapes, st.integers(1, 7), st.integers(0, 1000), st.integers(1, 6))
 def test_a_batch_has_one_bucket_and_each_picture_comes_as_often_as_it_should(case, batch_size, seed, epochs):
-    data, config = Shapes(*case), Config(batch_size=batch_size, seed=seed)
+    data, config = Shapes(*case), config_of(batch_size=batch_size, seed=seed)
     batches = Batches(data, config)
     for b in set(data.bucket_of):
         # All batches of the first epochs that hold this bucket, joined in the bucket's own order, are its epochs end to end.
@@ -420,7 +419,7 @@ def test_a_batch_has_one_bucket_and_each_picture_comes_as_often_as_it_should(cas
 @settings(max_examples=40, deadline=None)
 @given(shapes, st.integers(1, 7), st.integers(0, 1000), st.lists(st.integers(0, 500), min_size=1, max_size=8))
 def test_a_batch_follows_from_its_number_alone(case, batch_size, seed, numbers):
-    config = Config(batch_size=batch_size, seed=seed)
+    config = config_of(batch_size=batch_size, seed=seed)
     whole = Batches(Shapes(*case), config)
     row = [whole(number) for number in range(max(numbers) + 1)]
     resumed = Batches(Shapes(*case), config)
@@ -428,7 +427,7 @@ def test_a_batch_follows_from_its_number_alone(case, batch_size, seed, numbers):
 
 
 def test_epochs_and_seeds_have_orders_of_their_own_and_buckets_are_mixed():
-    data, config = Shapes([0] * 20 + [1] * 20, [1] * 40), Config(batch_size=2)
+    data, config = Shapes([0] * 20 + [1] * 20, [1] * 40), config_of(batch_size=2)
     batches = Batches(data, config)
     epochs = [[tuple(batches(n)) for n in range(batches.before(e), batches.before(e + 1))] for e in (0, 1)]
     assert epochs[0] != epochs[1] and epochs[0] != [tuple(Batches(data, replace(config, seed=1))(n)) for n in range(20)]
@@ -438,8 +437,8 @@ def test_epochs_and_seeds_have_orders_of_their_own_and_buckets_are_mixed():
 
 # ---- captions --------------------------------------------------------------------------------------------------------
 
-def options(**changed):
-    return CAPTION_OPTIONS | changed
+def options(**varied):
+    return CAPTION_OPTIONS | varied
 
 
 tags = st.lists(st.text("abc {|}é\n", min_size=1, max_size=6).filter(str.strip), max_size=6)
@@ -485,7 +484,7 @@ def test_captions_are_put_together_in_a_fixed_order(changed, caption, seen):
 def test_a_seen_caption_follows_from_seed_number_and_place():
     data = pictures(1)
     data.captions = [("a, b, c, d, e, {x|y}",)]
-    config = Config(shuffle_tags=True, wildcards=True)
+    config = config_of(shuffle_tags=True, wildcards=True)
     first = batch_captions(data, [0] * 6, config, 3)
     assert first == batch_captions(data, [0] * 6, config, 3) and len(set(first)) > 3
     assert first[:2] == batch_captions(data, [0] * 2, config, 3)  # whatever else is in the batch
@@ -494,14 +493,14 @@ def test_a_seen_caption_follows_from_seed_number_and_place():
 
 def test_all_captions_are_known_ahead_unless_they_vary():
     data = pictures(3)
-    config = Config(caption_dropout=0.1, prefix="p", batch_size=4)
+    config = config_of(caption_dropout=0.1, prefix="p", batch_size=4)
     texts = all_captions(data, config)
     drawn = {t for number in range(200) for t in batch_captions(data, [0, 1, 2], config, number)}
     assert drawn == set(texts) and "" in texts and len(texts) == 7
     assert "" not in all_captions(data, replace(config, caption_dropout=0.0))
     assert all_captions(data, replace(config, wildcards=True, shuffle_tags=True)) == texts  # there is nothing to vary
-    for text, changed in (("a, b", {"shuffle_tags": True}), ("{a|b}", {"wildcards": True})):
-        assert fixed_captions([(text,)], [options(**changed)]) is None
+    for text, varied in (("a, b", {"shuffle_tags": True}), ("{a|b}", {"wildcards": True})):
+        assert fixed_captions([(text,)], [options(**varied)]) is None
         assert fixed_captions([(text,)], [options()]) == [text]
     assert fixed_captions([("a, b",)], [options(shuffle_tags=True, keep_tokens=1)]) == ["a, b"]
 
@@ -509,7 +508,7 @@ def test_all_captions_are_known_ahead_unless_they_vary():
 def test_the_dry_run_says_what_will_be_seen(tmp_path):
     write(tmp_path / "photos", {"a.png": (16, 16), "b.png": (32, 16)})
     write(tmp_path / "reg", {"r.png": (16, 16)})
-    config = Config(data=str(tmp_path / "photos"), buckets=True, bucket_min=8, bucket_step=8, reg_data=str(tmp_path / "reg"),
+    config = config_of(data=str(tmp_path / "photos"), buckets=True, bucket_min=8, bucket_step=8, reg_data=str(tmp_path / "reg"),
                     trigger="sks", prior_weight=0.5, flip=True)
     data = open_data(config, size=16, channels=3, factor=8)
     text = describe_data(data, config, n=5)
@@ -524,7 +523,7 @@ def test_the_dry_run_says_what_will_be_seen(tmp_path):
     expected = [(i, t) for n in range(3) for i, t in zip(batches(n), batch_captions(data, batches(n), config, n))]
     assert shown == [f"  {data.entries[i].name}: {t!r}" for i, t in expected[:5]]
     assert "sks, caption of a.png" in text and "'caption of r.png'" in text
-    assert describe_data(pictures(), Config()).startswith("5 pictures, 5 uses")
+    assert describe_data(pictures(), config_of()).startswith("5 pictures, 5 uses")
 
 
 def test_streams_keep_their_numbers_since_they_are_the_seeds_of_every_past_run():

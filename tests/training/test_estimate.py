@@ -14,26 +14,15 @@ from torch.profiler import ProfilerActivity, profile
 
 from sd.adapters.quant import base_bytes, quantize_base
 from sd.lora import adapter_names
-from sd.model_loader import new_models
 from sd.training import PictureSet, TrainConfig, train
 from sd.training.optim import OPTIMIZERS, make_optimizer
 from sd.training.trained import training
 from sd.training.watch.estimate import duration, estimate, one_step, optimizer_bytes, peak_bytes
-from tests.training.tiny import SMALL, changed, copy_of, pictures
+from tests.training.tiny import changed, pictures
 
 measure = importlib.import_module("sd.training.watch.estimate")
 
 LORA = TrainConfig(rank=2, alpha=3.0, batch_size=4, progress=False, targets=("kohya",))
-
-
-@pytest.fixture(scope="module")
-def untrained():
-    return new_models(SMALL, seed=1)
-
-
-@pytest.fixture
-def models(untrained):
-    return copy_of(untrained)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from PIL import Image
 
 from sd.files.tensors import read_tensors
 from sd.lora import LoRAError, adapter_names, apply_lora_to_model, get_lora_parameters, set_lora_enabled
-from sd.model_loader import load_lora_into_models, new_models, preload_models_from_standard_weights
+from sd.model_loader import load_lora_into_models, preload_models_from_standard_weights
 from sd.training import DataError, PictureFolder, PictureSet, TrainConfig, TrainError, diffusion_loss, train, vae_loss
 from sd.training.dataset.batches import Batches, batch_captions, batch_noise
 from sd.training.dataset.cache import Posteriors
@@ -27,16 +27,6 @@ loop = importlib.import_module("sd.training.loop")
 batches = importlib.import_module("sd.training.step")
 
 QUICK = TrainConfig(rank=2, alpha=2.0, steps=6, batch_size=2, save_every=100, progress=False)
-
-
-@pytest.fixture(scope="module")
-def untrained():
-    return new_models(SMALL, seed=1)
-
-
-@pytest.fixture
-def models(untrained):
-    return copy_of(untrained)
 
 
 def weights(models) -> dict[str, torch.Tensor]:

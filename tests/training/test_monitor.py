@@ -21,14 +21,14 @@ from sd.lora import adapter_names, remove_lora
 from sd.model_loader import new_models
 from sd.pictures.image_io import read_parameters
 from sd.pipeline import NotFiniteError, generate
-from sd.training import PictureFolder, PictureSet, TrainConfig, TrainError, train
+from sd.training import PictureFolder, TrainConfig, TrainError, train
 from sd.training.dataset.open import is_held_out, open_pictures
 from sd.training.dataset.sources import read_folder
 from sd.training.optim import make_optimizer
 from sd.training.trained import training
 from sd.training.watch.monitor import Metrics, Monitor, as_result, peak_memory, size_text
 from sd.training.watch.validation import TIMESTEPS, Validation
-from tests.training.tiny import SMALL, changed, copy_of, metrics, pictures
+from tests.training.tiny import SMALL, changed, copy_of, held_out, metrics, pictures, stopped
 
 loop = importlib.import_module("sd.training.loop")
 
@@ -38,17 +38,7 @@ WATCHED = TrainConfig(rank=2, alpha=3.0, steps=4, batch_size=2, save_every=2, pr
 FULL = changed(WATCHED, train="full", text_encoder=True)
 FREE = replace(WATCHED, optimizer="schedule_free", ema=0.0, text_encoder=True)
 VAE = changed(WATCHED, train="vae", sample_prompts=())
-HELD_OUT = PictureSet(pictures(7).pictures[5:], ["number 1", "2"])
-
-
-@pytest.fixture(scope="module")
-def untrained():
-    return new_models(SMALL, seed=1)
-
-
-@pytest.fixture
-def models(untrained):
-    return copy_of(untrained)
+HELD_OUT = held_out()
 
 
 def write_pictures(folder: Path, n: int, start: int = 0) -> Path:
@@ -59,27 +49,7 @@ def write_pictures(folder: Path, n: int, start: int = 0) -> Path:
     return folder
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    """All that a run leaves but what the clock says, with its own name taken out."""
-    found = {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
-    found["config.json"] = found["config.json"].replace(folder.name.encode(), b"")
-    return {name: content for name, content in found.items() if name != "timing.jsonl"}
-
-
-def power_cut(config: TrainConfig, models, monkeypatch, k: int, data=None, held_out=HELD_OUT) -> None:
-    original = loop.seed_of
-
-    def cut(seed, stream, number):
-        if number == k * config.accumulate:
-            raise KeyboardInterrupt
-        return original(seed, stream, number)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "seed_of", cut)
-        train(config, models, data or pictures(), held_out=held_out)
-
-
-# ---- it changes nothing, and is the same after a kill ----------------------------------------------------------------
+# ---- it changes nothing --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("config", [WATCHED, FREE, FULL, VAE], ids=["lora", "schedule_free", "full", "vae"])
 def test_watching_changes_no_bit_of_what_is_trained(tmp_path, untrained, config):
@@ -91,19 +61,6 @@ def test_watching_changes_no_bit_of_what_is_trained(tmp_path, untrained, config)
     a, b = (read_tensors(tmp_path / name / "state.safetensors") for name in ("seen", "alone"))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     assert [row for row in metrics(tmp_path / "seen") if "loss" in row] == metrics(tmp_path / "alone")
-
-
-@pytest.mark.parametrize("config, k", [(WATCHED, 3), (FULL, 3), (FREE, 2), (VAE, 1)])
-def test_a_killed_and_resumed_run_leaves_the_same_metrics_samples_and_sheet(tmp_path, untrained, monkeypatch, config, k):
-    whole, broken = (replace(config, out=str(tmp_path / name)) for name in ("whole", "broken"))
-    train(whole, copy_of(untrained), pictures(), held_out=HELD_OUT)
-    power_cut(broken, copy_of(untrained), monkeypatch, k)
-    train(broken, copy_of(untrained), pictures(), held_out=HELD_OUT)
-    expected, found = files(tmp_path / "whole"), files(tmp_path / "broken")
-    assert found.keys() == expected.keys()
-    for name, content in expected.items():
-        assert found[name] == content, name
-    assert [row["step"] for row in metrics(tmp_path / "broken") if "validation" in row] == [0, 2, 4]
 
 
 def test_a_look_leaves_random_states_modes_weights_and_flags_as_they_were(tmp_path, models):
@@ -244,7 +201,7 @@ def test_the_sheet_has_the_base_first_and_the_result_last(tmp_path, untrained, c
 
 def test_other_prompts_begin_a_column_of_their_own_and_a_new_run_begins_a_new_sheet(tmp_path, untrained, monkeypatch):
     config, sheets = replace(WATCHED, out=str(tmp_path), steps=6), []
-    power_cut(config, copy_of(untrained), monkeypatch, 5)
+    stopped(config, copy_of(untrained), monkeypatch, 5, HELD_OUT)
     monkeypatch.setattr("sd.training.watch.samples.contact_sheet",
                         lambda rows, labels, columns: sheets.append((rows, labels, columns)) or np.zeros((8, 8, 3), np.uint8))
     train(replace(config, sample_prompts=("number 1", "new")), copy_of(untrained), pictures(), held_out=HELD_OUT)
@@ -384,7 +341,7 @@ def test_a_resumed_run_logs_each_point_once(tmp_path, untrained, monkeypatch, k)
     installed(tmp_path, monkeypatch)
     config = replace(WATCHED, out=str(tmp_path / "run"), log_to=("tensorboard", "wandb"), steps=6, save_every=3,
                      validate_every=1)
-    power_cut(config, copy_of(untrained), monkeypatch, k)
+    stopped(config, copy_of(untrained), monkeypatch, k, HELD_OUT)
     train(config, copy_of(untrained), pictures(), held_out=HELD_OUT)
     rows = metrics(tmp_path / "run")
     expected = {(name, row["step"]): value for row in rows for name, value in row.items() if name != "step"}

@@ -1,4 +1,4 @@
-"""New words of the prompt (textual inversion): trained as rows of a resized table are, resumed bit for bit, saved."""
+"""New words of the prompt (textual inversion): trained as rows of a resized table are, and saved."""
 
 from dataclasses import replace
 
@@ -20,7 +20,6 @@ from sd.training.dataset.batches import Batches, batch_captions
 from sd.training.optim import make_optimizer
 from sd.training.rules import parse_word
 from sd.training.trained import training
-from tests.training.test_resume import files, stopped
 from tests.training.tiny import SMALL, changed, copy_of, pictures
 from tests.twins import twins
 
@@ -28,32 +27,7 @@ WORDS = TrainConfig(train="words", new_words=("<toy>:2=number",), prefix="<toy>"
                     save_every=2, learning_rate=0.02, progress=False)
 LORA = replace(WORDS, train="lora", rank=2, alpha=3.0, new_words=("<toy>:2=number", "my.style"), suffix="my.style", ema=0.9,
                dropout=0.2, word_learning_rate=0.05)
-RUNS = {"words": WORDS, "LoRA": LORA, "LoRA of both": replace(LORA, text_encoder=True, checkpointing=True),
-        "full": changed(LORA, train="full", text_encoder=True, dropout=0.0)}
-
-
-@pytest.fixture(scope="module")
-def untrained():
-    return new_models(SMALL, seed=1)
-
-
-@pytest.fixture
-def models(untrained):
-    return copy_of(untrained)
-
-
-@pytest.mark.parametrize("run, k", zip(RUNS, (1, 3, 1, 3)))
-def test_a_run_with_new_words_stopped_at_step_k_ends_as_if_it_had_never_been(tmp_path, untrained, run, k, monkeypatch):
-    whole, broken = replace(RUNS[run], out=str(tmp_path / "whole")), replace(RUNS[run], out=str(tmp_path / "broken"))
-    models = train(whole, copy_of(untrained), pictures())
-    interrupted = copy_of(untrained)
-    stopped(broken, interrupted, monkeypatch, k)
-    assert not interrupted["clip"].words and list(interrupted["clip"].state_dict()) == list(untrained["clip"].state_dict())
-    torch.manual_seed(k)
-    again = train(broken, copy_of(untrained), pictures())
-    assert files(tmp_path / "whole") == files(tmp_path / "broken") and "toy.safetensors" in files(tmp_path / "whole")
-    for word in models["clip"].words:
-        assert torch.equal(models["clip"].learned.of(word), again["clip"].learned.of(word))
+FULL = changed(LORA, train="full", text_encoder=True, dropout=0.0)
 
 
 @pytest.mark.parametrize("weighting", [0.0, 0.01])
@@ -146,7 +120,7 @@ def test_a_loaded_word_is_trained_further(models, tmp_path):
 
 def test_words_that_are_only_loaded_stay_as_they_are_while_the_text_encoder_is_trained(models, tmp_path):
     models["clip"].learn({"<other>": torch.ones(2, 8)})
-    train(replace(RUNS["full"], suffix="my.style <other>", steps=2, out=str(tmp_path)), models, pictures())
+    train(replace(FULL, suffix="my.style <other>", steps=2, out=str(tmp_path)), models, pictures())
     assert torch.equal(models["clip"].learned.of("<other>"), torch.ones(2, 8))
     assert not {"other.safetensors"} & {f.name for f in tmp_path.iterdir()}
 

@@ -11,7 +11,6 @@ from transformers import get_scheduler
 from transformers.optimization import Adafactor, get_polynomial_decay_schedule_with_warmup
 
 from sd.lora import apply_lora_to_model, lora_layers, modules_of, use_adapters
-from sd.model_loader import new_models
 from sd.training import TrainConfig, TrainError, diffusion_loss
 from sd.training.optim import (
     OPTIMIZERS,
@@ -28,7 +27,7 @@ from sd.training.optim import (
     unscale,
 )
 from sd.training.run_state import Progress, load_state, save_state
-from tests.training.tiny import SMALL, copy_of
+from tests.training.tiny import copy_of
 
 CONFIG = SimpleNamespace(
     train="lora", optimizer="adamw", learning_rate=1e-2, text_learning_rate=None, word_learning_rate=None,
@@ -181,11 +180,6 @@ def test_final_weights_of_other_optimizers_are_the_weights():
 
 
 # ---- learning rates --------------------------------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def untrained():
-    return new_models(SMALL, seed=1)
-
 
 @pytest.fixture
 def lora(untrained):

@@ -14,32 +14,19 @@ from sd.adapters.low_rank import LowRank
 from sd.adapters.quant import quantize_base
 from sd.files.tensors import read_tensors
 from sd.lora import adapter_names, apply_lora_to_model, get_lora_parameters, lora_layers, lora_state, use_adapters
-from sd.model_loader import load_lora_into_models, new_models
+from sd.model_loader import load_lora_into_models
 from sd.training import TrainConfig, TrainError, train
 from sd.training.loss import diffusion_loss
 from sd.training.optim import lr_factor, make_optimizer
 from sd.training.relora import adapters_in_training, attach_merged, fold, restart
 from sd.training.rules import KINDS_THAT_ADD, OPTIMIZERS_THAT_FORGET
 from sd.training.trained import frozen_parts, training
-from tests.training.test_resume import LORA, files, stopped
-from tests.training.tiny import SMALL, changed, copy_of, metrics, pictures
+from tests.training.tiny import copy_of, metrics, output, pictures, stopped
 
 loop = importlib.import_module("sd.training.loop")
 
 EVERY = TrainConfig(rank=2, alpha=3.0, steps=7, batch_size=2, save_every=100, progress=False, learning_rate=1e-2,
                     relora_every=3, relora_warmup=2)
-
-
-@pytest.fixture(scope="module")
-def untrained():
-    return new_models(SMALL, seed=1)
-
-
-def output(models):
-    g = torch.Generator().manual_seed(0)
-    x, context = torch.randn(2, 4, 8, 8, generator=g), torch.randn(2, 77, 8, generator=g)
-    with torch.no_grad():
-        return models["diffusion"](x, torch.tensor([3, 700]), context)
 
 
 def loss_of(models):
@@ -194,6 +181,8 @@ def test_the_result_is_one_adapter_that_does_what_was_trained_and_the_base_is_no
     before = None if config.quantize != "none" else {k: t.clone() for k, t in models["diffusion"].state_dict().items()}
     train(config, models, pictures())
     assert adapter_names(models) == ["lora"] and seen["rank"] >= 4
+    rates = [row["lr"] for row in metrics(tmp_path)]
+    assert rates[3] < min(rates[2], rates[4])
     exact = config.relora_rank is None
     assert torch.allclose(output(models), seen["output"], atol=1e-5) == exact
     assert not torch.allclose(output(models), output(copy_of(untrained)), atol=1e-3)
@@ -211,30 +200,6 @@ def test_the_result_is_one_adapter_that_does_what_was_trained_and_the_base_is_no
     else:
         assert kinds == {"full"}
     assert {id(p) for p in get_lora_parameters(models)} == {id(p) for p in get_lora_parameters(models, "lora")}
-
-
-RUNS = {"relora": {}, "relora on nf4": {"quantize": "nf4"}, "adafactor": {"optimizer": "adafactor"},
-        "fp16": {"precision": "fp16"}, "svd": {"relora_save": "svd", "save_every": 3},
-        "norms": {"targets": ("norm1", "q_proj")},
-        "from a file": {"from_lora": "old", "rank": TrainConfig.rank, "alpha": TrainConfig.alpha}}
-
-
-@pytest.mark.parametrize("case", RUNS)
-@pytest.mark.parametrize("k", [3, 5])
-def test_a_run_that_was_stopped_ends_as_if_it_had_never_been(tmp_path, untrained, case, k, monkeypatch):
-    config = replace(LORA, accumulate=1, ema=0.0, relora_every=3, relora_warmup=2, **RUNS[case])
-    if config.from_lora:
-        old = changed(EVERY, steps=1, relora_every=0, text_encoder=True, out=str(tmp_path / "old"))
-        train(old, copy_of(untrained), pictures())
-        config = replace(config, from_lora=str(tmp_path / "old/lora.safetensors"))
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train(replace(config, out=str(whole)), copy_of(untrained), pictures())
-    stopped(replace(config, out=str(broken)), copy_of(untrained), monkeypatch, k)
-    train(replace(config, out=str(broken)), copy_of(untrained), pictures())
-    for name, content in files(whole).items():
-        assert files(broken)[name] == content, name
-    rates = [row["lr"] / config.learning_rate for row in metrics(whole)]
-    assert rates[3] < min(rates[2], rates[4])
 
 
 def test_the_state_holds_what_was_moved_and_a_failed_run_leaves_nothing_on_the_models(untrained, tmp_path, monkeypatch):

@@ -1,4 +1,7 @@
-"""N steps are k steps, a kill at any instant, and N - k steps, bit for bit: the files of the two runs are the same."""
+"""N steps are k steps, a kill at any instant, and N - k steps, bit for bit: the files of the two runs are the same.
+
+A new way to train is a row of RUNS; optimizers are in it by themselves.
+"""
 
 import importlib
 import json
@@ -7,6 +10,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,67 +18,102 @@ import torch
 
 from sd.files.tensors import read_tensors, write_safetensors
 from sd.lora import adapter_names
-from sd.model_loader import new_models
-from sd.training import PictureSet, TrainConfig, TrainError, train
-from tests.training.tiny import SMALL, changed, copy_of, pictures
+from sd.training import PictureSet, TrainConfig, TrainError, train, trained
+from sd.training.optim import OPTIMIZERS
+from tests.training.tiny import LORA, SMALL, a_lora, changed, copy_of, files, held_out, metrics, pictures, stopped
 
 loop = importlib.import_module("sd.training.loop")
 
-LORA = TrainConfig(rank=2, alpha=2.0, steps=7, batch_size=2, accumulate=2, save_every=2, progress=False,
-                   dropout=0.3, rank_dropout=0.2, module_dropout=0.1, text_encoder=True, ema=0.9,
-                   schedule="cosine", warmup=2, learning_rate=0.01)
 FULL = changed(LORA, train="full", accumulate=1, checkpointing=True)
 VAE = changed(LORA, train="vae", accumulate=1)
-RUNS = {"lora": LORA, "full": FULL, "vae": VAE}
+SHORT = replace(LORA, steps=5, accumulate=1)
+RELORA = replace(LORA, accumulate=1, ema=0.0, relora_every=3, relora_warmup=2)
+WATCHED = replace(LORA, steps=4, accumulate=1, validate_every=2, sample_every=2, sample_prompts=("number 1", "4"),
+                  sample_steps=2, sample_cfg=2.0)
+WORDS = TrainConfig(train="words", new_words=("<toy>:2=number",), prefix="<toy>", steps=4, batch_size=2, accumulate=2,
+                    save_every=2, learning_rate=0.02, progress=False)
+LORA_AND_WORDS = replace(WORDS, train="lora", rank=2, alpha=3.0, new_words=("<toy>:2=number", "my.style"), suffix="my.style",
+                         ema=0.9, dropout=0.2, word_learning_rate=0.05)
+OLD = {"lora": {}, "loha": {"kind": "loha"}, "dora": {"dora": True}}  # LoRAs that runs start from
+FROM = {"rank": TrainConfig.rank, "alpha": TrainConfig.alpha}  # the file says what they are
+NEEDS = {"prodigy": {"learning_rate": 1.0}, "schedule_free": {"schedule": "constant", "ema": 0.0}}
+# A name -> (config, before which steps it is stopped).
+RUNS = {
+    "lora": (LORA, (1, 5, 6)), "full": (FULL, (1, 5, 6)), "vae": (VAE, (1, 5, 6)),
+    **{name: (replace(SHORT, optimizer=name, **NEEDS.get(name, {})), (3,)) for name in OPTIMIZERS},
+    "bf16": (replace(SHORT, precision="bf16"), (3,)), "fp16": (replace(SHORT, precision="fp16"), (3,)),
+    "objective": (replace(SHORT, loss="huber", weighting="min_snr", noise_offset=0.1, pyramid_noise=0.3, input_perturbation=0.1,
+                          min_timestep=10, max_timestep=900, timestep_bias=1.5), (3,)),
+    "deterministic": (replace(SHORT, deterministic=True), (3,)),
+    "rates": (replace(SHORT, schedule="cosine_restarts", cycles=2, lora_plus=4.0, block_rates=("mid_block=0.5",), max_norm=0.05,
+                      text_learning_rate=1e-3), (3,)),
+    "nf4": (replace(SHORT, quantize="nf4"), (3,)),
+    "relora": (RELORA, (3, 5)), "relora on nf4": (replace(RELORA, quantize="nf4"), (5,)),
+    "relora with adafactor": (replace(RELORA, optimizer="adafactor"), (5,)),
+    "relora in fp16": (replace(RELORA, precision="fp16"), (5,)),
+    "relora, svd": (replace(RELORA, relora_save="svd", save_every=3), (3, 5)),
+    "relora of norms": (replace(RELORA, targets=("norm1", "q_proj")), (5,)),
+    "relora from a file": (replace(RELORA, from_lora="lora", **FROM), (3, 5)),
+    "pissa": (replace(SHORT, init="pissa"), (3,)),
+    "pissa dora": (replace(SHORT, init="pissa", dora=True, rank_dropout=0.0), (3,)),
+    "pissa on nf4": (replace(SHORT, init="pissa", quantize="nf4"), (3,)),
+    "block ranks": (replace(SHORT, block_ranks=("mid_block=1",), text_encoder=False), (3,)),
+    "from a file": (replace(SHORT, from_lora="loha", rank_dropout=0.0, **FROM), (3,)),
+    "from a file, unet alone": (replace(SHORT, from_lora="dora", rank_dropout=0.0, text_encoder=False, **FROM), (3,)),
+    "words": (WORDS, (1,)), "lora and words": (LORA_AND_WORDS, (3,)),
+    "lora of both and words": (replace(LORA_AND_WORDS, text_encoder=True, checkpointing=True), (1,)),
+    "full and words": (changed(LORA_AND_WORDS, train="full", text_encoder=True, dropout=0.0), (3,)),
+    "watched": (WATCHED, (3,)), "watched full": (changed(WATCHED, train="full"), (3,)),
+    "watched schedule_free": (replace(WATCHED, optimizer="schedule_free", schedule="constant", ema=0.0), (2,)),
+    "watched vae": (changed(WATCHED, train="vae", sample_prompts=()), (1,)),
+}
 
 
 @pytest.fixture(scope="module")
-def untrained():
-    return new_models(SMALL, seed=1)
+def unbroken(untrained, tmp_path_factory):
+    """name -> (the config of that row of RUNS, the models that it ends with when nothing stops it)."""
+    @cache
+    def run(name: str):
+        folder, (config, _) = tmp_path_factory.mktemp("run"), RUNS[name]
+        if config.from_lora:
+            old, _ = a_lora(untrained, folder / "old.safetensors", **OLD[config.from_lora])
+            config = replace(config, from_lora=str(old))
+        config = replace(config, out=str(folder / "whole"))
+        models = train(config, copy_of(untrained), pictures(), held_out=watched_by(config))
+        assert any(row.get("loss") is not None and not row["skipped"] for row in metrics(folder / "whole"))
+        return config, models
+
+    return run
 
 
-@pytest.fixture
-def models(untrained):
-    return copy_of(untrained)
+def watched_by(config: TrainConfig) -> PictureSet | None:
+    return held_out() if config.validate_every == WATCHED.validate_every else None
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    """What a run leaves behind, without the picture and with its own folder's name taken out."""
-    found = {f.name: f.read_bytes() for f in folder.iterdir() if f.suffix != ".png" and f.name != "timing.jsonl"}
-    found["config.json"] = found["config.json"].replace(folder.name.encode(), b"")
-    return found
+@pytest.mark.parametrize("name, k", [(name, k) for name, (_, stops) in RUNS.items() for k in stops])
+def test_a_run_stopped_at_step_k_ends_as_if_it_had_never_been(unbroken, untrained, name, k, monkeypatch):
+    config, result = unbroken(name)
+    whole = Path(config.out)
+    broken, interrupted = whole.with_name(f"broken at {k}"), copy_of(untrained)
+    config = replace(config, out=str(broken))
+    stopped(config, interrupted, monkeypatch, k, watched_by(config))
+    assert not interrupted["clip"].words and not adapter_names(interrupted)
+    assert [m.state_dict().keys() for m in interrupted.values()] == [m.state_dict().keys() for m in untrained.values()]
 
-
-def stopped(config: TrainConfig, models, monkeypatch, k: int = 3) -> None:
-    """A run that ends before step k is computed, as if somebody had pulled the plug."""
-    original = loop.seed_of
-
-    def power_cut(seed, stream, number):
-        if number == k * config.accumulate:
-            raise KeyboardInterrupt
-        return original(seed, stream, number)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "seed_of", power_cut)
-        train(config, models, pictures())
-
-
-@pytest.mark.parametrize("what", RUNS)
-@pytest.mark.parametrize("k", [1, 5, 6])
-def test_a_run_stopped_at_step_k_ends_as_if_it_had_never_been(tmp_path, untrained, what, k, monkeypatch):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    result = train(replace(RUNS[what], out=str(whole)), copy_of(untrained), pictures())
-
-    stopped(replace(RUNS[what], out=str(broken)), copy_of(untrained), monkeypatch, k)
     torch.manual_seed(k)  # torch's own random state is another one now
-    again = train(replace(RUNS[what], out=str(broken)), copy_of(untrained), pictures())
+    if config.init == "pissa":  # the frozen start is that of the state: another machine's SVD may end in other bits
+        original = trained.truncated_svd
+        monkeypatch.setattr(trained, "truncated_svd", lambda D, rule: original(D * 1.5, rule))
+    again = train(config, copy_of(untrained), pictures(), held_out=watched_by(config))
 
     assert files(whole).keys() == files(broken).keys()
     for name, content in files(whole).items():
         assert files(broken)[name] == content, name
     for key in result:
-        for (name, a), b in zip(result[key].state_dict().items(), again[key].state_dict().values()):
+        for (name, a), b in zip(result[key].state_dict().items(), again[key].state_dict().values(), strict=True):
             assert torch.equal(a, b), f"{key}.{name}"
+    for word in result["clip"].words:
+        assert torch.equal(result["clip"].learned.of(word), again["clip"].learned.of(word)), word
 
 
 def interrupt(monkeypatch, config, at: int, times: int = 1) -> None:
@@ -114,9 +153,9 @@ def test_a_finished_run_started_again_gives_its_result_at_once(tmp_path, untrain
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("what, between", [("lora", 4), ("lora", 5), ("full", 4)])
+@pytest.mark.parametrize("what, between", [(LORA, 4), (LORA, 5), (FULL, 4)], ids=["lora-4", "lora-5", "full-4"])
 def test_a_finished_run_with_a_constant_rate_goes_on_with_more_steps(tmp_path, untrained, what, between):
-    config = replace(RUNS[what], schedule="constant", out=str(tmp_path / "whole"))
+    config = replace(what, schedule="constant", out=str(tmp_path / "whole"))
     train(config, copy_of(untrained), pictures())
     for steps in (between, 7):
         train(replace(config, steps=steps, out=str(tmp_path / "broken")), copy_of(untrained), pictures())
@@ -138,6 +177,7 @@ def test_a_run_killed_at_random_instants_and_inside_writes_loses_nothing(tmp_pat
 @pytest.mark.parametrize("change, difference", [
     ({"learning_rate": 0.02}, "learning_rate was 0.01, now 0.02"), ({"rank": 3}, "rank was 2, now 3"),
     ({"targets": ("q_proj",)}, r"targets was \['attn'\], now \['q_proj'\]"), ({"steps": 9}, "steps was 7, now 9"),
+    ({"quantize": "nf4"}, "quantize was 'none', now 'nf4'"),
     ({"seed": 1, "dropout": 0.0}, "dropout was 0.3, now 0.0; seed was 0, now 1")])
 def test_a_config_that_cannot_continue_the_run_is_refused_with_the_difference(
         tmp_path, models, change, difference, monkeypatch):

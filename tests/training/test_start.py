@@ -16,19 +16,13 @@ from sd.adapters.quant import dequantize_base, quantize_base
 from sd.adapters.weights import LoRAFormatError
 from sd.files.tensors import read_tensors
 from sd.lora import KINDS, adapter_names, apply_lora_to_model, get_lora_parameters, lora_layers, lora_state, save_lora_weights
-from sd.model_loader import load_lora_into_models, new_models, save_models_lora
-from sd.training import TrainConfig, TrainError, train, trained
+from sd.model_loader import load_lora_into_models, new_models
+from sd.training import TrainConfig, TrainError, train
 from sd.training.trained import start_with_principal, trained_parameters
-from tests.training.test_resume import LORA, files, stopped
-from tests.training.tiny import SMALL, changed, copy_of, metrics, pictures
+from tests.training.tiny import SMALL, a_lora, changed, copy_of, metrics, output, pictures, randomized, stopped
 
 QUICK = TrainConfig(rank=2, alpha=3.0, steps=2, batch_size=2, save_every=100, progress=False, learning_rate=1e-2)
 FROM = replace(QUICK, rank=TrainConfig.rank, alpha=TrainConfig.alpha)  # what a file says is left out
-
-
-@pytest.fixture(scope="module")
-def untrained():
-    return new_models(SMALL, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -37,20 +31,6 @@ def first_loss(untrained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain")
     train(replace(QUICK, steps=1, out=str(folder)), copy_of(untrained), pictures())
     return metrics(folder)[0]["loss"]
-
-
-def randomized(models, name, seed=0, scale=0.3):
-    """Fill adapter `name` with random values: a LoRA that somebody has trained."""
-    g = torch.Generator().manual_seed(seed)
-    for p in get_lora_parameters(models, name):
-        p.data += scale * torch.randn(p.shape, generator=g)
-
-
-def output(models):
-    g = torch.Generator().manual_seed(0)
-    x, context = torch.randn(2, 4, 8, 8, generator=g), torch.randn(2, 77, 8, generator=g)
-    with torch.no_grad():
-        return models["diffusion"](x, torch.tensor([3, 700]), context)
 
 
 # ---- PiSSA -----------------------------------------------------------------------------------------------------------
@@ -210,19 +190,6 @@ def test_ranks_that_cannot_be_are_a_sentence_before_anything_is_attached(untrain
 
 # ---- from a file -----------------------------------------------------------------------------------------------------
 
-def a_lora(models, path, format="kohya", seed=0, **options):
-    """A file with a LoRA that somebody has trained on UNet and text encoder."""
-    models = copy_of(models)
-    options = {"rank": 2, "alpha": 3.0, "target_modules": ["q_proj", "proj_in", "mlp"]} | options
-    apply_lora_to_model({key: models[key] for key in ("diffusion", "clip")}, name="old", **options)
-    randomized(models, "old", seed)
-    if format == "pt":
-        save_models_lora(models, path.with_suffix(".pt"), "old")
-        return path.with_suffix(".pt"), models
-    save_lora_weights(models, path, "old", format=format)
-    return path, models
-
-
 FILES = {"kohya": {}, "diffusers": {}, "peft": {}, "comfyui": {}, "pt": {}, **{kind: {"kind": kind} for kind in KINDS},
          "dora": {"dora": True}, "tucker": {"tucker": True, "target_modules": ["conv1", "mlp"]},
          "conv": {"target_modules": ["conv1", "mlp", "norm1"]}}
@@ -317,34 +284,6 @@ def test_a_run_goes_on_with_the_same_lora_in_any_place_or_format_and_with_no_oth
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
-
-RUNS = {
-    "pissa": {"init": "pissa"}, "pissa dora": {"init": "pissa", "dora": True, "rank_dropout": 0.0},
-    "pissa on nf4": {"init": "pissa", "quantize": "nf4"},
-    "block ranks": {"block_ranks": ("mid_block=1", "text_encoder=0"), "text_encoder": False},
-    "from a file": {"from_lora": "loha", "rank": TrainConfig.rank, "alpha": TrainConfig.alpha, "rank_dropout": 0.0},
-    "from a file, unet alone": {"from_lora": "dora", "rank": TrainConfig.rank, "alpha": TrainConfig.alpha, "rank_dropout": 0.0,
-                                "text_encoder": False},
-}
-
-
-@pytest.mark.parametrize("case", RUNS)
-def test_a_run_that_was_stopped_ends_as_if_it_had_never_been(tmp_path, untrained, case, monkeypatch):
-    options = dict(RUNS[case], **({"block_ranks": ("mid_block=1",)} if case == "block ranks" else {}))
-    config = replace(LORA, steps=5, accumulate=1, **options)
-    if config.from_lora:
-        how = {"dora": True} if config.from_lora == "dora" else {"kind": config.from_lora}
-        config = replace(config, from_lora=str(a_lora(untrained, tmp_path / "old.safetensors", **how)[0]))
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train(replace(config, out=str(whole)), copy_of(untrained), pictures())
-    stopped(replace(config, out=str(broken)), copy_of(untrained), monkeypatch, 3)
-    if config.init == "pissa":  # the frozen start is that of the state: another machine's SVD may end in other bits
-        original = trained.truncated_svd
-        monkeypatch.setattr(trained, "truncated_svd", lambda D, rule: original(D * 1.5, rule))
-    train(replace(config, out=str(broken)), copy_of(untrained), pictures())
-    for name, content in files(whole).items():
-        assert files(broken)[name] == content, name
-
 
 OPTIONS = {
     "plain": {}, "rslora": {"rslora": True}, "dora": {"dora": True}, "dropout": {"dropout": 0.5}, "pissa": {"init": "pissa"},

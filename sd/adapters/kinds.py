@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from sd.adapters.adapter import Adapter
 from sd.adapters.low_rank import Full, LowRank
 from sd.adapters.lycoris import IA3, GLoRA, LoHa, LoKr
-from sd.adapters.orthogonal import BOFT, OFT
+from sd.adapters.orthogonal import BOFT, HRA, OFT
 from sd.adapters.weights import AdapterWeights
 
 KINDS: dict[str, type[Adapter]] = {kind.kind: kind for kind in (
@@ -19,6 +19,7 @@ KINDS: dict[str, type[Adapter]] = {kind.kind: kind for kind in (
     GLoRA,
     OFT,
     BOFT,
+    HRA,
 )}
 
 if TYPE_CHECKING:

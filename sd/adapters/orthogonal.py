@@ -1,6 +1,7 @@
-"""Kinds of adapter that multiply W by an orthogonal matrix: OFT and BOFT.
+"""Kinds of adapter that multiply W by an orthogonal matrix: OFT and BOFT from the left, HRA from the right.
 
-Legend: `out` rows of the weight in n blocks of b, m stages. W is taken as a matrix [out, in·k] where a formula says so.
+Legend: `out` rows of the weight in n blocks of b, m stages; R reflections. W is taken as a matrix [out, in·k] where a
+formula says so.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from sd.adapters.adapter import MODIFIERS, Adapter, check_rank, size_of
+from sd.adapters.adapter import MODIFIERS, Adapter, check_rank, flag_of, size_of, uniform
 from sd.adapters.lycoris import factorization
 from sd.adapters.weights import AdapterWeights, LayerShape
 from sd.errors import SDError
@@ -132,3 +133,68 @@ class BOFT(OFT):
             raise SDError(f"blocks has shape {list(weights.tensors['blocks'].shape)}, but {m} stages of {n} blocks of {b} "
                              f"do not turn the {shape.weight[0]} rows of the layer's weight {list(shape.weight)}")
         return cls(shape, b, weights.alpha, rescaled="rescale" in weights.tensors, sizes=(m, n, b, b))
+
+
+class HRA(Adapter):
+    """Householder reflections (Yuan et al. 2024, as PEFT): W' = W H₁ ⋯ H_R, H_i = I - 2 u_i u_iᵀ / ‖u_i‖².
+
+    u [in·k, R]. With `apply_GS` the columns are made orthonormal first (Gram-Schmidt), so that W' = W (I - 2 U Uᵀ). A new
+    adapter has them in equal pairs, whose reflections cancel, so its R is even and it has no Gram-Schmidt: that is for files.
+    """
+
+    kind = "hra"
+    of_weight = True
+    flags = ("apply_GS",)
+    keys = {"hra_u": "u", "hra_apply_GS": "apply_GS"}
+    needed = ("u", "apply_GS")
+    peft_type = "HRA"
+    peft_fields = {"apply_GS": "hra_apply_GS"}
+
+    def __init__(self, shape: LayerShape, rank: int, alpha: float | None = None, *, apply_GS: bool | None = None, **dropouts):
+        super().__init__(shape, **dropouts)
+        check_rank(self.kind, rank)
+        if apply_GS is None and rank % 2:
+            raise SDError(f"rank {rank} does not go with kind {self.kind!r}, whose reflections start in pairs that cancel; "
+                          f"allowed: even numbers from 2")
+        self.apply_GS = bool(apply_GS)
+        pairs = uniform(torch.empty(shape.fan_in, -(-rank // 2)))
+        self.u = nn.Parameter(pairs.repeat_interleave(2, dim=1)[:, :rank].clone())
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A, B [in·k, R] of the product of all reflections, I + A Bᵀ (the WY form of Bischof and Van Loan 1987)."""
+        u = self.u.to(dtype)
+        if self.apply_GS:
+            Q = torch.linalg.qr(u).Q
+            return -2 * Q, Q
+        A = B = u[:, :0]
+        for vectors in (u / torch.linalg.vector_norm(u, dim=0)).split(2, dim=1):
+            X, Y = _reflections(vectors)
+            A, B = torch.cat([A, X], 1), torch.cat([B + Y @ (X.T @ B), Y], 1)
+        return A, B
+
+    def delta(self, W: Tensor) -> Tensor:
+        A, B = self.factors(W.dtype)
+        return (W.flatten(1) @ A @ B.T).reshape(W.shape)
+
+    @classmethod
+    def _like(cls, weights: AdapterWeights, shape: LayerShape) -> HRA:
+        rank = size_of(weights, "u", 1)
+        orthonormal = flag_of(weights, "apply_GS", "whether its columns are made orthonormal; PEFT has it in the config")
+        adapter, u = cls(shape, rank, apply_GS=orthonormal), weights.tensors["u"]
+        if rank > shape.fan_in:
+            raise SDError(f"u has shape {list(u.shape)}, more columns than the layer's weight {list(shape.weight)} has inputs")
+        if not torch.linalg.vector_norm(u.float(), dim=0).all():
+            raise SDError("u has a column of zeros, which has no direction")
+        return adapter
+
+
+def _reflections(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """X, Y of one or two reflections, I + X Yᵀ; `vectors` [in·k, 1 or 2] have the length 1.
+
+    With d = v - u and s = ‖d‖², H_u H_v = I + 2 (u (d - s v)ᵀ - d vᵀ): exactly I where u = v, as rounding would not have it.
+    """
+    u, v = vectors[:, :1], vectors[:, 1:]
+    if not v.shape[1]:
+        return -2 * u, u
+    d = v - u
+    return 2 * torch.cat([u, -d], 1), torch.cat([d - d.square().sum() * v, v], 1)

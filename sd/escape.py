@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from urllib.parse import quote, unquote
 
 
-@lru_cache(maxsize=4096)
 def escaped(name: str) -> str:
     """Any text without dots, slashes and spaces: percent-encoded UTF-8. Different names never meet."""
     return quote(name, safe="").replace(".", "%2E")
 
 
-@lru_cache(maxsize=4096)
 def unescaped(text: str) -> str:
     """Inverse of `escaped`."""
     return unquote(text)

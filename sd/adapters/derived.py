@@ -62,10 +62,9 @@ class Derived:
         self.merged: Stamp | None = None  # of what is in the layer's merged buffers
         self.merged_on = False  # whether that was made for the present set
 
-    def follow(self, layer) -> None:
-        """Adopt the layer's active set."""
-        self.on = [layer.adapter(name) for name in layer.effective.multipliers]
-        self.any_on = bool(self.on)
+    def follow(self, layer, on: list[Adapter]) -> None:
+        """Adopt the layer's active set, and the adapters that are on in it."""
+        self.on, self.any_on = on, bool(on)
         fingerprint = layer.effective.fingerprint
         self.merged_on = self.merged is not None and self.merged.fingerprint == fingerprint
         kept = self.kept.get(fingerprint)
@@ -115,7 +114,10 @@ class Derived:
             weight, bias = layer.merged_sum(out=layer.merged_weight if direct else None)
             if weight is not layer.merged_weight:
                 layer.merged_weight.copy_(weight)
-            layer.merged_bias = None if bias is None else bias.to(layer.weight.dtype)
+            if bias is None or layer.merged_bias is None:
+                layer.merged_bias = None if bias is None else bias.to(layer.weight.dtype)
+            else:
+                layer.merged_bias.copy_(bias)
             self.merged, self.merged_on = Stamp.of(layer), True
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from copy import copy
+from functools import lru_cache
 
 import torch.nn as nn
 import torch.utils.checkpoint
@@ -53,7 +54,7 @@ class LoRALayer:
         """The layer's operation with other parameters; also used with `down` factors, whose output width is the rank."""
         raise NotImplementedError
 
-    # The only ways in which adapters see the base. Where it is quantised, a small module (sd/quant.py) stands for the
+    # The only ways in which adapters see the base. Where it is quantised, a small module (quant.py) stands for the
     # tensor `weight`, with its shape, dtype and device; every other use of the weight's values is made of these.
     @property
     def is_quantized(self) -> bool:
@@ -96,7 +97,7 @@ class LoRALayer:
 
     @property
     def adapter_names(self) -> list[str]:
-        return [unescaped(key[1:]) for key in self.adapters]
+        return [_from_key(key) for key in self.adapters]
 
     def adapter(self, name: str) -> Adapter:
         return self.adapters[_as_key(name)]
@@ -130,10 +131,11 @@ class LoRALayer:
 
     def set_active(self, active: ActiveSet) -> None:
         active = active.only(self.adapter_names)
-        effective = active.times({name: self.adapter(name).block_multiplier for name in active.multipliers})
+        adapters = {name: self.adapter(name) for name in active.multipliers}
+        effective = active.times({name: adapter.block_multiplier for name, adapter in adapters.items()})
         # Past nn.Module.__setattr__, which looks at each value for parameters: this runs for every layer at every call.
         self.__dict__.update(active=active, effective=effective)
-        self.derived.follow(self)
+        self.derived.follow(self, [adapters[name] for name in effective.multipliers])
 
     # ---- forward ------------------------------------------------------------------------------------------------------
 
@@ -262,6 +264,12 @@ class _SameActiveSet(torch.autograd.Function):
         return grad, None
 
 
+@lru_cache(maxsize=4096)
 def _as_key(name: str) -> str:
     """Adapter names are free text; module names may not hold dots, be empty, or equal an attribute such as `train`."""
     return "_" + escaped(name)
+
+
+@lru_cache(maxsize=4096)
+def _from_key(key: str) -> str:
+    return unescaped(key[1:])

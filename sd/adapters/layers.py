@@ -78,7 +78,7 @@ LORA_CLASSES: dict[type[nn.Module], type[LoRALayer]] = {
     nn.Embedding: LoRAEmbedding, nn.GroupNorm: LoRAGroupNorm, nn.LayerNorm: LoRALayerNorm,
     nn.modules.linear.NonDynamicallyQuantizableLinear: LoRALinear,  # the out_proj of nn.MultiheadAttention
 }
-_registered: dict[type[nn.Module], type[LoRALayer]] = {}
+_registered: dict[type[nn.Module], type[LoRALayer]] = {}  # written by register_lora_layer alone, for the whole process
 
 
 def lora_classes() -> dict[type[nn.Module], type[LoRALayer]]:

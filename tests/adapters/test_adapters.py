@@ -269,6 +269,20 @@ def test_merge_and_unmerge_never_write_the_weight_and_keep_the_buffers_address(k
     assert torch.equal(model[0].weight, before) and "merged_weight" not in model.state_dict()
 
 
+def test_a_merged_bias_is_rewritten_in_place():
+    model, x = model_and_input("linear")
+    apply_lora_to_model(model, rank=2, target_modules=["0"], name="a")
+    model[0].adapter("a").diff_b = nn.Parameter(torch.randn(10))
+    fill(model)
+    addresses = set()
+    for m in (1.0, -0.5):
+        with torch.no_grad(), use_adapters(model, {"a": m}):
+            merge(model)
+            addresses.add(model[0].merged_bias.data_ptr())
+            assert torch.equal(model[0].merged_bias, model[0].bias + m * model[0].adapter("a").diff_b)
+    assert len(addresses) == 1
+
+
 def test_merged_weights_are_dropped_by_every_change_they_depend_on():
     def merged():
         model, x = adapted("linear", ("a", "b"))

@@ -70,11 +70,11 @@ def test_the_vae_loss_is_reconstruction_and_the_divergence_that_torch_computes(m
 
 def test_every_epoch_holds_each_picture_once_in_an_order_of_its_own():
     config = replace(QUICK, batch_size=3)
-    places = [i for number in range(10) for i in Batches(range(5), config)(number)]
+    places = [i for number in range(10) for i in Batches(pictures(5), config)(number)]
     epochs = [places[k:k + 5] for k in range(0, 30, 5)]
     assert all(sorted(epoch) == list(range(5)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
-    assert Batches(range(5), replace(config, seed=1))(0) != Batches(range(5), config)(0)
+    assert Batches(pictures(5), replace(config, seed=1))(0) != Batches(pictures(5), config)(0)
 
 
 def test_draws_depend_on_seed_purpose_and_number_only():
@@ -207,7 +207,7 @@ def test_steps_are_those_of_a_bare_torch_loop(tmp_path, models, what):
             group["lr"] = 1e-2 * rate
         optimizer.zero_grad()
         for number in (2 * step, 2 * step + 1):
-            chosen = Batches(range(5), config)(number)
+            chosen = Batches(data, config)(number)
             posterior_noise = batch_noise((2, 4, 8, 8), config, number, "posterior")
             latents = 0.18215 * (mean[chosen] + (logvar[chosen] / 2).exp() * posterior_noise)
             tokens = Contexts(bare, trained=True).tokens(batch_captions(data, chosen, config, number))

@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from sd.models import Models, usable_device
 from sd.pictures.sheets import contact_sheet
 from sd.placement import Networks, placed_for, should_merge
 from sd.prompts.tokenizer import tokenize
-from sd.request import GenerateError, Request, describe
+from sd.request import GenerateError, Request, check_number, describe, texts
 from sd.sampling.denoiser import DENOISERS, CFGDenoiser
 from sd.sampling.noise import Schedule
 from sd.sampling.samplers import run
@@ -86,14 +87,14 @@ def compare(prompts: str | Sequence[str], models: Models | None = None, variants
     All variants are made in one batch, each prompt with the same noise in every column. `variants` defaults to the base
     beside all loaded adapters, each alone at 1. `arguments` go to `generate`.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts = texts(prompts, "prompts")
     taken = sorted({"lora", "use_lora", "images_per_prompt"} & arguments.keys())
     if taken:
         raise GenerateError(f"compare() sets {taken[0]} itself: each of the variants is a dict of adapters, {{}} is the base")
     models = _models(models, arguments.get("device"))
     variants = list(variants) or [{}, *({name: 1.0} for name in adapter_names(models))]
     seed = secrets.randbits(32) if seed is None else seed
-    Request(prompts, seed=seed)  # raises what is wrong with them
+    check_number(seed, "seed", Integral, 0)
     if not isinstance(arguments.get("uncond_prompt") or "", str):
         arguments["uncond_prompt"] = [u for u in arguments["uncond_prompt"] for _ in variants]
     cells = [(p, variant, seed + i) for i, p in enumerate(prompts) for variant in variants]

@@ -102,7 +102,9 @@ def should_merge(models: Models, merged: bool | str) -> bool:
 
 
 def _device_of(network: nn.Module, default) -> torch.device:
-    return placed_for(network, torch.empty(0, device=default)).device
+    """Of its weights; the default for a network without weights."""
+    weight = next(network.parameters(), None)
+    return torch.device(default) if weight is None else weight.device
 
 
 def _move(network: nn.Module, device) -> None:

@@ -63,16 +63,16 @@ class Request:
     merged: bool | str = "auto"
 
     def __post_init__(self):
-        prompts = _texts(self.prompt, "prompt")
-        _check(self.images_per_prompt, "images_per_prompt", Integral, 1, MAX_IMAGES)
+        prompts = texts(self.prompt, "prompt")
+        check_number(self.images_per_prompt, "images_per_prompt", Integral, 1, MAX_IMAGES)
         images = len(prompts) * int(self.images_per_prompt)
-        _check(images, "the number of images", Integral, 1, MAX_IMAGES)
-        unconds = _texts("" if self.uncond_prompt is None else self.uncond_prompt, "uncond_prompt")
+        check_number(images, "the number of images", Integral, 1, MAX_IMAGES)
+        unconds = texts("" if self.uncond_prompt is None else self.uncond_prompt, "uncond_prompt")
         if len(unconds) not in (1, images, len(prompts)):
             raise GenerateError(f"{len(unconds)} uncond_prompts for {len(prompts)} prompts; give one, or one each")
-        _check(self.cfg_scale, "cfg_scale", Real)
-        _check(self.strength, "strength", Real, 0, 1)
-        _check(self.eta, "eta", Real, 0, 1)
+        check_number(self.cfg_scale, "cfg_scale", Real)
+        check_number(self.strength, "strength", Real, 0, 1)
+        check_number(self.eta, "eta", Real, 0, 1)
         if self.seed is not None:
             _seeds(self.seed, images)
         if self.mask is not None and self.input_image is None:
@@ -95,14 +95,14 @@ class Request:
         spacing are filled in, cfg_scale is 1 without guidance, and input_image and mask are PIL pictures of that size.
         Raises GenerateError, or ImageError for a picture that cannot be read.
         """
-        _check(self.clip_skip, "clip_skip", Integral, 1, config.clip.layers)
+        check_number(self.clip_skip, "clip_skip", Integral, 1, config.clip.layers)
         height, width = _size(self.height, "height", config), _size(self.width, "width", config)
         if config.unet.in_channels == 9 and self.input_image is None:
             raise GenerateError("inpainting needs input_image= and mask=; input_image is missing")
         if config.unet.in_channels == 9 and self.mask is None:
             raise GenerateError("this is an inpainting model: it needs mask= beside input_image= (white is repainted)")
-        prompts = [p for p in _texts(self.prompt, "prompt") for _ in range(self.images_per_prompt)]
-        unconds = _texts("" if self.uncond_prompt is None else self.uncond_prompt, "uncond_prompt")
+        prompts = [p for p in texts(self.prompt, "prompt") for _ in range(self.images_per_prompt)]
+        unconds = texts("" if self.uncond_prompt is None else self.uncond_prompt, "uncond_prompt")
         mode = "L" if config.vae.image_channels == 1 else "RGB"
         fitted = replace(
             self, prompt=prompts, uncond_prompt=[u for u in unconds for _ in range(len(prompts) // len(unconds))],
@@ -115,7 +115,7 @@ class Request:
 
     def singles(self) -> list[Request]:
         """A request for each image of one whose uncond_prompt is one text and whose seed is a number."""
-        prompts = [p for p in _texts(self.prompt, "prompt") for _ in range(self.images_per_prompt)]
+        prompts = [p for p in texts(self.prompt, "prompt") for _ in range(self.images_per_prompt)]
         return [replace(self, prompt=p, seed=s, images_per_prompt=1) for p, s in zip(prompts, _seeds(self.seed, len(prompts)))]
 
     def schedule(self, config) -> Schedule:
@@ -129,7 +129,8 @@ class Request:
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
-def _texts(prompt, what: str) -> list[str]:
+def texts(prompt, what: str) -> list[str]:
+    """One text or several as a list. Raises GenerateError for anything else."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Sequence) else [prompt]
     if not prompts:
         raise GenerateError(f"{what} is an empty list; at least one text is needed")
@@ -139,7 +140,7 @@ def _texts(prompt, what: str) -> list[str]:
     return prompts
 
 
-def _check(value, what: str, kind: type, low: float = -math.inf, high: float = math.inf) -> None:
+def check_number(value, what: str, kind: type, low: float = -math.inf, high: float = math.inf) -> None:
     """Raises GenerateError unless `value` is a finite number of that kind from low to high."""
     if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value) or not low <= value <= high:
         allowed = "a finite number" if low == -math.inf else f"{low} to {high}"
@@ -192,7 +193,7 @@ def describe(models, prompt: str, *, seed: int, **arguments) -> dict:
     For `sd.pictures.save_image(picture, path, parameters)`, which writes it into the file. Arguments of `generate` that are
     about how it runs, such as `device`, are left out.
     """
-    _check(seed, "seed", Integral, 0)
+    check_number(seed, "seed", Integral, 0)
     known = {f.name for f in fields(Request)}
     given = {name: value for name, value in arguments.items() if name in known and value is not None}
     return parameters_of(Request(prompt, seed=seed, **given), models)

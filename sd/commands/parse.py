@@ -22,11 +22,14 @@ def parse(argv: list[str], commands: Mapping[str, type]):
     for flag in flags:
         if flags.count(flag) > 1:
             raise SDError(f"{flag} is given twice; name all of its values after one {flag}")
+    words = _with_config(argv, flags)
+    for word in words:
+        if "\0" in word:
+            raise SDError(f"{word!r} holds a character of code 0, which can be in no path, name or prompt")
     box = io.StringIO()
     try:
         with redirect_stderr(box):
-            return tyro.cli(_union(commands), prog="python -m sd", args=_with_config(argv, flags),
-                            config=(tyro.conf.OmitArgPrefixes,))
+            return tyro.cli(_union(commands), prog="python -m sd", args=words, config=(tyro.conf.OmitArgPrefixes,))
     except SystemExit as stop:
         if not stop.code:  # --help
             raise

@@ -1,7 +1,9 @@
 """The command line: what it makes, and how it answers mistakes."""
 
 import json
+import logging
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
+from sd.commands.args import FLAGS, PictureFlags
 from sd.commands.main import COMMANDS, main
+from sd.commands.parse import sentence_in
 from sd.config import TINY
+from sd.errors import NotFiniteError, SDError
 from sd.lora import apply_lora_to_model, get_lora_parameters
 from sd.model_loader import new_models, preload_models_from_standard_weights, save_checkpoint, save_models_lora
-from sd.pictures.image_io import read_parameters
+from sd.pictures.image_io import read_parameters, save_image
 from sd.pipeline import generate
 from sd.prompts.tokenizer import data_dir
 
@@ -278,3 +283,91 @@ def test_a_training_starts_from_a_lora_that_ships_by_its_name(run):
     assert status == 0 and "trained" in out, err
     status, _, err = run("train", "--model", "digits", "--data", str(data), "--from-lora", "digits-nowhere", "--dry-run")
     assert status == 2 and "digits-nowhere" in err
+
+
+# ---- mistakes and faults -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("error, status, last", [
+    (SDError("the rank is 0"), 2, "error: the rank is 0"),
+    (FileNotFoundError(2, "No such file or directory", "x.png"), 2, "error: x.png: No such file or directory"),
+    (NotFiniteError("the picture is not finite"), 2, "error: the picture is not finite"),
+    (MemoryError(), 2, "error: there is not enough memory for pictures"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"), 2, "error: there is not enough memory"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+                  "allocate 4000000000000 bytes. Error code 12 (Cannot allocate memory)"), 2, "error: there is not enough"),
+    (KeyboardInterrupt(), 130, "stopped"),
+    (ValueError("invalid literal"), 1, "this is a fault of the program"),
+    (KeyError("weight"), 1, "this is a fault of the program"),
+    (RuntimeError("mat1 and mat2 shapes cannot be multiplied, values are not finite, memory format"), 1, "this is a fault"),
+])
+def test_a_mistake_is_a_sentence_and_a_fault_of_the_program_shows_its_traceback(run, monkeypatch, error, status, last):
+    def broken(*args, **how):
+        raise error
+    monkeypatch.setattr("sd.tools.inspect.inspect_file", broken)
+    got, _, err = run("inspect", "@ink.safetensors")
+    assert got == status and err.splitlines()[-1].startswith(last)
+    if status == 1:
+        assert err.startswith("Traceback") and "in broken" in err and "please report it" in err.splitlines()[-1]
+        assert err.splitlines()[-2] == f"{type(error).__name__}: {error}"
+    else:
+        assert len(err.splitlines()) == 1
+
+
+def test_lack_of_memory_on_the_cpu_is_recognised(run, monkeypatch):
+    monkeypatch.setattr("sd.tools.inspect.inspect_file", lambda *args, **how: torch.empty(2**55))
+    status, _, err = run("inspect", "@ink.safetensors")
+    assert status == 2 and err.startswith("error: there is not enough memory")
+
+
+def test_a_command_leaves_warnings_and_logging_as_they_were(run):
+    root, show = logging.getLogger(), warnings.showwarning
+    before = (root.handlers[:], root.level)
+    for words in (("inspect", "@ink.safetensors"), ("inspect", "nowhere"), ("--help",)):
+        run(*words)
+        assert (root.handlers[:], root.level) == before and warnings.showwarning is show
+
+
+def test_a_warning_of_a_command_is_one_line(run):
+    status, _, err = run("generate", "a photograph of " * 99, *MODEL, "--out", "a.png")
+    assert status == 0 and len([line for line in err.splitlines() if line.startswith("the prompt has ")]) == 1
+    assert "UserWarning" not in err
+
+
+def test_the_flags_of_a_picture_are_those_of_the_request(run):
+    flags = {flag: getattr(PictureFlags(), flag) for flag, *_ in FLAGS.values()}
+    assert flags == {"negative": "", "steps": 30, "sampler": "dpmpp_2m", "spacing": None, "cfg": 7.5, "width": None,
+                     "height": None, "clip_skip": 1, "seed": None}
+    for command in ("generate", "compare"):
+        text = " ".join(run(command, "--help")[1].replace("│", " ").split())
+        assert "ddpm, ddim, pndm, euler, euler_a, heun, dpmpp_2m, dpmpp_2m_sde, unipc, lcm. (default: dpmpp_2m)" in text
+        assert "leading, trailing, linspace, karras, exponential; none: the sampler's own." in text
+
+
+def test_tyros_box_becomes_a_sentence():
+    box = ("╭─ Parsing error ───────────────────────────────╮\n"
+           "│ Error parsing --steps: invalid literal 'abc'   │\n"
+           "│ ────────────────────────────────────────────── │\n"
+           "│ For full helptext, run python -m sd --help     │\n"
+           "╰────────────────────────────────────────────────╯\n")
+    assert sentence_in(box).endswith("Error parsing --steps: invalid literal 'abc'")
+    assert sentence_in("╭─ Unrecognized options ──╮\n│ Unrecognized options: --stps │\n╰───╯") == "Unrecognized options: --stps"
+
+
+@pytest.mark.parametrize("words", [("generate", "x", *MODEL, "--out", "\0"), ("inspect", "a\0"), ("generate", "\0", *MODEL)])
+def test_a_character_of_code_0_is_refused(run, words):
+    status, _, err = run(*words)
+    assert status == 2 and "holds a character of code 0" in err
+
+
+@pytest.mark.parametrize("change, sentence", [
+    ({"spacing": [1]}, "spacing [1] is not possible"), ({"lora": 3}, "what it says of its LoRAs is damaged"),
+    ({"lora": {"ink": 1.0}, "lora_blocks": [2]}, "what it says of its LoRAs is damaged"), ({"eta": "x"}, "eta is 'x'"),
+    ({"lora": {"ink": "x"}}, "the multiplier of 'ink' is 'x'"), ({"seed": -1}, "seed -1 is not allowed"),
+    ({"seed": "1"}, "has no seed that is a int"), ({"strength": 0.5}, "name it with --input"),
+])
+def test_a_picture_that_says_nonsense_of_itself_is_not_made_again(run, change, sentence):
+    about = {"prompt": "x", "uncond_prompt": "", "n_inference_steps": 2, "sampler_name": "euler", "cfg_scale": 3.0, "seed": 1,
+             "width": 64, "height": 64}
+    save_image(np.zeros((64, 64, 3), np.uint8), "odd.png", about | change)
+    status, _, err = run("generate", "--again", "odd.png", "--model", "@tiny.safetensors", "--lora", "@ink.safetensors")
+    assert status == 2 and err.splitlines()[-1].startswith("error: ") and sentence in err

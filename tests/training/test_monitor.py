@@ -217,9 +217,9 @@ def test_other_prompts_begin_a_column_of_their_own_and_a_new_run_begins_a_new_sh
 
 
 def test_a_picture_that_is_not_finite_is_a_gap_and_a_warning(tmp_path, models, monkeypatch, caplog):
-    def broken(*args, prompt, **how):
+    def broken(request, models):
         raise NotFiniteError("a network overflowed")
-    monkeypatch.setattr("sd.training.watch.samples.generate", broken)
+    monkeypatch.setattr("sd.training.watch.samples.draw", broken)
     with caplog.at_level(logging.WARNING, "sd"):
         train(replace(WATCHED, out=str(tmp_path)), models, pictures())
     assert "no sample of 'number 1': a network overflowed" in caplog.text

@@ -66,3 +66,12 @@ def test_foreign_key_names_appear_in_the_files_of_names_and_formats_only():
 def test_the_project_stays_small():
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True).stdout.split("\0")
     assert sum((ROOT / f).stat().st_size for f in tracked if f and (ROOT / f).exists()) < 50e6
+
+
+def test_each_test_that_the_list_of_promises_names_exists():
+    named = re.findall(r"`(\w+/test_\w+\.py)::(test_\w+)`", (ROOT / "docs/tests.md").read_text())
+    assert len(named) > 80
+    for file, name in named:
+        defined = {node.name for node in ast.parse((ROOT / "tests" / file).read_text()).body
+                   if isinstance(node, ast.FunctionDef)}
+        assert name in defined, f"tests/{file}::{name}"

@@ -123,6 +123,10 @@ class LoRALayer:
         if not self.adapters and self.plain_class is not None and not self.is_quantized:
             self.to_plain()
 
+    def attached(self) -> LoRALayer:
+        """The layer that its model calls, which is the one to put adapters on: this one."""
+        return self
+
     def to_plain(self) -> None:
         """Undo the conversion of a foreign layer."""
         self.__class__ = self.plain_class

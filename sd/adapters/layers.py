@@ -9,7 +9,6 @@ import torch.nn.functional as F
 
 from sd.adapters.layer import LoRALayer
 from sd.adapters.low_rank import LowRank
-from sd.adapters.torch_attention import AttentionProjection
 from sd.adapters.weights import LayerShape, LoRAError
 
 
@@ -111,12 +110,11 @@ def is_registered(module: nn.Module) -> bool:
 
 def as_lora_layer(layer: nn.Module, path: str = "layer") -> LoRALayer:
     """Convert a plain layer in place: its class changes; identity, ties, hooks and keys stay. Raises LoRAError."""
-    if isinstance(layer, AttentionProjection):
+    if isinstance(layer, LoRALayer):
         return layer.attached()
-    if not isinstance(layer, LoRALayer):
-        plain = type(layer)
-        layer.__class__ = lora_class(layer, path)
-        layer.init_lora(plain)
+    plain = type(layer)
+    layer.__class__ = lora_class(layer, path)
+    layer.init_lora(plain)
     return layer
 
 

@@ -353,7 +353,8 @@ def test_random_crops_are_whole_windows_of_the_scaled_picture_and_the_same_in_ev
 def test_an_option_that_makes_no_sense_is_refused(tmp_path, options, message):
     write(tmp_path, {"a.png": (16, 16)})
     with pytest.raises((DataError, TrainError), match=message):
-        opened(tmp_path, **{"size": 64} | options)
+        config = TrainConfig(**{"data": str(tmp_path), "size": 64} | options)
+        open_data(config, size=config.size, channels=3, factor=8)
 
 
 @pytest.mark.parametrize("content, message", [

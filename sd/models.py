@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
@@ -14,11 +15,13 @@ from sd.clip import CLIP
 from sd.config import ModelConfig
 from sd.errors import SDError
 from sd.files.hashes import model_hash
-from sd.lora_files.read import LoadReport
 from sd.prompts.learned_words import LearnedWords
 from sd.prompts.tokenizer import load_tokenizer
 from sd.unet import UNet
 from sd.vae import build_vae
+
+if TYPE_CHECKING:
+    from sd.lora_files.read import LoadReport
 
 
 class DeviceError(SDError):

@@ -245,7 +245,7 @@ def test_the_sheet_has_the_base_first_and_the_result_last(tmp_path, untrained, c
 def test_other_prompts_begin_a_column_of_their_own_and_a_new_run_begins_a_new_sheet(tmp_path, untrained, monkeypatch):
     config, sheets = replace(WATCHED, out=str(tmp_path), steps=6), []
     power_cut(config, copy_of(untrained), monkeypatch, 5)
-    monkeypatch.setattr("sd.pictures.sheets.contact_sheet",
+    monkeypatch.setattr("sd.training.watch.samples.contact_sheet",
                         lambda rows, labels, columns: sheets.append((rows, labels, columns)) or np.zeros((8, 8, 3), np.uint8))
     train(replace(config, sample_prompts=("number 1", "new")), copy_of(untrained), pictures(), held_out=HELD_OUT)
     rows, labels, columns = sheets[-1]
@@ -262,7 +262,7 @@ def test_other_prompts_begin_a_column_of_their_own_and_a_new_run_begins_a_new_sh
 def test_a_picture_that_is_not_finite_is_a_gap_and_a_warning(tmp_path, models, monkeypatch, caplog):
     def broken(*args, prompt, **how):
         raise NotFiniteError("a network overflowed")
-    monkeypatch.setattr("sd.pipeline.generate", broken)
+    monkeypatch.setattr("sd.training.watch.samples.generate", broken)
     with caplog.at_level(logging.WARNING, "sd"):
         train(replace(WATCHED, out=str(tmp_path)), models, pictures())
     assert "no sample of 'number 1': a network overflowed" in caplog.text
@@ -273,7 +273,8 @@ def test_a_picture_that_is_not_finite_is_a_gap_and_a_warning(tmp_path, models, m
 
 def test_the_plot_has_the_validation_loss_and_is_renewed_at_every_save(tmp_path, models, monkeypatch):
     plots = []
-    monkeypatch.setattr("sd.pictures.sheets.line_plot", lambda curves, *rest: plots.append(curves) or Image.new("L", (8, 8)))
+    monkeypatch.setattr("sd.training.watch.monitor.line_plot",
+                        lambda curves, *rest: plots.append(curves) or Image.new("L", (8, 8)))
     train(changed(WATCHED, out=str(tmp_path), sample_prompts=()), models, pictures(), held_out=HELD_OUT)
     assert [len(curves["training"]) for curves in plots] == [2, 4]
     rows = metrics(tmp_path)

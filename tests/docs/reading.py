@@ -18,10 +18,12 @@ def quick_code(block: str) -> str:
 
 
 def quick_command(words: list[str]) -> list[str]:
-    """The same with 2 small steps where it trains, and few for samples."""
+    """The same with 2 small steps where it trains, and few for pictures."""
+    words = list(words)
+    if words[0] in ("generate", "compare") and "--steps" not in words:
+        return [*words, "--steps", "8"]
     if words[0] != "train":
         return words
-    words = list(words)
     for flag, value in QUICK.items():
         if flag in words:
             words[words.index(flag) + 1] = value

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import safetensors.torch
@@ -18,6 +19,8 @@ from sd.lora_files.legacy import LEGACY, fork_names
 from sd.lora_files.modules import Modules
 from sd.model_loader import Models
 from sd.unet import UNet
+from tests.lora_files import cases
+from tests.lora_files.cases import outputs
 from tests.twins import twins
 
 READ = {name: (detect, read) for name, detect, read in LEGACY}
@@ -41,18 +44,7 @@ def peers(made):
     return {name: copy.deepcopy(made[1][name]) for name in ("unet", "text_encoder")}
 
 
-def random(*shape, seed=0, scale=0.3):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + 7 * sum(shape))) * scale
-
-
-def outputs(unet, clip):
-    g = torch.Generator().manual_seed(0)
-    tokens, latents = torch.randint(0, 49406, (2, 77), generator=g), torch.randn(2, 4, 8, 8, generator=g)
-    with torch.no_grad():
-        context = clip(tokens)
-        context = context if isinstance(context, torch.Tensor) else context[0]
-        out = unet(latents, torch.tensor([3, 700]), context)
-    return context, out if isinstance(out, torch.Tensor) else out.sample
+random = partial(cases.random, scale=0.3)
 
 
 def same(ours, theirs, tolerance=2e-5):

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from functools import partial
 
 import pytest
 import safetensors.torch
@@ -46,6 +47,8 @@ from sd.model_loader import (
     save_checkpoint,
     save_models_lora,
 )
+from tests.lora_files import cases
+from tests.lora_files.cases import outputs
 from tests.twins import twins
 
 ATTN = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -77,18 +80,7 @@ def peers(base):
     return {name: copy.deepcopy(base[1][name]) for name in ("unet", "text_encoder")}
 
 
-def random(*shape, seed=0, scale=0.3):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + 7 * sum(shape))) * scale
-
-
-def outputs(unet, clip):
-    g = torch.Generator().manual_seed(0)
-    tokens, latents = torch.randint(0, 49406, (2, 77), generator=g), torch.randn(2, 4, 8, 8, generator=g)
-    with torch.no_grad():
-        context = clip(tokens)
-        context = context if isinstance(context, torch.Tensor) else context[0]
-        out = unet(latents.to(context.dtype), torch.tensor([3, 700]), context)
-    return context, out if isinstance(out, torch.Tensor) else out.sample
+random = partial(cases.random, scale=0.3)
 
 
 def our_outputs(models):

@@ -23,6 +23,7 @@ from sd.lora_files.modules import Modules, module_lookup
 from sd.lora_files.read import read_lora, tag_counts
 from sd.lora_files.spellings import TENSORS
 from sd.model_loader import load_lora_into_models, new_models
+from tests.lora_files.cases import random
 
 LAYER = "diffusion.down_blocks.0.attentions.0.transformer_blocks.0.attn1.q_proj"
 KOHYA = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -39,10 +40,6 @@ def models():
 @pytest.fixture(scope="module")
 def modules(models):
     return modules_of(models)
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + 7 * sum(shape)))
 
 
 DOWN, UP = random(3, WIDTH), random(WIDTH, 3)

@@ -21,6 +21,7 @@ from sd.lora_files.read import read_lora
 from sd.lora_files.write import FORMATS, refusals, write_lora
 from sd.model_loader import new_models, save_checkpoint
 from sd.tools.convert import convert
+from tests.lora_files.cases import random
 
 ATTN = "diffusion.down_blocks.0.attentions.0.transformer_blocks.0.attn1.out_proj"
 PROJ = "diffusion.down_blocks.1.attentions.0.proj_in"  # a 1x1 convolution
@@ -39,10 +40,6 @@ def models():
 @pytest.fixture(scope="module")
 def modules(models):
     return modules_of(models)
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + 7 * sum(shape)))
 
 
 def lora(into, out, rank=3, alpha=1.5, kernel=(), **more):

@@ -19,6 +19,7 @@ test-recipes: install
 
 lint: install
 	$(BIN)/ruff check
+	$(BIN)/mypy --no-error-summary
 
 # Exact versions from constraints.txt; installed again only when what to install changes.
 .venv/installed: pyproject.toml constraints.txt

@@ -6,6 +6,7 @@ Legend: B rows, C channels, H, W latent height and width, N = H * W, L tokens, D
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -54,6 +55,7 @@ class UNet(nn.Module):
         emb = self.time_embedding(t, x.dtype)
         x = self.conv_in(x)
         skips = [x]
+        block: Any  # a ModuleList's items are to torch's stubs any nn.Module
         for block in self.down_blocks:
             x, left = self.run(block, x, emb, context)
             skips += left

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Self
 
 import torch
 import torch.nn as nn
@@ -192,7 +193,7 @@ class Adapter(nn.Module):
         return AdapterWeights(self.kind, tensors | flags, alpha=self.alpha)
 
     @classmethod
-    def from_weights(cls, weights: AdapterWeights, shape: LayerShape) -> Adapter:
+    def from_weights(cls, weights: AdapterWeights, shape: LayerShape) -> Self:
         """Inverse of `weights`. Raises LoRAFormatError when a tensor is missing, not known, or does not fit the layer."""
         try:
             with torch.device("meta"):
@@ -214,7 +215,7 @@ class Adapter(nn.Module):
         return adapter
 
     @classmethod
-    def _like(cls, weights: AdapterWeights, shape: LayerShape) -> Adapter:
+    def _like(cls, weights: AdapterWeights, shape: LayerShape) -> Self:
         """A new adapter of the form (rank, Tucker core, ...) that the tensors of a file have."""
         raise NotImplementedError
 

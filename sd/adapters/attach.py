@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -47,12 +48,13 @@ def apply_lora_to_model(models, rank: int | Mapping[str, int] = 4, alpha: float 
     unknown = [option for option in options if option not in KINDS[kind].options]
     if unknown:
         raise LoRAError(f"kind {kind!r} has no option {unknown[0]!r}; it has {', '.join(KINDS[kind].options) or 'none'}")
-    ranks, alphas = (value if isinstance(value, Mapping) else dict.fromkeys(targets, value) for value in (rank, alpha))
+    ranks, alphas = _by_path(rank, targets), _by_path(alpha, targets)
     targets = {path: layer for path, layer in targets.items() if not isinstance(rank, Mapping) or ranks[path] != 0}
     if name in adapter_names(models):
         raise LoRAError(f"an adapter named {name!r} is there already; remove_lora it first, or choose another name")
     _refuse_bypassed(models, targets)
-    new = {}
+    new: dict[str, Adapter] = {}
+    make: Callable[..., Adapter] = KINDS[kind]
     for path, layer in targets.items():
         norm, shape = isinstance(layer, NORMS), shape_of(layer, path)
         if KINDS[kind].low_rank and not norm:
@@ -63,8 +65,8 @@ def apply_lora_to_model(models, rank: int | Mapping[str, int] = 4, alpha: float 
             if norm:  # it has no ranks to drop
                 new[path] = Full(shape, dropout=dropout, module_dropout=module_dropout)
             else:
-                new[path] = KINDS[kind](shape, ranks[path], alphas[path], dropout=dropout, rank_dropout=rank_dropout,
-                                        module_dropout=module_dropout, **options)
+                new[path] = make(shape, ranks[path], alphas[path], dropout=dropout, rank_dropout=rank_dropout,
+                                 module_dropout=module_dropout, **options)
         except SDError as error:
             raise LoRAError(f"{path}: {error}") from None
     for path, adapter in new.items():
@@ -79,7 +81,11 @@ def _check_name(name: str) -> None:
         raise LoRAError(f"the name of an adapter is {name!r}; a string is needed")
 
 
-def _is_finite(value: object) -> bool:
+def _by_path(value, paths: Iterable[str]) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else dict.fromkeys(paths, value)
+
+
+def _is_finite(value: Any) -> bool:
     try:
         return math.isfinite(value)
     except TypeError:

@@ -54,7 +54,7 @@ class Derived:
     active set change without recompiling.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.on: list[Adapter] = []  # the adapters that are on, in order of their names
         self.any_on = False
         self.kept: dict[int, Kept] = {}  # fused weights of the last sets, by fingerprint, since tasks come back
@@ -100,7 +100,7 @@ class Derived:
         """Whether the merged buffers are those of the present set."""
         if layer.merged_weight is None or not self.merged_on:
             return False
-        return torch.compiler.is_compiling() or self.merged.still_valid(layer)
+        return torch.compiler.is_compiling() or self.merged is not None and self.merged.still_valid(layer)
 
     def merge(self, layer) -> None:
         """Write round(W + Σ mᵢ ΔWᵢ) into the merged buffer, in place once it exists: a stable address for graphs."""

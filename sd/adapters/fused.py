@@ -5,7 +5,9 @@ Legend: A adapters, R rank, ΣR the ranks of all, g groups of a convolution; row
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -88,19 +90,20 @@ class Fused:
     def add_to(self, out: Tensor, x: Tensor, layer) -> Tensor:
         """out + what the adapters add to layer(x)."""
         if self.rows is not None:
-            out, x = self._expanded(out), self._expanded(x)
+            out, x = _expanded(out, self.rows), _expanded(x, self.rows)
         for part in self.parts:
             out = part.add_to(out, x, layer)
         return out
 
-    def _expanded(self, t: Tensor) -> Tensor:
-        """One row for each multiplier. A single one, such as the positions [1, T] of a table, is that of all."""
-        if t.shape[0] == self.rows:
-            return t
-        if t.shape[0] != 1:
-            raise LoRAError(f"multipliers are given for {self.rows} rows, but the layer got {t.shape[0]} rows; "
-                            f"say with use_rows() which image each row belongs to")
-        return t.expand(self.rows, *t.shape[1:])
+
+def _expanded(t: Tensor, rows: int) -> Tensor:
+    """`t` with one row for each multiplier; a single row, such as the positions [1, T] of a table, is repeated."""
+    if t.shape[0] == rows:
+        return t
+    if t.shape[0] != 1:
+        raise LoRAError(f"multipliers are given for {rows} rows, but the layer got {t.shape[0]} rows; "
+                        f"say with use_rows() which image each row belongs to")
+    return t.expand(rows, *t.shape[1:])
 
 
 def _add_up(out: Tensor, h: Tensor, up: Tensor, layer) -> Tensor:
@@ -114,7 +117,7 @@ def _by_row(bias: Tensor, out: Tensor) -> Tensor:
     return bias.unflatten(0, (-1, *(1,) * (out.dim() - 2)))
 
 
-def is_pair(adapter: Adapter) -> bool:
+def is_pair(adapter: Adapter) -> TypeGuard[LowRank]:
     """Whether all that the adapter does to a weight is the product of its two factors."""
     return isinstance(adapter, LowRank) and adapter.magnitude is None
 
@@ -126,12 +129,12 @@ def times(change: Tensor, multiplier: float | Tensor) -> Tensor:
     return change if multiplier == 1.0 else change * multiplier
 
 
-def fuse(layer, weighted: list[tuple[Adapter, float | Tensor]], dtype: torch.dtype) -> Fused:
+def fuse(layer, weighted: Sequence[tuple[Adapter, Any]], dtype: torch.dtype) -> Fused:
     """What these adapters of the layer do, each with its multiplier (one number, or fp32 [rows]); differentiable."""
     pairs = [(adapter, m) for adapter, m in weighted if is_pair(adapter)]
-    others = [_delta(layer, adapter, m, dtype) for adapter, m in weighted if not is_pair(adapter)]
-    return Fused([_pairs(layer, pairs, dtype), *others] if pairs else others,
-                 len(weighted[0][1]) if layer.effective.per_image else None)
+    parts: list[Shared | Mixed | Routed | Delta] = [_pairs(layer, pairs, dtype)] if pairs else []
+    parts += [_delta(layer, adapter, m, dtype) for adapter, m in weighted if not is_pair(adapter)]
+    return Fused(parts, len(weighted[0][1]) if layer.effective.per_image else None)
 
 
 def _delta(layer, adapter: Adapter, m: float | Tensor, dtype: torch.dtype) -> Delta:
@@ -141,17 +144,17 @@ def _delta(layer, adapter: Adapter, m: float | Tensor, dtype: torch.dtype) -> De
     return Delta(delta.to(dtype), None if bias is None else bias.to(dtype), m)
 
 
-def _pairs(layer, pairs: list[tuple[LowRank, float | Tensor]], dtype: torch.dtype) -> Shared | Mixed | Routed:
+def _pairs(layer, pairs: list[tuple[LowRank, Any]], dtype: torch.dtype) -> Shared | Mixed | Routed:
     per_image, groups = layer.effective.per_image, layer.lora_shape().groups
     wide = torch.promote_types(dtype, torch.float32)
     downs = [adapter.whole_down(wide) for adapter, _ in pairs]
     ups = [adapter.whole_up(wide) * (adapter.scale if per_image else adapter.scale * m) for adapter, m in pairs]
-    biases = [(adapter.bias_delta(layer.base_bias()), m) for adapter, m in pairs]
-    biases = [m[:, None] * bias if per_image else m * bias for bias, m in biases if bias is not None]
+    changes = [(adapter.bias_delta(layer.base_bias()), m) for adapter, m in pairs]
+    biases: list[Any] = [m[:, None] * change if per_image else m * change for change, m in changes if change is not None]
     bias = sum(biases).to(dtype) if biases else None
     table = torch.stack([m for _, m in pairs], dim=1).to(dtype) if per_image else None  # [rows, A]
     routes = layer.effective.routes if len(pairs) == len(layer.effective.multipliers) > 1 else None
-    if routes is not None and layer.routable and len({up.shape[1] for up in ups}) == 1:
+    if table is not None and routes is not None and layer.routable and len({up.shape[1] for up in ups}) == 1:
         return Routed(torch.stack(downs).to(dtype), torch.stack(ups).to(dtype), torch.tensor(routes, device=table.device),
                       table.sum(dim=1), bias)
     # Groups keep their ranks: [g, R/g, ...]
@@ -159,7 +162,7 @@ def _pairs(layer, pairs: list[tuple[LowRank, float | Tensor]], dtype: torch.dtyp
     up = torch.cat(ups, dim=1).to(dtype)
     if layer.lora_shape().embedding:
         down = down.T if torch.is_grad_enabled() else down.T.contiguous()  # made once, looked up often
-    if not per_image:
+    if table is None:
         return Shared(down, up, bias)
     columns = [table[:, i, None, None].expand(-1, groups, up.shape[1]) for i, up in enumerate(ups)]
     return Mixed(down, up, torch.cat(columns, dim=2).flatten(1), bias)

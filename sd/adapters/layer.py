@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from copy import copy
 from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch.nn as nn
 import torch.utils.checkpoint
@@ -26,7 +27,13 @@ from sd.escape import escaped, unescaped
 MERGED = ("merged_weight", "merged_bias")  # buffers beside the parameters, in no state dict and in no copy
 
 
-class LoRALayer:
+if TYPE_CHECKING:  # at run time nn.Module comes from the layer that the mixin is combined with
+    Base = nn.Module
+else:
+    Base = object
+
+
+class LoRALayer(Base):
     """Mixin of the layers that can carry adapters. These are all fields that it adds to a layer:"""
 
     adapters: nn.ModuleDict  # escaped name -> Adapter
@@ -37,6 +44,9 @@ class LoRALayer:
     derived: Derived  # fused weights, the state of the merged ones, and when they are stale
     merged_weight: Tensor | None  # allocated once and rewritten in place: graphs and compiled code keep its address
     merged_bias: Tensor | None
+    if TYPE_CHECKING:  # the host layer's own: a Parameter, or in a quantised base a QuantizedWeight
+        weight: Any
+        bias: Any
 
     routable = False  # whether x is [rows, ..., in] and the layer one product, so that each row can have factors of its own
 
@@ -88,7 +98,8 @@ class LoRALayer:
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         return x.dtype if x.is_floating_point() else self.weight.dtype
 
-    def lora_shape(self) -> LayerShape:
+    def lora_shape(self: Any) -> LayerShape:
+        """Also called with a plain layer that is yet to be converted."""
         return LayerShape(tuple(self.weight.shape))
 
     @property
@@ -100,7 +111,7 @@ class LoRALayer:
         return [_from_key(key) for key in self.adapters]
 
     def adapter(self, name: str) -> Adapter:
-        return self.adapters[_as_key(name)]
+        return self.adapters[_as_key(name)]  # type: ignore[return-value]  # to torch, any nn.Module
 
     def add_adapter(self, name: str, adapter: Adapter, multiplier: float = 1.0) -> None:
         self.drop_derived()
@@ -129,7 +140,7 @@ class LoRALayer:
 
     def to_plain(self) -> None:
         """Undo the conversion of a foreign layer."""
-        self.__class__ = self.plain_class
+        self.__class__ = self.plain_class  # type: ignore[assignment]  # no longer a LoRALayer
         for field in LoRALayer.__annotations__:
             delattr(self, field)
 
@@ -179,7 +190,7 @@ class LoRALayer:
         if self.is_on and not self._is_trained() and not self.is_merged():
             self.derived.fused(self, self.weight.dtype)
 
-    def weighted(self) -> list[tuple[Adapter, float | Tensor]]:
+    def weighted(self) -> list[tuple[Adapter, Any]]:
         """The active adapters, each with its multiplier: a number, or where images differ one for each row, fp32."""
         if not self.effective.per_image:
             return list(zip(self.derived.on, self.effective.multipliers.values()))
@@ -209,11 +220,14 @@ class LoRALayer:
         """
         base, bias = self.base_weight(), None
         total = base
+        multiplier: Any  # a number, since images share it
         for adapter, multiplier in zip(self.derived.on, self.effective.multipliers.values()):
             delta_b = adapter.bias_delta(self.base_bias())
             total = adapter.add_to(total, base, multiplier, out)
             if delta_b is not None:
-                bias = (self.base_bias() if bias is None else bias) + multiplier * delta_b
+                so_far = self.base_bias() if bias is None else bias
+                assert so_far is not None  # attaching refuses a change of a bias that the layer lacks
+                bias = so_far + multiplier * delta_b
         return total, bias
 
     def unmerge(self) -> None:

@@ -114,6 +114,7 @@ def as_lora_layer(layer: nn.Module, path: str = "layer") -> LoRALayer:
         return layer.attached()
     plain = type(layer)
     layer.__class__ = lora_class(layer, path)
+    assert isinstance(layer, LoRALayer)
     layer.init_lora(plain)
     return layer
 

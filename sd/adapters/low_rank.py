@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Self
 
 import torch
 import torch.nn as nn
@@ -28,6 +29,8 @@ class LowRank(Adapter):
     """
 
     kind = "lora"
+    rank: int
+    alpha: float
     options = ("tucker",)
     fits_embeddings = drops_ranks = takes_dora = low_rank = True
     scaled = adds = is_product = True
@@ -133,7 +136,7 @@ class LowRank(Adapter):
         if self.start_up is not None:
             dtype = self.up.dtype
             weights.tensors |= {"down": self.whole_down(dtype).detach(), "up": self.whole_up(dtype).detach()}
-            weights.alpha *= 2
+            weights.alpha = self.alpha * 2
         return weights
 
     @classmethod
@@ -141,7 +144,7 @@ class LowRank(Adapter):
         return tensors["down"].shape[0] if "down" in tensors else None
 
     @classmethod
-    def _like(cls, weights: AdapterWeights, shape: LayerShape) -> LowRank:
+    def _like(cls, weights: AdapterWeights, shape: LayerShape) -> Self:
         return cls(shape, size_of(weights, "down"), weights.alpha, tucker="mid" in weights.tensors)
 
 
@@ -177,7 +180,7 @@ class Full(Adapter):
         return {"diff": "w_norm", "diff_b": "b_norm"} if norm else {"diff": "diff"}
 
     @classmethod
-    def _like(cls, weights: AdapterWeights, shape: LayerShape) -> Full:
+    def _like(cls, weights: AdapterWeights, shape: LayerShape) -> Self:
         adapter = cls(shape)
         if "diff" not in weights.tensors and "diff_b" in weights.tensors:
             adapter.diff = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn as nn
@@ -56,7 +56,7 @@ class LoHa(Adapter):
         return tensors["w1_b"].shape[0] if "w1_b" in tensors else None
 
     @classmethod
-    def _like(cls, weights: AdapterWeights, shape: LayerShape) -> LoHa:
+    def _like(cls, weights: AdapterWeights, shape: LayerShape) -> Self:
         return cls(shape, size_of(weights, "w1_b"), weights.alpha, tucker="t1" in weights.tensors)
 
 
@@ -96,6 +96,10 @@ class LoKr(Adapter):
     lycoris_name = "lokr"
     no_alpha = 1.0  # scales by 1, where both factors are whole
     peft_type = "LOKR"
+    w1_a: Any  # these two are parameters where w1 is None
+    w1_b: Any
+    w2_a: Any  # and these where w2 is
+    w2_b: Any
 
     def __init__(self, shape: LayerShape, rank: int, alpha: float | None = None, *, factor: int = -1,
                  decompose_both: bool = False, tucker: bool = False, form: Kron | None = None, **dropouts):
@@ -143,7 +147,7 @@ class LoKr(Adapter):
         return {**tensors, "w1": tensors["w1"].float() * factor}
 
     @classmethod
-    def _like(cls, weights: AdapterWeights, shape: LayerShape) -> LoKr:
+    def _like(cls, weights: AdapterWeights, shape: LayerShape) -> Self:
         whole1, whole2 = ("w1" in weights.tensors, "w2" in weights.tensors)
         rows, columns = (size_of(weights, "w1" if whole1 else "w1_a"), size_of(weights, "w1" if whole1 else "w1_b", 1))
         rank = 1 if whole1 and whole2 else size_of(weights, "w1_b" if whole2 else "w2_b")
@@ -176,7 +180,7 @@ class IA3(Adapter):
         return W * self.weight.to(W.dtype).reshape([-1 if axis == self.on_input else 1 for axis in range(W.dim())])
 
     @classmethod
-    def _like(cls, weights: AdapterWeights, shape: LayerShape) -> IA3:
+    def _like(cls, weights: AdapterWeights, shape: LayerShape) -> Self:
         return cls(shape, on_input=flag_of(weights, "on_input", "what its weight is for: rows or input columns"))
 
 
@@ -218,7 +222,7 @@ class GLoRA(Adapter):
         return min(tensors["a2"].shape[:2])  # in both orientations
 
     @classmethod
-    def from_weights(cls, weights: AdapterWeights, shape: LayerShape) -> GLoRA:
+    def from_weights(cls, weights: AdapterWeights, shape: LayerShape) -> Self:
         rows = {name: size_of(weights, name) for name in ("a1", "a2", "b1", "b2")}
         wanted = shape.weight[1:2] + shape.weight[:1]
         if (rows["a1"], rows["b1"]) != wanted == (rows["a2"], rows["b2"]):
@@ -227,7 +231,7 @@ class GLoRA(Adapter):
         return super().from_weights(weights, shape)
 
     @classmethod
-    def _like(cls, weights: AdapterWeights, shape: LayerShape) -> GLoRA:
+    def _like(cls, weights: AdapterWeights, shape: LayerShape) -> Self:
         tucker = "bm" in weights.tensors
         if tucker and len(shape.weight) < 3:
             raise SDError(f"bm is a core for convolutions, the layer's weight is {list(shape.weight)}")

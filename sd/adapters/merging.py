@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from sd.adapters.derived import exact
 from sd.adapters.switch import exclusive
@@ -35,9 +36,10 @@ def merge_loss(models) -> float:
     with exact():
         for layer in lora_layers(models).values():
             if layer.effective.multipliers and layer.lora_enabled:
+                multipliers: dict[str, Any] = layer.effective.multipliers
                 W, (total, _) = layer.base_weight(), layer.merged_sum()
-                delta = sum(m * layer.adapter(name).effective_delta(W).double()
-                            for name, m in layer.effective.multipliers.items())
+                delta: Any = sum(m * layer.adapter(name).effective_delta(W).double()
+                            for name, m in multipliers.items())
                 lost += (total.to(layer.weight.dtype).double() - W.double() - delta).square().sum().item()
                 change += delta.square().sum().item()
     return math.sqrt(lost / change) if change else 0.0

@@ -7,6 +7,7 @@ formula says so.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, Self
 
 import torch
 import torch.nn as nn
@@ -34,6 +35,8 @@ class OFT(Adapter):
     held_by = {"comfyui": ("blocks", "rescale", *MODIFIERS)}
     lycoris_name = "diag-oft"
     no_alpha = 0.0  # bounds nothing
+    rotation: nn.Parameter | None
+    blocks: Any  # a parameter where `rotation` is None
 
     def __init__(self, shape: LayerShape, rank: int, alpha: float | None = None, *, rescaled: bool = False,
                  sizes: tuple[int, ...] | None = None, rotation: bool = False, **dropouts):
@@ -89,7 +92,7 @@ class OFT(Adapter):
         return [] if {"blocks", "rotation"} & tensors.keys() else ["blocks"]
 
     @classmethod
-    def _like(cls, weights: AdapterWeights, shape: LayerShape) -> OFT:
+    def _like(cls, weights: AdapterWeights, shape: LayerShape) -> Self:
         rotation = "rotation" in weights.tensors
         name = "rotation" if rotation else "blocks"
         n, b = size_of(weights, name), size_of(weights, name, 1)
@@ -127,7 +130,7 @@ class BOFT(OFT):
         return change
 
     @classmethod
-    def _like(cls, weights: AdapterWeights, shape: LayerShape) -> BOFT:
+    def _like(cls, weights: AdapterWeights, shape: LayerShape) -> Self:
         m, n, b = (size_of(weights, "blocks", axis) for axis in range(3))
         if n * b != shape.weight[0] or b % 2 or n % 2 ** (m - 1):
             raise SDError(f"blocks has shape {list(weights.tensors['blocks'].shape)}, but {m} stages of {n} blocks of {b} "
@@ -177,7 +180,7 @@ class HRA(Adapter):
         return (W.flatten(1) @ A @ B.T).reshape(W.shape)
 
     @classmethod
-    def _like(cls, weights: AdapterWeights, shape: LayerShape) -> HRA:
+    def _like(cls, weights: AdapterWeights, shape: LayerShape) -> Self:
         rank = size_of(weights, "u", 1)
         orthonormal = flag_of(weights, "apply_GS", "whether its columns are made orthonormal; PEFT has it in the config")
         adapter, u = cls(shape, rank, apply_GS=orthonormal), weights.tensors["u"]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -125,6 +125,8 @@ class QuantizedWeight(nn.Module):
     """
 
     requires_grad = False
+    codes: Tensor
+    _buffers: dict[str, Any]  # none of them None
 
     def __init__(self, weight: Tensor, kind: str):
         super().__init__()
@@ -149,10 +151,8 @@ class QuantizedWeight(nn.Module):
         if not torch.is_grad_enabled():
             return layer.op(x, self.dequantize(), layer.bias)
         if isinstance(layer, nn.modules.conv._ConvNd):
-            product, x = _Convolution, _padded(x, layer)
-        else:
-            product = _Linear
-        return product.apply(x, layer.bias, layer, self, *self._buffers.values())
+            return _Convolution.apply(_padded(x, layer), layer.bias, layer, self, *self._buffers.values())
+        return _Linear.apply(x, layer.bias, layer, self, *self._buffers.values())
 
     def extra_repr(self) -> str:
         return f"{self.kind}, {list(self.shape)}, {self.dtype}"
@@ -221,11 +221,11 @@ def _saved_weight(ctx, grad: Tensor) -> Tensor:
     return ctx.weight.unpack(*ctx.saved_tensors).to(grad.dtype)  # under autocast the product was one in another dtype
 
 
-def _padding(layer: nn.Module):
+def _padding(layer: nn.modules.conv._ConvNd):
     return layer.padding if layer.padding_mode == "zeros" and not isinstance(layer.padding, str) else [0] * len(layer.stride)
 
 
-def _padded(x: Tensor, layer: nn.Module) -> Tensor:
+def _padded(x: Tensor, layer: nn.modules.conv._ConvNd) -> Tensor:
     """x as the convolution takes it: what is not plain padding with zeros on both sides is done before."""
     if _padding(layer) is layer.padding:
         return x
@@ -249,10 +249,10 @@ def quantize_base(models, kind: str = "nf4", target_modules=None):
         targets = find_targets(models, "full" if target_modules is None else target_modules)
         refuse_bypassed(models, targets, lambda m: isinstance(m, (nn.MultiheadAttention, nn.TransformerEncoderLayer)),
                         "it cannot be quantised")
-        for path, layer in targets.items():
-            _check(layer, path)
-        for path, layer in targets.items():
-            layer = as_lora_layer(layer, path)
+        for path, target in targets.items():
+            _check(target, path)
+        for path, target in targets.items():
+            layer = as_lora_layer(target, path)
             layer.drop_derived()
             packed = QuantizedWeight(layer.weight, kind)
             del layer.weight

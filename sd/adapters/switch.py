@@ -127,8 +127,9 @@ def _active_set(models, layers: Iterable[LoRALayer], multipliers: Mapping[str, f
             raise LoRAError(f"the multiplier of {name!r} is {m!r}; a number is needed, or one for each image") from None
         if not number.numel():
             raise LoRAError(f"the multiplier of {name!r} has no values; a number is needed, or one for each image")
-        values[name] = tuple(number.flatten().tolist()) if number.dim() else number.item()
-        if not all(math.isfinite(v) for v in (values[name] if isinstance(values[name], tuple) else (values[name],))):
+        numbers = number.flatten().tolist()
+        values[name] = tuple(numbers) if number.dim() else numbers[0]
+        if not all(map(math.isfinite, numbers)):
             raise LoRAError(f"the multiplier of {name!r} is {values[name]}; a finite number is needed")
     lengths = {len(v) for v in values.values() if isinstance(v, tuple)}
     if len(lengths) > 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch.nn as nn
 
@@ -55,7 +56,7 @@ def _path(component: str, name: str, module: nn.Module) -> str:
 def adaptable_layers(models) -> dict[str, nn.Module]:
     """Path -> every layer that can carry adapters; of an nn.MultiheadAttention its q_proj, k_proj and v_proj too."""
     found: dict[str, nn.Module] = {}
-    classes = (*lora_classes(), LoRALayer)
+    classes: tuple[type[nn.Module], ...] = (*lora_classes(), LoRALayer)
     for component, network in components(models).items():
         closed = None  # what begins with it lies in a registered module, which is one layer
         for name, module in network.named_modules():
@@ -79,8 +80,11 @@ def find_targets(models, target_modules: str | Iterable[str] | None = None) -> d
     has under several names is found by each, and stands in the result once.
     Raises LoRAError for a target that matches nothing.
     """
-    several = isinstance(target_modules, Iterable) and not isinstance(target_modules, str)
-    targets = list(target_modules) if several else ["attn" if target_modules in (None, "") else target_modules]
+    targets: list[Any]
+    if isinstance(target_modules, Iterable) and not isinstance(target_modules, str):
+        targets = list(target_modules)
+    else:
+        targets = ["attn" if target_modules in (None, "") else target_modules]
     if unfit := [target for target in targets if not isinstance(target, str)]:
         raise LoRAError(f"target {unfit[0]!r} is no preset (attn, kohya, full), module name or regular expression")
     if not targets:
@@ -135,7 +139,8 @@ def lora_layers(models) -> dict[str, LoRALayer]:
     """Canonical path -> every layer that carries an adapter."""
     found: dict[str, LoRALayer] = {}
     for component, network in components(models).items():
-        todo, seen = [("", network)], set()
+        todo: list[tuple[str, nn.Module | None]] = [("", network)]
+        seen = set()
         while todo:  # as named_modules(), which takes much longer, but not into the adapters
             name, module = todo.pop()
             if module is None or module in seen:

@@ -6,6 +6,7 @@ Legend: B batch, L queries, S keys, H heads, E width of the queries.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -74,12 +75,13 @@ class AttentionProjection(LoRALayer, nn.Module):
             attention.__class__ = LoRAMultiheadAttention
             for name, projection in projections(attention).items():
                 attention.add_module(name, self if name == PROJECTIONS[self.index] else projection)
-        return attention._modules[PROJECTIONS[self.index]]
+        return projections(attention)[PROJECTIONS[self.index]]
 
 
 def projections(attention: nn.MultiheadAttention) -> dict[str, AttentionProjection]:
     """Those of an attention, made for an unconverted one."""
-    return {name: attention._modules.get(name) or AttentionProjection(attention, i) for i, name in enumerate(PROJECTIONS)}
+    there: dict[str, Any] = attention._modules
+    return {name: there.get(name) or AttentionProjection(attention, i) for i, name in enumerate(PROJECTIONS)}
 
 
 def any_on(module: nn.Module) -> bool:
@@ -144,7 +146,8 @@ class LoRAMultiheadAttention(nn.MultiheadAttention):
             masks.append(key_padding_mask[:, None, None])
         masks = [torch.zeros_like(m, dtype=q.dtype).masked_fill(m, -math.inf) if m.dtype == torch.bool else m.to(q.dtype)
                  for m in masks]
-        return F.pad(sum(masks), (0, extra)) if masks else None
+        total: Any = sum(masks)
+        return F.pad(total, (0, extra)) if masks else None
 
 
 class LoRATransformerEncoderLayer(nn.TransformerEncoderLayer):

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -52,10 +53,10 @@ class ScaledLowRank(LowRank):
 
     @classmethod
     @torch.inference_mode(False)
-    def of(cls, adapter: LowRank, shape: LayerShape, scale: float) -> ScaledLowRank:
+    def of(cls, adapter: Adapter, shape: LayerShape, scale: float) -> ScaledLowRank:
         """A LoRA with the values of another, and the factor."""
         weights = adapter.weights()
-        weights.tensors["trained_scale"] = torch.tensor(scale, device=adapter.up.device)
+        weights.tensors["trained_scale"] = torch.tensor(scale, device=weights.tensors["up"].device)
         return cls.from_weights(weights, shape)
 
     @torch.no_grad()
@@ -286,7 +287,7 @@ def _applied(models, name: str | None) -> tuple[str, AppliedConfig]:
     configs = {n: applied for n, applied in getattr(models, "lora_configs", {}).items() if n in there}
     if name is None and len(configs) == 1:
         (name,) = configs
-    if name not in configs:
+    if name is None or name not in configs:
         what = "name the adapter" if name is None else f"no adapter named {name!r} was made by apply_lora_config"
         raise LoRAError(f"{what}; adapters with a config: {', '.join(map(repr, sorted(configs))) or 'none'}")
     return name, configs[name]
@@ -330,7 +331,7 @@ def _continue(adapter: Adapter, before: Adapter) -> None:
 # ---- two models --------------------------------------------------------------------------------------------------------
 
 def extract_diff(tuned, base, rank: int | None = None, *, skip: str | None = None,
-                 **rules: float) -> tuple[dict[str, AdapterWeights], ExtractReport]:
+                 **rules: Any) -> tuple[dict[str, AdapterWeights], ExtractReport]:
     """The LoRA that makes `tuned` (a model, or the state dict of one) of the model `base`, for `attach_state` or `write_lora`.
 
     `rank`, or a rule of `RankRule` with `rank` as the upper limit; with neither, and always for norms and grouped
@@ -361,8 +362,9 @@ def extract_diff(tuned, base, rank: int | None = None, *, skip: str | None = Non
     found, report = _full(_pair(path, ours[path], theirs[path]) for path in wanted if path not in low)
     if low:
         rule = RankRule(**rules, max_rank=rank) if rules else RankRule(rank)
-        low, of_low = extract((_pair(path, ours[path], theirs[path]) for path in low), rule)
-        found, report = found | low, replace(of_low, modules=report.modules | of_low.modules, equal=report.equal + of_low.equal)
+        lows, of_low = extract((_pair(path, ours[path], theirs[path]) for path in low), rule)
+        found |= lows
+        report = replace(of_low, modules=report.modules | of_low.modules, equal=report.equal + of_low.equal)
     if not found:
         raise LoRAError("there is nothing to extract: no weight differs")
     return {path: found[path] for path in shapes if path in found}, report
@@ -398,14 +400,15 @@ def _pair(path: str, base: nn.Module, tuned: nn.Module) -> Layer:
     """Both as adapters see them: a layer without a LoRA class of its own is looked at in a converted copy."""
     ours, theirs = (layer if isinstance(layer, LoRALayer) else as_lora_layer(copy.deepcopy(layer), path)
                     for layer in (base, tuned))
-    biases = (None if layer.bias is None else layer.bias.detach() for layer in (ours, theirs))
-    return Layer(path, ours.plain_weight().detach(), theirs.plain_weight().detach(), *biases, ours.lora_shape().embedding)
+    bias, tuned_bias = (None if layer.bias is None else layer.bias.detach() for layer in (ours, theirs))
+    return Layer(path, ours.plain_weight().detach(), theirs.plain_weight().detach(), bias, tuned_bias,
+                 ours.lora_shape().embedding)
 
 
 def _full(layers: Iterable[Layer]) -> tuple[dict[str, AdapterWeights], ExtractReport]:
     state, report = {}, ExtractReport()
     for layer in layers:
-        pairs = {"diff": (layer.base, layer.tuned), "diff_b": (layer.base_bias, layer.tuned_bias)}
+        pairs: dict[str, tuple[Any, Any]] = {"diff": (layer.base, layer.tuned), "diff_b": (layer.base_bias, layer.tuned_bias)}
         changes = {key: at_least_fp32(b) - at_least_fp32(a) for key, (a, b) in pairs.items() if a is not None}
         changes = {key: D for key, D in changes.items() if D.any()}
         if not all(torch.isfinite(D).all() for D in changes.values()):

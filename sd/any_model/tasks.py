@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -120,7 +121,7 @@ class LoRAModel(nn.Module):
             p.requires_grad_(requires_grad)
         return self
 
-    def state_dict(self, *args, task=ALL, **kwargs) -> dict[str, Tensor]:
+    def state_dict(self, *args, task=ALL, **kwargs) -> dict[str, Tensor]:  # type: ignore[override]  # no `destination`
         """Of the base (task=None) with the bare model's keys, of a task as its file holds it, or of all with adapters' keys."""
         if task is ALL:
             return self.model.state_dict(*args, **kwargs)
@@ -143,10 +144,11 @@ class LoRAModel(nn.Module):
             return self.model.load_state_dict(state_dict, strict, assign)
         if not isinstance(state_dict, Mapping):
             raise LoRAError(f"the state is {state_dict!r}; a dict of tensors is needed")
-        what, given, unknown = "the base", state_dict, []
+        what, unknown = "the base", list[str]()
+        given: Mapping[str, Any] = state_dict
         if task is not None:
             what, (given, unknown) = f"task {task!r}", self._read(state_dict, task, strict)
-        own = self.state_dict(task=None) if task is None else lora_state(self.model, task)
+        own: Mapping[str, Any] = self.state_dict(task=None) if task is None else lora_state(self.model, task)
         missing, unexpected = ([k for k in a if k not in b] for a, b in ((own, given), (given, own)))
         if strict and (missing or unexpected):
             counts = [f"{len(keys)} are {how}, first {keys[0]!r}"

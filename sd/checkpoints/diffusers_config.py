@@ -1,4 +1,4 @@
-"""The JSON files of a diffusers folder: to a ModelConfig and back, by one table of their keys."""
+"""The JSON files of a diffusers folder to a ModelConfig and back, from one table of their keys."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sd.sampling.noise import alphas_cumprod
 
 
 class Field(NamedTuple):
-    """A key that holds a field of ModelConfig: `write` makes theirs of ours, `read` ours of theirs."""
+    """A JSON key for the ModelConfig field at `path`: `write` converts our value to theirs, `read` theirs to ours."""
 
     path: str
     write: Callable[[Any], Any] = lambda ours: list(ours) if isinstance(ours, tuple) else ours
@@ -39,22 +39,22 @@ def _prediction(theirs: str) -> str:
 
 
 def _scheduler(c: ModelConfig) -> str:
-    """PNDM, as in SD 1.x; with a zero terminal SNR the one that can begin there."""
+    """PNDM, as in SD 1.x; DDIM for a zero terminal SNR, where PNDM cannot start."""
     return "DDIMScheduler" if c.zero_terminal_snr else "PNDMScheduler"
 
 
 def _trained_betas(c: ModelConfig) -> list[float] | None:
-    """The betas that the cosine schedule amounts to, which diffusers prefers to the name that it does not know."""
+    """The cosine schedule as explicit betas, since diffusers does not know its name; `trained_betas` overrides it."""
     if c.beta_schedule != "cosine":
         return None
     abar = alphas_cumprod(c)
     return (1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])).tolist()
 
 
-VERSION = {"_diffusers_version": "0.30.0"}  # what these files say holds since then; the inpainting pipeline asks for it
+VERSION = {"_diffusers_version": "0.30.0"}  # the oldest version that reads them like this; the inpainting pipeline checks it
 
-# File -> key -> a Field (written and read), a function of the config, or a constant (both only written); in the order of
-# the file. A value of None is left out.
+# File -> key -> a Field (written and read), or a function of the config or a constant (only written), in file order.
+# Keys whose value is None are omitted.
 FILES: dict[str, dict[str, object]] = {
     "model_index.json": {
         "_class_name": "StableDiffusionPipeline", **VERSION, "feature_extractor": [None, None],
@@ -114,13 +114,13 @@ FILES: dict[str, dict[str, object]] = {
         "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
 }
 
-# Keys of the UNet by which later models differ, with what SD 1.x has there.
+# UNet keys in which later models differ, with the values allowed for SD 1.x.
 OF_SD1 = {"use_linear_projection": (None, False), "addition_embed_type": (None,), "class_embed_type": (None,),
           "transformer_layers_per_block": (None, 1), "num_class_embeds": (None,)}
 
 
 def folder_configs(config: ModelConfig) -> dict[str, dict]:
-    """The JSON files with which StableDiffusionPipeline.from_pretrained loads the folder."""
+    """File name -> content of the JSON files that StableDiffusionPipeline.from_pretrained needs."""
     written = {file: {key: _theirs(value, config) for key, value in keys.items()} for file, keys in FILES.items()}
     return {file: {key: value for key, value in keys.items() if value is not None} for file, keys in written.items()}
 
@@ -132,9 +132,9 @@ def _theirs(value: object, config: ModelConfig) -> object:
 
 
 def config_of_folder(configs: Mapping[str, dict], path: Path) -> ModelConfig:
-    """From the JSON files of a diffusers folder; what they leave out is as in SD 1.5.
+    """ModelConfig from the JSON files of a diffusers folder; missing keys default to SD 1.5.
 
-    Raises CheckpointError for what SD 1.x does not have.
+    Raises CheckpointError for other families and invalid values.
     """
     if "unet/config.json" not in configs:
         raise CheckpointError(f"{path}: has no unet/config.json, so its heads and activation are unknown: "
@@ -153,16 +153,16 @@ def config_of_folder(configs: Mapping[str, dict], path: Path) -> ModelConfig:
         raise CheckpointError(f"{path}: its config files describe no model of this kind: {error}") from None
 
 
-def _ours(configs: Mapping[str, dict]) -> dict[str, dict[str, object]]:
-    """Part of ModelConfig ("" for the whole) -> field -> value, of all that the files say."""
-    found: dict[str, dict[str, object]] = {"clip": {}, "vae": {}, "unet": {}, "": {}}
+def _ours(configs: Mapping[str, dict]) -> dict[str, dict[str, Any]]:
+    """Part of ModelConfig ("" for ModelConfig itself) -> field -> value, for every Field that the files have."""
+    found: dict[str, dict[str, Any]] = {"clip": {}, "vae": {}, "unet": {}, "": {}}
     for file, keys in FILES.items():
         for key, field in keys.items():
             value = configs.get(file, {}).get(key)
             if not isinstance(field, Field) or value is None:
                 continue
             if isinstance(value, list) != isinstance(attrgetter(field.path)(SD15), tuple):
-                raise ConfigError(f"{key} is {value!r}")  # a list: SD 2 and others vary it by block
+                raise ConfigError(f"{key} is {value!r}")  # a list: SD 2 and others vary it per block
             part, _, name = field.path.rpartition(".")
             found[part][name] = field.read(value)
     return found

@@ -1,10 +1,10 @@
-"""LoRAs inside a checkpoint: the two spellings in which they lie beside the base's tensors.
+"""LoRAs embedded in a checkpoint beside the base's tensors, in two formats: ours and lora_wrapper's.
 
-Ours is a safetensors file in LDM layout with `lora.<name, escaped>.<key of the LoRA file in kohya's spelling>` more, and in
-its metadata {name: {"multiplier": number, "metadata": {string: string}}} as JSON. The base's tensors are as in a plain
-checkpoint, so a program that ignores unknown keys loads the base alone.
-lora_wrapper's has CompVis' keys with `<module>.lora_A` [R, in], `.lora_B` [out, R] and `.lora_scale` () more, where
-ΔW = lora_scale · B · A, and the base's tensors of such a module lie under `<module>.base_layer`.
+Ours is a safetensors file in LDM layout with additional keys `lora.<escaped name>.<key of the LoRA file in kohya's spelling>`,
+and {name: {"multiplier": number, "metadata": {string: string}}} as JSON in its metadata. The base's tensors are those of a
+plain checkpoint, so a program that ignores unknown keys loads the base alone.
+lora_wrapper adds `<module>.lora_A` [R, in], `.lora_B` [out, R] and `.lora_scale` () to CompVis' keys, with
+ΔW = lora_scale · B · A, and moves the base's tensors of such a module to `<module>.base_layer`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _WRAPPED = (".lora_A", ".lora_B", ".lora_scale")
 
 @dataclass(frozen=True)
 class EmbeddedLoRA:
-    """One LoRA of a checkpoint: the tensors of its file in kohya's spelling, and that file's metadata."""
+    """One LoRA of a checkpoint: the tensors of a LoRA file in kohya's spelling, and its metadata."""
 
     name: str
     multiplier: float
@@ -36,14 +36,14 @@ class EmbeddedLoRA:
 
 
 def embed_keys(loras: Iterable[EmbeddedLoRA]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata that a checkpoint with these LoRAs in it has more. Inverse of `embedded_loras`."""
+    """The tensors and metadata to add to a checkpoint to embed these LoRAs. Inverse of `embedded_loras`."""
     tensors = {f"{_PREFIX}{escaped(lora.name)}.{key}": tensor for lora in loras for key, tensor in lora.tensors.items()}
     facts = {lora.name: {"multiplier": lora.multiplier, "metadata": lora.metadata} for lora in loras}
     return tensors, {EMBEDDED: json.dumps(facts, ensure_ascii=False)}
 
 
 def split_embedded(file: TensorFile) -> tuple[TensorFile, TensorFile]:
-    """(the plain checkpoint, what belongs to LoRAs inside it); a file that is nothing but a LoRA is left whole."""
+    """Split a file into (the plain checkpoint, the tensors of LoRAs inside it). A file of nothing but a LoRA stays whole."""
     inside = {key for key in file if key.startswith(_PREFIX)}
     if not inside and any(key.endswith(".lora_scale") for key in file):
         inside = {key for key in file if key.endswith((*_WRAPPED, ".lora_A.weight", ".lora_B.weight"))}
@@ -62,7 +62,7 @@ def _unwrapped(key: str, wrapped: set[str], file: TensorFile) -> str:
 
 
 def embedded_loras(inside: TensorFile, names: Sequence[Name]) -> list[EmbeddedLoRA]:
-    """The LoRAs of a checkpoint, from the second part of `split_embedded`. Raises CheckpointError for damaged ones."""
+    """The LoRAs in the second part of `split_embedded`. Raises CheckpointError if they are damaged."""
     if EMBEDDED in inside.metadata or any(key.startswith(_PREFIX) for key in inside):
         return _ours(inside)
     return [_of_lora_wrapper(inside, names)] if inside else []
@@ -93,13 +93,14 @@ def _ours(inside: TensorFile) -> list[EmbeddedLoRA]:
 
 
 def _of_lora_wrapper(inside: TensorFile, names: Sequence[Name]) -> EmbeddedLoRA:
-    kohya, tensors = {name.ldm: name.kohya or name.path for name in names}, {}
+    kohya = {name.ldm: name.kohya or name.path for name in names}
+    tensors: dict[str, Tensor] = {}
     for module in dict.fromkeys(key.rpartition(".lora_")[0] for key in inside):
         if module not in kohya:
             raise CheckpointError(f"{inside.path}: has a LoRA of lora_wrapper on {module!r}, which this model does not have")
         if f"{module}.lora_A.weight" in inside or f"{module}.lora_B.weight" in inside:
             raise CheckpointError(f"{inside.path}: its LoRA on {module!r} is a soft convolution of lora_wrapper, two layers "
-                                  f"in a row that are no change of one weight; not read")
+                                  f"in a row that do not amount to a change of one weight; not read")
         missing = [module + tail for tail in _WRAPPED if module + tail not in inside]
         if missing:
             raise CheckpointError(f"{inside.path}: its LoRA on {module!r} is incomplete: {missing[0]!r} is not in the file")

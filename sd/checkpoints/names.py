@@ -1,13 +1,14 @@
-"""ONE table of module names: ours, LDM's and diffusers'; kohya's spelling is derived from it.
+"""The one table of module names: ours, LDM's and diffusers'; kohya's names are derived from it.
 
-A row stands for a module that bears weights. Foreign names appear in this folder and in sd/lora_files only.
+One row per module with weights. Foreign names appear only in this folder and in sd/lora_files.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from sd.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 
@@ -32,7 +33,7 @@ class Name:
 
     @property
     def path(self) -> str:
-        """The canonical module path, as LoRA targets and reports use it."""
+        """The canonical module path, used by LoRA targets and reports."""
         return f"{self.component}.{self.ours}"
 
     @property
@@ -42,20 +43,21 @@ class Name:
 
 
 def model_names(config: ModelConfig) -> list[Name]:
-    """Every weight-bearing module of the model."""
+    """Every module of the model that has weights."""
     configs = {"clip": config.clip, "encoder": config.vae, "decoder": config.vae, "diffusion": config.unet}
     return [name for component in COMPONENTS for name in component_names(component, configs[component])]
 
 
 def component_names(component: str, config) -> list[Name]:
-    """Every weight-bearing module of one component, from the component's own config."""
-    rows = {"clip": _clip, "encoder": _encoder, "decoder": _decoder, "diffusion": _unet}[component](config)
+    """Every module of one component that has weights. `config`: CLIPConfig, VAEConfig or UNetConfig."""
+    tables: dict[str, Callable[[Any], Iterator[NameRow]]] = {"clip": _clip, "encoder": _encoder, "decoder": _decoder,
+                                                              "diffusion": _unet}
     prefix = LDM_PREFIX[component]
     vae = component in ("encoder", "decoder")
     if vae and not config.widths:
         return []
     return [Name(component, ours, prefix + ldm, diffusers, ldm_conv=vae and "attention." in ours)
-            for ours, ldm, diffusers in rows]
+            for ours, ldm, diffusers in tables[component](config)]
 
 
 NameRow = tuple[str, str, str]  # ours, LDM, diffusers
@@ -66,7 +68,7 @@ def _unet(config: UNetConfig) -> Iterator[NameRow]:
     yield "time_embedding.linear_1", "time_embed.0", "time_embedding.linear_1"
     yield "time_embedding.linear_2", "time_embed.2", "time_embedding.linear_2"
     yield "conv_in", "input_blocks.0.0", "conv_in"
-    k = 1  # LDM numbers the steps of the down path, and again of the up path
+    k = 1  # LDM numbers the modules of the down path, then those of the up path
     for i, width in enumerate(config.widths):
         for j in range(n):
             block = f"down_blocks.{i}"
@@ -112,7 +114,7 @@ def _transformer(ours: str, ldm: str) -> Iterator[NameRow]:
               for attn in ("attn1", "attn2") for a, b in ATTENTION]
     names += [("transformer_blocks.0.ff.fc1", "transformer_blocks.0.ff.net.0.proj"),
               ("transformer_blocks.0.ff.fc2", "transformer_blocks.0.ff.net.2")]
-    for a, b in names:  # inside a transformer LDM and diffusers agree
+    for a, b in names:  # inside a transformer, LDM and diffusers agree
         yield f"{ours}.{a}", f"{ldm}.{b}", f"{ours}.{b}"
 
 
@@ -146,7 +148,7 @@ def _decoder(config: VAEConfig) -> Iterator[NameRow]:
     yield from _vae_ends("decoder")
     widths = config.widths[::-1]
     for i, width in enumerate(widths):
-        ldm = f"up.{len(widths) - 1 - i}"  # LDM counts by resolution: the decoder's first block has the last number
+        ldm = f"up.{len(widths) - 1 - i}"  # LDM counts by resolution, so the decoder's first block has the last number
         for j in range(config.layers_per_block + 1):
             changes = j == 0 and width != widths[max(i - 1, 0)]
             yield from _vae_resnet(f"up_blocks.{i}.resnets.{j}", "decoder", f"{ldm}.block.{j}", changes)
@@ -174,10 +176,10 @@ def _vae_resnet(ours: str, side: str, ldm: str, shortcut: bool) -> Iterator[Name
             yield f"{ours}.{name}", f"{side}.{ldm}.{ldm_name}", f"{side}.{ours}.{name}"
 
 
-# ---- other spellings in which the same modules are published ----------------------------------------------------------
+# ---- variants of these names in published files ------------------------------------------------------------------------
 
 def modern_key(key: str, folder: str) -> str:
-    """A tensor key of a diffusers folder as today's diffusers names it, whatever version wrote it."""
+    """A tensor key of a diffusers folder, of any version, in the spelling of today's diffusers."""
     if folder == "vae" and ".attentions." in key:  # before diffusers 0.15
         for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
             key = key.replace(f".{old}.", f".{new}.")
@@ -187,10 +189,10 @@ def modern_key(key: str, folder: str) -> str:
     return key
 
 
-# Keys that a checkpoint may hold beside the weights of the model. Known, harmless, and listed here only.
+# Keys that a checkpoint may have besides the model's weights: known, harmless, and listed here only.
 HARMLESS = (
-    r"model_ema\..+",  # averaged weights, taken only on request, and the average's own counters
-    r"(first_stage_model\.)?loss\..+",  # discriminator and perceptual loss with which the VAE was trained
+    r"model_ema\..+",  # averaged weights, read only on request, and their counters
+    r"(first_stage_model\.)?loss\..+",  # discriminator and perceptual loss of the VAE's training
     r"betas|alphas_cumprod(_prev)?|(sqrt|sqrt_one_minus|log_one_minus|sqrt_recip|sqrt_recipm1)_alphas_cumprod",
     r"posterior_(variance|log_variance_clipped|mean_coef[12])|lvlb_weights|logvar|scale_factor",
     r"(cond_stage_model\.transformer\.)?(text_model\.)?embeddings\.position_ids",  # 0, 1, 2, ...
@@ -199,13 +201,16 @@ HARMLESS = (
 )
 
 
-# ---- what a checkpoint is ----------------------------------------------------------------------------------------------
+# ---- what kind of model a checkpoint is ---------------------------------------------------------------------------------
 
-def ldm_facts(shapes: dict[str, tuple[int, ...]]) -> dict[str, object]:
-    """What the shapes of an LDM checkpoint tell of its UNet: in_channels, widths, layers_per_block, context_width."""
+def ldm_facts(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """UNetConfig fields inferred from the shapes of an LDM checkpoint: in_channels, widths, layers_per_block, context_width.
+
+    Empty if it has no such UNet.
+    """
     prefix = re.escape(LDM_PREFIX["diffusion"])
 
-    def widths(pattern: str, dims: int, axis: int) -> dict[int, int]:  # number of the input block -> a width
+    def widths(pattern: str, dims: int, axis: int) -> dict[int, int]:  # number of the input block -> width
         found = {key: re.fullmatch(prefix + pattern, key) for key, shape in shapes.items() if len(shape) == dims}
         return {int(match[1]): shapes[key][axis] for key, match in found.items() if match}
 
@@ -221,7 +226,7 @@ def ldm_facts(shapes: dict[str, tuple[int, ...]]) -> dict[str, object]:
 
 
 def guess_checkpoint(keys) -> str:
-    """One clause on what a checkpoint with these keys seems to be."""
+    """A clause for messages that says what a checkpoint with these keys seems to be."""
     keys = list(keys)
     for pattern, what in (
         (r"lora_(unet|te\d?)_|.*[._]lora[._](A|B|up|down)\b", "it seems to be a LoRA, not a checkpoint"),

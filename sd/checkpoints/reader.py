@@ -1,4 +1,4 @@
-"""Checkpoints in any spelling to the config and the state dicts of our networks."""
+"""Reads checkpoints, in any spelling, into our config and state dicts."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ from sd.files.tensors import read_tensors
 class Checkpoint:
     """A model on disk, mapped: no tensor is read before it is used.
 
-    `sources`: component -> the file that it is taken from, the same object for all that lie in one. `inside`: the tensors
-    of LoRAs that a file has beside the model's.
+    `sources`: component -> the file it is read from, one shared object per file. `inside`: the tensors of LoRAs embedded in
+    the file.
     """
 
     path: Path
@@ -47,12 +47,13 @@ class Checkpoint:
     inside: TensorFile
 
     def states(self, networks: Mapping[str, nn.Module], *, ema: bool = False) -> dict[str, dict[str, Tensor]]:
-        """Component -> state dict, as views of the files, for networks of this config (on any device, also meta).
+        """Component -> state dict of views of the files, for networks of this config (on any device, even meta).
 
-        `ema`: the averaged UNet of an LDM file. Raises CheckpointError: every tensor must be there, in its shape, and
-        nothing unknown beside them.
+        `ema`: the averaged UNet of an LDM file. Raises CheckpointError if a tensor is missing, has another shape, or is
+        unknown.
         """
-        states, used = {}, {id(source): set() for source in self.sources.values()}
+        states = {}
+        used: dict[int, set[str]] = {id(source): set() for source in self.sources.values()}
         for component, network in networks.items():
             source = self.sources[component]
             states[component], keys = _state_of(network, source, ema and component == "diffusion")
@@ -64,38 +65,39 @@ class Checkpoint:
 
     @property
     def loras(self) -> list[EmbeddedLoRA]:
-        """The LoRAs inside the file. Raises CheckpointError for damaged ones."""
+        """The LoRAs inside the file. Raises CheckpointError if they are damaged."""
         return embedded_loras(self.inside, model_names(self.config))
 
 
 def open_checkpoint(path: Path, *, config: ModelConfig | None = None, vae: str | os.PathLike | None = None,
                     text_encoder: str | os.PathLike | None = None, variant: str | None = None) -> Checkpoint:
-    """An LDM .ckpt or .safetensors, or a diffusers folder, and its config, unless that is given.
+    """Open an LDM .ckpt or .safetensors, or a diffusers folder; without `config` it is read or inferred from the files.
 
-    `vae`, `text_encoder`: files or folders to take these from instead. `variant`: such as "fp16", of a diffusers folder.
-    Raises CheckpointError for a part that is not there, and for a config that is not of a known family.
+    `vae`, `text_encoder`: files or folders to read these from instead. `variant`: of a diffusers folder, such as "fp16".
+    Raises CheckpointError if a part is missing or the model belongs to no known family.
     """
     if former_folder(path).exists() and not path.exists():
-        raise CheckpointError(f"{path}: a save of this folder was killed at its last step; what it was before "
-                              f"lies whole in {former_folder(path)}: rename that back")
+        raise CheckpointError(f"{path}: a save of this folder was killed at its last step; its former content "
+                              f"is intact in {former_folder(path)}: rename that back")
     sources, configs, inside = _parts_of_folder(path, variant) if path.is_dir() else _parts_of_file(path)
-    own = sources["diffusion"]
     for given, replaced in ((vae, ("encoder", "decoder")), (text_encoder, ("clip",))):
         if given is not None:
             part, part_configs = _read_part(Path(given), FOLDERS[replaced[0]])
             sources, configs = sources | dict.fromkeys(replaced, part), configs | part_configs
+    present: dict[str, TensorFile] = {}
     for component, source in sources.items():
         if source is None:
             kind = configs.get("model_index.json", {}).get("_class_name", "without a model_index.json")
             raise CheckpointError(f"{path}: has no {FOLDERS[component]} in it{_argument_hint(component)} "
                                   f"(the folder is a {kind})")
+        present[component] = source
     if config is None:
-        config = config_of_folder(configs, path) if path.is_dir() else config_of_file(own)
-    return Checkpoint(path, config, sources, inside)
+        config = config_of_folder(configs, path) if path.is_dir() else config_of_file(present["diffusion"])
+    return Checkpoint(path, config, present, inside)
 
 
 def config_of_file(file: TensorFile) -> ModelConfig:
-    """Of a plain checkpoint: from our own metadata, else the known family that its shapes tell. Raises CheckpointError."""
+    """Config of a plain checkpoint, from our metadata or else from its shapes. Raises CheckpointError for unknown families."""
     path = file.path
     if CONFIG_KEY in file.metadata:
         try:
@@ -113,10 +115,10 @@ def config_of_file(file: TensorFile) -> ModelConfig:
     return family
 
 
-# ---- where the parts lie ---------------------------------------------------------------------------------------------
+# ---- where the parts are ---------------------------------------------------------------------------------------------
 
 def _parts_of_file(path: Path) -> tuple[dict[str, TensorFile | None], dict[str, dict], TensorFile]:
-    """(component -> tensors, JSON files, the tensors of LoRAs inside)."""
+    """(component -> tensors, JSON files, tensors of LoRAs inside)."""
     file, inside = split_embedded(read_tensors(path))
     return dict.fromkeys(COMPONENTS, file), {}, inside
 
@@ -127,7 +129,7 @@ def _parts_of_folder(path: Path, variant: str | None) -> tuple[dict[str, TensorF
 
 
 def _read_part(path: Path, folder: str) -> tuple[TensorFile, dict[str, dict]]:
-    """Tensors and config of a VAE or a text encoder named on its own: a file, its folder, or a whole model of any kind."""
+    """Tensors and config of a separately given VAE or text encoder: a file, its folder, or a folder of a whole model."""
     if not path.is_dir():
         return read_tensors(path), {}
     found = read_diffusers_folder(path, components=(folder,))
@@ -144,8 +146,8 @@ def _argument_hint(component: str) -> str:
 # ---- tensors under our names --------------------------------------------------------------------------------------------
 
 def _state_of(network: nn.Module, source: TensorFile, ema: bool) -> tuple[dict[str, Tensor], set[str]]:
-    """Our state dict from a file's tensors, in whichever spelling the file has, and the file's keys that were used."""
-    component, shapes = network.component, {k: tuple(p.shape) for k, p in network.state_dict().items()}
+    """(our state dict, the file's keys that were used), from a file in any spelling."""
+    component, shapes = str(network.component), {k: tuple(p.shape) for k, p in network.state_dict().items()}
     given = {modern_key(key, FOLDERS[component]): key for key in source}
     names = component_names(component, network.config)
     if not names:  # no autoencoder
@@ -154,20 +156,22 @@ def _state_of(network: nn.Module, source: TensorFile, ema: bool) -> tuple[dict[s
     if not any(spell(n) + ".weight" in given for n in names):
         raise CheckpointError(f"{source.path}: has no {FOLDERS[component]} in it{_argument_hint(component)} "
                               f"({guess_checkpoint(source)})")
-    state, used, missing, misshapen = {}, set(), [], []
+    state: dict[str, Tensor] = {}
+    used: set[str] = set()
+    missing, misshapen = [], []
     for name in names:
         for tail in ("weight", "bias"):
             ours, theirs = f"{name.ours}.{tail}", f"{spell(name)}.{tail}"
             if ours not in shapes:
                 continue
             key = _ema_key(theirs) if ema else given.get(theirs)
-            if key not in source:
+            if key is None or key not in source:
                 missing.append(key or theirs)
                 continue
             used |= {key, given.get(theirs, key)}
             tensor = source[key]
             if tail == "weight" and name.ldm_conv and tensor.dim() == 4 and tensor.shape[2:] == (1, 1):
-                tensor = tensor[:, :, 0, 0]  # LDM's VAE attention is 1x1 convolutions
+                tensor = tensor[:, :, 0, 0]  # LDM's VAE attention uses 1x1 convolutions
             if tuple(tensor.shape) != shapes[ours]:
                 misshapen.append(f"{key} is {list(tensor.shape)}, expected {list(shapes[ours])}")
             state[ours] = tensor
@@ -180,7 +184,7 @@ def _state_of(network: nn.Module, source: TensorFile, ema: bool) -> tuple[dict[s
 
 
 def _refuse_unexpected(source: TensorFile, used: set[str], elsewhere: tuple[str, ...]) -> None:
-    """`elsewhere`: prefixes of the parts that are taken from another file."""
+    """`elsewhere`: key prefixes of the parts that are read from another file."""
     unexpected = [key for key in source if key not in used and not key.startswith(elsewhere)
                   and not any(re.fullmatch(pattern, key) for pattern in HARMLESS)]
     if unexpected:
@@ -197,7 +201,7 @@ def _ldm_flat_clip(name: Name) -> str:
 
 
 def _bare_ldm(name: Name) -> str:
-    return name.ldm.removeprefix(LDM_PREFIX[name.component])  # a VAE alone
+    return name.ldm.removeprefix(LDM_PREFIX[name.component])  # a VAE on its own
 
 
 def _diffusers(name: Name) -> str:

@@ -1,7 +1,7 @@
-"""Models to files: one .safetensors in LDM layout, or a diffusers folder; atomic, and one tensor at a time.
+"""Writes models: one .safetensors in LDM layout, or a diffusers folder, atomically and one tensor at a time.
 
-`models` is the Models that a loader returns. Active adapters are merged into what is written, tensor by tensor, when its
-turn to be written comes: a merge needs little more memory than the base that it reads.
+`models` is a sd.models.Models. save_merged merges active adapters tensor by tensor as it writes, so it needs little more
+memory than the base.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from sd.files.tensor_file import CheckpointError, Lazy, all_finite
 from sd.files.tensors import write_safetensors
 from sd.prompts.tokenizer import data_dir
 
-Reader = Callable[[nn.Module, str], Tensor]  # (layer, "weight" or "bias") -> the tensor that is to be written
+Reader = Callable[[nn.Module, str], Tensor]  # (layer, "weight" or "bias") -> the tensor to write
 
 
 def save_checkpoint(models, path: str | os.PathLike, *, dtype: torch.dtype | None = None,
                     metadata: Mapping[str, str] | None = None) -> None:
-    """Write the whole model: a path ending in .safetensors in LDM layout, any other path as a diffusers folder. Atomic.
+    """Write the whole model, atomically: to a path ending in .safetensors in LDM layout, to any other as a diffusers folder.
 
-    Raises LoRAError while adapters are attached: merge_lora_weights makes them part of the model, remove_lora drops them,
-    save_merged leaves them and writes the model as they make it.
+    Raises LoRAError while adapters are attached: merge_lora_weights merges them into the model, remove_lora drops them, and
+    save_merged writes a merged model without changing this one.
     """
     path = check_target(path)
     if adapter_names(models):
@@ -49,10 +49,10 @@ def save_checkpoint(models, path: str | os.PathLike, *, dtype: torch.dtype | Non
 
 def save_merged(models, path: str | os.PathLike, *, dtype: torch.dtype | None = None,
                 metadata: Mapping[str, str] | None = None) -> None:
-    """As save_checkpoint, with the active adapters merged into what is written; the models stay as they are.
+    """As save_checkpoint, with the active adapters merged into the written weights; the models do not change.
 
-    Each tensor is round(W + Σ mᵢ ΔWᵢ) in `dtype` (None: its own), summed in fp32 and made when its turn comes; one that no
-    adapter changes is written bit for bit. Raises CheckpointError, and writes nothing, for values that overflow `dtype`.
+    Each tensor is W + Σ mᵢ ΔWᵢ, summed in fp32 and rounded once to `dtype` (None: its own); tensors that no adapter changes
+    are written bit for bit. Raises CheckpointError, and writes nothing, if values overflow `dtype`.
     """
     path = check_target(path)
     with exclusive(models):
@@ -62,7 +62,7 @@ def save_merged(models, path: str | os.PathLike, *, dtype: torch.dtype | None = 
 
 
 def check_target(path: str | os.PathLike) -> Path:
-    """Raises CheckpointError where nothing could be saved: better before a long computation than after it."""
+    """Raises CheckpointError if nothing can be saved at `path`; to be called before a long computation."""
     path = Path(path)
     if path.suffix.lower() == ".safetensors":
         return path
@@ -84,21 +84,21 @@ def ldm_state(models, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
 
 
 def ldm_tensors(models, dtype: torch.dtype | None = None, read: Reader | None = None) -> dict[str, Lazy]:
-    """As ldm_state, made when they are written."""
+    """As ldm_state, with tensors that are computed when they are written."""
     return {f"{name.ldm}.{tail}": lazy for network in models.values()
             for name, tail, lazy in _tensors(network, dtype, read or _base, ldm=True)}
 
 
 def ldm_metadata(models) -> dict[str, str]:
-    """What the header of a file in LDM layout says of the model."""
+    """Metadata of a file in LDM layout that describes the model."""
     quantized = {"sdlora.base_quantization": kind} if (kind := ",".join(quantized_kinds(models))) else {}
     return {"format": "pt", CONFIG_KEY: json.dumps(models.config.to_dict()), **quantized}
 
 
 def _tensors(network: nn.Module, dtype: torch.dtype | None, read: Reader,
              ldm: bool = False) -> Iterator[tuple[Name, str, Lazy]]:
-    """(name, "weight" or "bias", what is to be written) of all, as LDM or as diffusers shapes it."""
-    for name in component_names(network.component, network.config):
+    """(name, "weight" or "bias", tensor to write) of every module, in the shapes of LDM or diffusers."""
+    for name in component_names(str(network.component), network.config):
         layer = network.get_submodule(name.ours)
         for tail in ("weight", "bias"):
             tensor = getattr(layer, tail, None)
@@ -122,7 +122,7 @@ def _base(layer: nn.Module, tail: str) -> Tensor:
 
 
 def _merged(layer: nn.Module, tail: str) -> Tensor:
-    """The layer's weight or bias with what its active adapters add, in fp32; where that is nothing, its own bits."""
+    """The layer's weight or bias plus its active adapters' changes, in fp32; unchanged tensors keep their bits."""
     base = _base(layer, tail)
     if not isinstance(layer, LoRALayer) or not layer.lora_enabled:
         return base
@@ -133,11 +133,12 @@ def _merged(layer: nn.Module, tail: str) -> Tensor:
         return base
     with exact():
         merged = layer.merged_sum()[tail == "bias"]
-    unchanged = merged is None or torch.equal(merged, base.to(merged.dtype))
-    return base if unchanged else merged  # -0.0 + 0.0 would be 0.0
+    if merged is None or torch.equal(merged, base.to(merged.dtype)):
+        return base  # -0.0 + 0.0 would be 0.0
+    return merged
 
 
-# All that stands in a folder of ours; nothing else is ever deleted by a save.
+# The entries of a folder that we write; a save deletes nothing else.
 FOLDER_ENTRIES = {"model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae"}
 
 
@@ -152,13 +153,13 @@ def _save_folder(models, path: Path, dtype: torch.dtype | None, read: Reader) ->
     if not models.config.vae.widths:
         raise CheckpointError(f"{path}: a diffusers folder has a VAE, this model of pixels has none; save it as .safetensors")
     with atomic_folder(path) as new:
-        for folder, file, networks in (("unet", "diffusion_pytorch_model", ("diffusion",)),
+        for folder, stem, networks in (("unet", "diffusion_pytorch_model", ("diffusion",)),
                                        ("vae", "diffusion_pytorch_model", ("encoder", "decoder")),
                                        ("text_encoder", "model", ("clip",))):
             tensors = {f"{name.diffusers}.{tail}": lazy
                        for key in networks for name, tail, lazy in _tensors(models[key], dtype, read)}
             (new / folder).mkdir()
-            write_safetensors(new / folder / f"{file}.safetensors", tensors, {"format": "pt"})
+            write_safetensors(new / folder / f"{stem}.safetensors", tensors, {"format": "pt"})
         texts = {name: json.dumps(content, indent=2) + "\n" for name, content in folder_configs(models.config).items()}
         texts |= {f"tokenizer/{n}": (data_dir() / n).read_text(encoding="utf-8") for n in ("vocab.json", "merges.txt")}
         for name, text in texts.items():

@@ -1,4 +1,4 @@
-"""Files and folders that are the old one or the new one at every moment, also after a power cut."""
+"""Atomic writes: at every moment a path is the old file or folder or the new one, even after a power cut."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _TEMPORARY = ".sd-tmp"
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """A binary file that becomes `path` when the block ends, and leaves no trace when the block raises.
+def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A binary file that replaces `path` when the block ends, and leaves no trace if the block raises.
 
-    At every moment `path` is the old file or the new one, also after a power cut. A symbolic link stays and its target
-    is replaced. An OSError names the file.
+    At every moment `path` is the old file or the new one, even after a power cut. A symbolic link stays; its target is
+    replaced. An OSError names `path`.
     """
     target = os.path.realpath(path)
     folder = os.path.dirname(target)
@@ -35,12 +35,12 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException as error:
-        with suppress(OSError):  # a read-only disk refuses this too, and the first error is the one to tell
+        with suppress(OSError):  # this fails too on a read-only disk; report the first error
             Path(temporary).unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno and error.filename in (None, temporary):
             raise OSError(error.errno, error.strerror, os.fspath(path)) from None
         raise
-    if os.name == "posix":  # the new name itself must reach the disk
+    if os.name == "posix":  # the rename itself must reach the disk
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -48,8 +48,8 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             os.close(descriptor)
 
 
-def keep_sources(out: str | Path, *sources: str | Path) -> None:
-    """Raises CheckpointError for an `out` that is one of the files to read, or a folder with one of them in it."""
+def keep_sources(out: str | os.PathLike, *sources: str | os.PathLike) -> None:
+    """Raises CheckpointError if `out` is one of the files to read, or a folder that contains one."""
     target = Path(os.path.realpath(out))
     for path in sources:
         if Path(os.path.realpath(path)).is_relative_to(target):
@@ -57,15 +57,15 @@ def keep_sources(out: str | Path, *sources: str | Path) -> None:
 
 
 @contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """A new folder that becomes `path` when the block ends, and leaves no trace when the block raises.
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A new folder that replaces `path` when the block ends, and leaves no trace if the block raises.
 
-    A symbolic link stays and its target is replaced. Killed between its two renames, it leaves the folder that was there
-    whole beside it, at `former_folder(path)`.
+    A symbolic link stays; its target is replaced. If the process is killed between the two renames, the old folder survives
+    intact at `former_folder(path)`.
     """
     path, old = Path(os.path.realpath(path)), former_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(glob.escape(f".{path.name}.") + "*.new"):  # what killed saves left
+    for stale in path.parent.glob(glob.escape(f".{path.name}.") + "*.new"):  # left by killed saves
         if time.time() - stale.stat().st_mtime > 3600:
             shutil.rmtree(stale, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".new"))
@@ -87,14 +87,14 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def former_folder(path: str | Path) -> Path:
-    """Where a folder lies while another takes its place."""
+def former_folder(path: str | os.PathLike) -> Path:
+    """Where the old folder is kept while a new one takes its place."""
     path = Path(os.path.realpath(path))
     return path.with_name(f".{path.name}.old")
 
 
-def remove_stale_temporaries(folder: str | Path) -> None:
-    """Delete what killed writers left in a folder: temporaries that nobody has written to for an hour."""
+def remove_stale_temporaries(folder: str | os.PathLike) -> None:
+    """Delete the temporary files of killed writers: those not written to for an hour."""
     for file in Path(folder).glob(f".*{_TEMPORARY}"):
         try:
             if time.time() - file.stat().st_mtime > 3600:

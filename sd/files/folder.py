@@ -1,4 +1,4 @@
-"""diffusers folders: the weights of each component and the JSON beside them."""
+"""diffusers folders: each component's weights, and the JSON files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sd.files.tensors import read_tensors
 
 @dataclass(frozen=True)
 class Folder:
-    """A diffusers folder.
+    """A diffusers folder, mapped.
 
     `configs`: "model_index.json", "unet/config.json", ... -> content. `components`: "unet", "vae", ... -> tensors.
     """
@@ -24,13 +24,13 @@ class Folder:
     components: dict[str, TensorFile]
 
 
-def read_diffusers_folder(path: str | Path, components: tuple[str, ...] = ("unet", "vae", "text_encoder"),
+def read_diffusers_folder(path: str | os.PathLike, components: tuple[str, ...] = ("unet", "vae", "text_encoder"),
                           variant: str | None = None) -> Folder:
-    """Map the weights of a diffusers folder and parse its configs; names of tensors are left as they are.
+    """Map the weights of a diffusers folder and parse its configs; tensor names are left as they are.
 
-    The plain files are taken, safetensors before .bin, sharded or not; with `variant` ("fp16") the files of that name
-    where a component has them. Without plain files a component's only variant is taken. A folder without
-    model_index.json that itself holds weights (a VAE alone) is the component "". Raises CheckpointError.
+    Plain files are preferred, safetensors over .bin, sharded or not; with `variant` ("fp16"), that variant where a
+    component has it. If a component has no plain files, its only variant is read. In a folder without model_index.json,
+    weights at the top level (a VAE alone) are the component "". Raises CheckpointError.
     """
     path = Path(path)
     if not path.is_dir():
@@ -39,14 +39,16 @@ def read_diffusers_folder(path: str | Path, components: tuple[str, ...] = ("unet
     configs = {}
     for file in sorted([*path.glob("model_index.json"), *path.glob("*config.json"), *path.glob("*/*config.json")]):
         configs[file.relative_to(path).as_posix()] = read_json(file)
-    found, variants = {}, set()
+    found: dict[str, TensorFile] = {}
+    variants: set[str] = set()
     for name in components if "model_index.json" in configs else ("", *components):
         files = _weight_files(path / name)
-        variants |= {key for key in files if key}
+        own = {key for key in files if key}
+        variants |= own
         chosen = variant if variant in files else None
         if None not in files and chosen is None and files:
             if len(files) > 1 or variant is not None:
-                raise CheckpointError(f"{path / name}: has only the variants {', '.join(map(repr, sorted(files)))}; "
+                raise CheckpointError(f"{path / name}: has only the variants {', '.join(map(repr, sorted(own)))}; "
                                       f"variant= is {variant!r}")
             chosen = next(iter(files))
         if files:
@@ -63,7 +65,7 @@ _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # diffusers, tra
 
 
 def _weight_files(folder: Path) -> dict[str | None, str]:
-    """Variant (None: plain) -> the weight file or the shard index to read."""
+    """Variant (None: plain) -> the weight file or shard index to read."""
     files: dict[str | None, str] = {}
     present = sorted(file.name for file in folder.glob("*")) if folder.is_dir() else []
     for kind in ("safetensors", "bin"):
@@ -98,7 +100,7 @@ def _read_weights(folder: Path, name: str) -> TensorFile:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object. Raises CheckpointError."""
+    """Read a JSON object. Raises CheckpointError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

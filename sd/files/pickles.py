@@ -1,4 +1,4 @@
-"""Torch pickles, read without running code: names are vetted before torch sees them, and torch loads weights only."""
+"""Reads torch pickles without running code: names are vetted before torch sees them, and torch loads weights only."""
 
 from __future__ import annotations
 
@@ -9,23 +9,28 @@ import re
 import struct
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
 
 from sd.files.tensor_file import CheckpointError, TensorFile
 
-# What the readers of a damaged pickle or zip archive raise.
+# Whatever reading a damaged pickle or zip archive may raise.
 DAMAGE = (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, TypeError, AttributeError,
           AssertionError, OverflowError, struct.error, OSError, ImportError, zipfile.BadZipFile)
 
 
 def read_pickle(path: Path, is_zip: bool) -> TensorFile:
-    """The tensors of a file of torch.save, mapped where it is a zip. Raises CheckpointError for one that is damaged, that
-    asks for code, or that holds no tensors."""
+    """Read the tensors of a torch.save file, mapped if it is a zip.
+
+    Raises CheckpointError if it is damaged, asks for code, or holds no tensors.
+    """
     names: set[str] = set()
-    damage = content = None
+    damage: BaseException | None = None
+    content = None
     try:
         _collect_globals(path, is_zip, names)
     except (*DAMAGE, MemoryError) as error:  # a damaged length may ask for any amount of memory
@@ -35,11 +40,12 @@ def read_pickle(path: Path, is_zip: bool) -> TensorFile:
     if refused:
         raise CheckpointError(f"{path}: refused, because its pickle asks for {', '.join(refused[:5])}: "
                               "only tensors are loaded, code never is")
-    stubs = [(_STANDINS.get(name, _Inert), name) for name in sorted(names) if _INERT.fullmatch(name) or name in _STANDINS]
-    mapped = is_zip and path.suffix != ".safetensors"  # torch.load goes by that name; an open file it takes as it is
+    stubs: list[Callable | tuple[Callable, str]] = [
+        (_STANDINS.get(name, _Inert), name) for name in sorted(names) if _INERT.fullmatch(name) or name in _STANDINS]
+    mapped = is_zip and path.suffix != ".safetensors"  # torch.load trusts that suffix; an open file has none
     try:
         with torch.serialization.safe_globals(stubs), warnings.catch_warnings(), open(path, "rb") as file:
-            warnings.simplefilter("ignore", UserWarning)  # torch's remark on pickle protocols other than 2
+            warnings.simplefilter("ignore", UserWarning)  # about pickle protocols other than 2
             content = damage or torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except DAMAGE as error:
         damage = error
@@ -51,14 +57,14 @@ def read_pickle(path: Path, is_zip: bool) -> TensorFile:
 
 
 def type_name(value) -> str:
-    """The type of something that is left out, for messages."""
+    """The type of a value that is not loaded, for messages."""
     if isinstance(value, Tensor):
         return f"a {value.layout} tensor on {value.device}"
     return "an object that is not loaded" if isinstance(value, _Inert) or value is _Inert else type(value).__name__
 
 
 class _Inert:
-    """Stands for a class or function that a published file names and nobody needs: holds nothing, does nothing."""
+    """Inert stand-in for a class or function that published files name and nobody needs."""
 
     def __new__(cls, *args, **kwargs):
         return object.__new__(cls)
@@ -71,7 +77,7 @@ class _Inert:
 
 
 class _Parameters(dict):
-    """Stands for a torch.nn.ParameterDict, as which the first embeddings were saved: its parameters and nothing else."""
+    """Stand-in for torch.nn.ParameterDict, in which the first embeddings were saved: keeps its parameters only."""
 
     def __setstate__(self, state):
         self.update(state.get("_parameters") or {})
@@ -87,18 +93,19 @@ _SAFE = re.compile(r"collections\.OrderedDict|_codecs\.encode|(builtins|__builti
 
 
 def _collect_globals(path: Path, is_zip: bool, names: set[str]) -> None:
-    # A list for the message and for the stubs; what is executed is decided by torch's weights_only unpickler alone.
+    # Only for the message and the stubs: torch's weights_only unpickler alone decides what is executed.
     with open(path, "rb") as file:
+        stream: IO[bytes] = file
         pickles = 5  # magic number, protocol, system, content, storage keys
         if is_zip:
             archive = zipfile.ZipFile(file)
             member = next(m for m in archive.infolist() if m.filename.endswith("/data.pkl"))
-            file, pickles = io.BytesIO(archive.read(member)), 1
+            stream, pickles = io.BytesIO(archive.read(member)), 1
         strings: list[str] = []
         for _ in range(pickles):
-            for opcode, argument, _ in pickletools.genops(file):
+            for opcode, argument, _ in pickletools.genops(stream):
                 if opcode.name in ("GLOBAL", "INST"):
-                    names.add(argument.replace(" ", "."))
+                    names.add(str(argument).replace(" ", "."))
                 elif opcode.name == "STACK_GLOBAL":
                     names.add(".".join(strings[-2:]))
                 elif isinstance(argument, str):
@@ -106,7 +113,7 @@ def _collect_globals(path: Path, is_zip: bool, names: set[str]) -> None:
 
 
 def _sort_content(path: Path, content) -> TensorFile:
-    """Tensors, scalars and the rest of an unpickled object: a dict, a dict of dicts, or a list of tensors."""
+    """Split an unpickled object (a dict, a dict of dicts, or a list of tensors) into tensors, scalars and the rest."""
     if isinstance(content, Tensor):
         content = {"0": content}
     if isinstance(content, (list, tuple)):

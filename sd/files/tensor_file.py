@@ -1,8 +1,9 @@
-"""The tensors of one file, and tensors that are made when they are written."""
+"""The tensors of one file as a dict, and tensors that are computed when they are written."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,17 +23,17 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class CheckpointError(SDError):
-    """A file that cannot be read: the message names it and says what it seems to be."""
+    """A file that cannot be read or written; the message names it and says why."""
 
 
 class TensorFile(dict):
-    """Name -> tensor of one file, with what else was in it.
+    """Name -> tensor of one file, and the file's other contents.
 
-    `metadata`: the strings of a safetensors header. `scalars`: numbers, booleans and strings that lay among the tensors
-    of a pickle. `ignored`: name -> type of everything else that was left out (optimizer states, callbacks, ...).
+    `metadata`: the strings of a safetensors header. `scalars`: numbers, booleans and strings among the tensors of a
+    pickle. `ignored`: name -> type of everything that was left out (optimizer states, callbacks, ...).
     """
 
-    def __init__(self, path: str | Path, tensors: dict[str, Tensor], metadata=None, scalars=None, ignored=None):
+    def __init__(self, path: str | os.PathLike, tensors: dict[str, Tensor], metadata=None, scalars=None, ignored=None):
         super().__init__(tensors)
         self.path = Path(path)
         self.metadata: dict[str, str] = metadata or {}
@@ -47,7 +48,7 @@ class TensorFile(dict):
 
 @dataclass(frozen=True)
 class Lazy:
-    """A tensor that is made when its turn to be written comes, and forgotten when it is written."""
+    """A tensor that is computed when it is to be written, and dropped afterwards."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -55,8 +56,8 @@ class Lazy:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite: by the extremes, without a temporary of the tensor's size."""
+    """Whether no value is NaN or infinite, found from min and max without a temporary of the tensor's size."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
-    low, high = torch.aminmax(tensor.float() if tensor.itemsize == 1 else tensor)  # NaN is passed on
+    low, high = torch.aminmax(tensor.float() if tensor.itemsize == 1 else tensor)  # NaN propagates
     return math.isfinite(low.item()) and math.isfinite(high.item())

@@ -1,7 +1,7 @@
-"""Files of tensors: what a file is, safetensors in both directions, pickles through sd.files.pickles.
+"""Files of tensors: detects the format, reads safetensors and pickles, writes safetensors and .pt.
 
-Reading maps the file: tensors are views of the map (copy on write), so nothing is read before it is used and a model
-that takes them as they are needs no second copy. What a file is, is told by its content, never by its name.
+Files are mapped (copy on write) and tensors are views of the map: nothing is read before it is used, and a model that
+takes the tensors as they are needs no second copy. The format is detected from the content, never from the name.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -27,11 +28,11 @@ from sd.files.tensor_file import DTYPE_NAMES, DTYPES, CheckpointError, Lazy, Ten
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 
-def read_tensors(path: str | Path) -> TensorFile:
+def read_tensors(path: str | os.PathLike) -> TensorFile:
     """Map a safetensors file or a torch pickle (.ckpt, .pt, .bin, .pth; zip or old style).
 
-    The tensors may be written to: the file does not change. Old-style pickles are read into memory. A `state_dict`
-    level is unwrapped, one level of nested dicts becomes "outer.inner", a list of tensors gets the names "0", "1", ...
+    Writing to the tensors does not change the file. Old-style pickles are read into memory. A `state_dict` level is
+    unwrapped, one level of nested dicts becomes "outer.inner", the tensors of a list are named "0", "1", ...
     Raises CheckpointError.
     """
     path = Path(path)
@@ -43,7 +44,7 @@ def read_tensors(path: str | Path) -> TensorFile:
     raise CheckpointError(f"{path}: not a checkpoint, it seems to be {kind}")
 
 
-# What people hand over by mistake, by its first bytes.
+# Files that people pass by mistake, by their first bytes.
 _MAGIC = [
     (b"\x89PNG", "a PNG picture"), (b"\xff\xd8\xff", "a JPEG picture"), (b"GIF8", "a GIF picture"),
     (b"RIFF", "a WebP picture or a sound file"), (b"\x1f\x8b", "a gzip archive"), (b"7z\xbc\xaf", "a 7z archive"),
@@ -53,10 +54,10 @@ _MAGIC = [
 ]
 
 
-def sniff(path: str | Path) -> str:
-    """What a file is, by its first bytes: "safetensors", "torch zip", "pickle", or a phrase such as "a PNG picture".
+def sniff(path: str | os.PathLike) -> str:
+    """Detect a file's format from its first bytes: "safetensors", "torch zip", "pickle", or a phrase: "a PNG picture".
 
-    Raises CheckpointError for a file that is missing, empty, a folder, or a damaged safetensors file.
+    Raises CheckpointError if the file is missing, empty, a folder, or a damaged safetensors file.
     """
     path = Path(path)
     if path.is_dir():
@@ -70,7 +71,7 @@ def sniff(path: str | Path) -> str:
         raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from None
     if size == 0:
         raise CheckpointError(f"{path}: is empty (0 bytes)")
-    if head[4:9] == b"\0\0\0\0{":  # before all magic numbers: a header of 640 bytes makes the file start like a pickle
+    if head[4:9] == b"\0\0\0\0{":  # before the magic numbers: with a header of 640 bytes the file starts like a pickle
         length = struct.unpack("<Q", head[:8])[0]
         if length > MAX_HEADER:
             raise CheckpointError(f"{path}: damaged safetensors file: its header claims {length:,} bytes, "
@@ -112,9 +113,9 @@ def _sniff_zip(path: Path) -> str:
 
 
 def _read_safetensors(path: Path) -> TensorFile:
-    # The format: 8 bytes of header length, a JSON header, the bytes of all tensors without gaps.
-    # from_file keeps no file descriptor open (hundreds of LoRAs may be mapped) and is copy on write
-    storage = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+    # The format: 8 bytes of header length, a JSON header, then the bytes of all tensors without gaps.
+    # from_file keeps no file descriptor open (hundreds of LoRAs may be mapped) and is copy on write.
+    storage = cast(torch.UntypedStorage, torch.UntypedStorage.from_file(str(path), False, path.stat().st_size))
     length = struct.unpack("<Q", _bytes(storage, 0, 8))[0]
     try:
         header = json.loads(_bytes(storage, 8, 8 + length))
@@ -152,23 +153,24 @@ def _bytes(storage: torch.UntypedStorage, begin: int, end: int) -> bytes:
 def _view(storage: torch.UntypedStorage, dtype: torch.dtype, shape: tuple[int, ...], begin: int, end: int) -> Tensor:
     if begin == end:
         return torch.empty(shape, dtype=dtype)
-    part = storage[begin:end]  # a storage of its own: a deepcopy or torch.save of the tensor copies its bytes only
+    part = storage[begin:end]  # its own storage: deepcopy or torch.save of the tensor copies these bytes only
     if begin % dtype.itemsize:  # old files do not pad their header
         part = part.clone()
-    return torch.empty(0, dtype=dtype).set_(part, 0, shape)
+    return torch.empty(0, dtype=dtype).set_(part, 0, shape)  # type: ignore[call-overload]  # the stubs demand a stride
 
 
 def written_order(tensors: Mapping[str, Tensor | Lazy]) -> list[str]:
-    """Wide dtypes first, so that every tensor is aligned to its own size; the safetensors library sorts the same way."""
+    """Names in file order: wide dtypes first, so that every tensor is aligned. The safetensors library sorts the same way."""
     return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
 
 
-def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor | Lazy], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors and metadata (strings) as one safetensors file that replaces `path` at once or not at all.
+def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, Tensor | Lazy],
+                      metadata: dict[str, str] | None = None) -> None:
+    """Write tensors and metadata (strings) as one safetensors file, atomically.
 
-    One tensor at a time is made, and made contiguous on the CPU; shared tensors are written once for each name. The same
-    input gives the same bytes. Raises TypeError for anything but tensors and strings, OSError (disk full) with the old
-    file untouched, and what a Lazy raises.
+    Tensors are computed and moved to the CPU one at a time; a shared tensor is written once for each name. The same input
+    gives the same bytes. Raises TypeError for anything but tensors and strings, OSError (disk full), and whatever a Lazy
+    raises; the old file is then untouched.
     """
     metadata = metadata or {}
     for key, value in metadata.items():
@@ -176,7 +178,8 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor | Lazy], me
             raise TypeError(f"{path}: metadata must be strings, {key!r} is {value!r}")
     _check_tensors(path, tensors, Lazy)
     names = written_order(tensors)
-    header, end = {"__metadata__": metadata} if metadata else {}, 0
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    end = 0
     for name in names:
         tensor = tensors[name]
         if tensor.dtype not in DTYPE_NAMES:
@@ -191,7 +194,7 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor | Lazy], me
     with atomic_write(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in names:
-            file.write(_raw(tensors[name], f"{path}: {name!r}"))  # a temporary: two tensors are never there at once
+            file.write(_raw(tensors[name], f"{path}: {name!r}"))  # not kept in a variable: one tensor at a time in memory
 
 
 def _raw(tensor: Tensor | Lazy, what: str) -> memoryview:
@@ -199,15 +202,15 @@ def _raw(tensor: Tensor | Lazy, what: str) -> memoryview:
         lazy, tensor = tensor, tensor.make()
         if (tensor.shape, tensor.dtype) != (lazy.shape, lazy.dtype):
             raise SDError(f"{what} was made with shape {list(tensor.shape)} and {tensor.dtype}, its header says "
-                      f"{list(lazy.shape)} and {lazy.dtype}")
+                          f"{list(lazy.shape)} and {lazy.dtype}")
     plain = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return memoryview(plain.view(torch.uint8).numpy()) if plain.numel() else memoryview(b"")
+    return plain.view(torch.uint8).numpy().data if plain.numel() else memoryview(b"")
 
 
-def write_pt(path: str | Path, tensors: dict[str, Tensor]) -> None:
-    """Write a flat dict of tensors with torch.save, which replaces `path` at once or not at all.
+def write_pt(path: str | os.PathLike, tensors: dict[str, Tensor]) -> None:
+    """Write a flat dict of tensors with torch.save, atomically.
 
-    torch.load(weights_only=True) reads it. A view is saved without the rest of its storage. Raises as
+    torch.load(weights_only=True) reads it. Views are saved without the rest of their storage. Raises as
     write_safetensors does.
     """
     _check_tensors(path, tensors)
@@ -221,20 +224,20 @@ def write_pt(path: str | Path, tensors: dict[str, Tensor]) -> None:
         try:
             torch.save(plain, file)
         except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # a full disk; torch puts "unexpected pos" in its place
+            if isinstance(error.__context__, OSError):  # a full disk, which torch reports as "unexpected pos"
                 raise error.__context__ from None
             raise
 
 
-def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write safetensors, or a torch pickle without metadata (and a warning) for a path that ends in `.pt`."""
+def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write safetensors, or, for a path ending in `.pt`, a torch pickle without metadata, with a warning."""
     if Path(path).suffix.lower() != ".pt":
         return write_safetensors(path, tensors, metadata)
     warnings.warn(f"{path}: a .pt file holds no metadata; .safetensors would keep it", stacklevel=2)
     write_pt(path, tensors)
 
 
-def _check_tensors(path: str | Path, tensors: Mapping[str, Tensor | Lazy], lazy: type | tuple = ()) -> None:
+def _check_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor | Lazy], lazy: type | tuple = ()) -> None:
     for name, tensor in tensors.items():
         if not isinstance(name, str) or name == "__metadata__":
             raise TypeError(f"{path}: {name!r} cannot be the name of a tensor")

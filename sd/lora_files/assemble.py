@@ -1,7 +1,7 @@
-"""LoRA files: one canonical form, {module path: AdapterWeights}, and the spellings that lead to it and back.
+"""Assembles a LoRA file's entries into the canonical form, {module path: AdapterWeights}, and checks them.
 
-A reader turns a file into entries; `assemble` groups them by module and checks them. Nothing of a file is skipped in
-silence: what is not applied is named in an error, or was asked for with `skip`. Facts: docs/lora-formats.md.
+The readers in modern.py and legacy.py yield the entries. No tensor is skipped silently: one that is not used is named in an
+error, unless `skip` matches it. Facts: docs/lora-formats.md.
 """
 
 from __future__ import annotations
@@ -22,25 +22,23 @@ from sd.lora_files.modules import Modules
 from sd.lora_files.spellings import FLAGS, IGNORED, MODIFIERS, SCALES, SPARSE, TENSORS, TOKEN, UP_BIAS, Entry, guess_clause
 from sd.prompts.learned_words import EmbeddingError
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
-
 
 @dataclass
 class Assembled:
-    """What `assemble` made of a file's entries."""
+    """The result of `assemble`."""
 
     state: dict[str, AdapterWeights]
-    used: set[str]  # keys of the file
+    used: set[str]  # keys of the file, as in `skipped`
     skipped: set[str]
     words: dict[str, Tensor] = field(default_factory=dict)  # learned word -> its vectors
 
 
 def assemble(entries: Iterable[Entry], strange: Iterable[str], modules: Modules, where: str, *, skip: str | None = None,
              tensors: Mapping[str, Tensor] | None = None, words: bool = False) -> Assembled:
-    """Entries to {module path: AdapterWeights}, whole: every one is used, matches `skip`, or is named in LoRAFormatError.
+    """Entries to {module path: AdapterWeights}. Every entry is used, matches `skip`, or raises LoRAFormatError.
 
-    `skip`: a regular expression, searched in the file's keys and in our module paths. `words`: whether learned words of the
-    prompt are taken too; else they are refused.
+    `strange`: keys that the reader did not understand. `tensors`: the whole file, for messages. `skip`: a regular expression,
+    searched for in the file's keys and in our module paths. `words`: whether to accept learned words of the prompt.
     """
     try:
         leave = re.compile(skip) if skip else None
@@ -53,7 +51,8 @@ def assemble(entries: Iterable[Entry], strange: Iterable[str], modules: Modules,
                               f"first: {strange[0]!r}{guess_clause(tensors)}")
     parts: dict[str, dict[str, Tensor]] = {}
     spelled: dict[str, str] = {}
-    unknown, used, learned = [], set(), {}
+    learned: dict[str, dict[str, Tensor]] = {}
+    unknown, used = [], set()
     for key, module, tail, tensor in entries:
         path = modules.find(module)
         if leave and (leave.search(key) or leave.search(module) or path and leave.search(path)):
@@ -65,8 +64,8 @@ def assemble(entries: Iterable[Entry], strange: Iterable[str], modules: Modules,
             learned.setdefault(module, {})[key.removeprefix(f"bundle_emb.{module}.")] = tensor
             used.add(key)
         elif tail == TOKEN:
-            raise LoRAFormatError(f"{where}: it holds the learned word {module!r}, an embedding of the prompt and no LoRA, "
-                                  f"for which there is no place here; skip={'^' + re.escape(module)!r} leaves it out")
+            raise LoRAFormatError(f"{where}: it holds the learned word {module!r}, an embedding of the prompt, not a LoRA; "
+                                  f"there is no place here for it; skip={'^' + re.escape(module)!r} leaves it out")
         elif path is None:
             unknown.append(module)
         elif spelled.setdefault(path, module) != module:
@@ -124,14 +123,17 @@ def _weights(module: str, found: dict[str, Tensor], shape: tuple[int, ...] | Non
             weights.tensors[name] = found[tail]
     weights.alpha = _alpha(module, weights, found, where)
     if UP_BIAS in found:
-        bias = found[UP_BIAS]
-        scaled = bias.double() * (weights.alpha / weights.rank)
+        bias, rank = found[UP_BIAS], weights.rank
+        if weights.alpha is None or rank is None:
+            raise LoRAFormatError(f"{where}: {module} has a {UP_BIAS}, whose scale is alpha / rank, but its kind "
+                                  f"({weights.kind}) has no rank")
+        scaled = bias.double() * (weights.alpha / rank)
         weights.tensors["diff_b"] = scaled.to(bias.dtype if bias.itemsize >= 4 else torch.float32)
     return _with_sparse(module, weights, found, shape, where) if set(SPARSE) & found.keys() else weights
 
 
 def _like_weight(magnitude: Tensor, dims: int, embedding: bool) -> Tensor:
-    """In as many dimensions as the weight; a flat one, as PEFT has it, holds a value for each output."""
+    """Give a magnitude as many dimensions as the weight; a flat one, as in PEFT, has one value per output."""
     if magnitude.dim() == 1 and embedding:
         return magnitude[None]
     return magnitude.reshape(*magnitude.shape, *(1,) * (dims - magnitude.dim()))
@@ -148,11 +150,11 @@ def _alpha(module: str, weights: AdapterWeights, found: Mapping[str, Tensor], wh
         if tensors is None:
             raise LoRAFormatError(f"{where}: {module} has a scale, but its kind ({weights.kind}) has none")
         weights.tensors = tensors
-    if KINDS[weights.kind].bounded:  # here alpha is not a scale: it bounds the rotation
-        return value.get("alpha") or None  # LyCORIS writes 0 for none
-    if rank is None:  # LyCORIS writes an alpha for such kinds too, and no program reads it
+    if KINDS[weights.kind].bounded:  # alpha bounds the rotation instead of scaling
+        return value.get("alpha") or None  # LyCORIS writes 0 for no bound
+    if rank is None:  # LyCORIS writes an alpha for these kinds too, which no program reads
         return None
-    # kohya: a missing alpha means alpha = rank
+    # as in kohya, a missing alpha means alpha = rank
     alpha = value["scale"] * rank if "scale" in value else value.get("alpha", float(rank))
     alpha *= value.get("scalar", 1.0)
     if abs(alpha / rank) > torch.finfo(torch.float32).max:
@@ -161,11 +163,11 @@ def _alpha(module: str, weights: AdapterWeights, found: Mapping[str, Tensor], wh
 
 
 def _with_sparse(module: str, weights: AdapterWeights, found: Mapping[str, Tensor], shape, where: str) -> AdapterWeights:
-    """A low rank and the entries that it misses, as LyCORIS extracts them; together they are a full difference."""
+    """A full difference from a low-rank pair plus a sparse residual, as LyCORIS extracts them."""
     missing = [tail for tail in SPARSE if tail not in found]
     if missing or weights.kind != "lora" or "mid" in weights.tensors or shape is None:
         raise LoRAFormatError(f"{where}: {module} has a sparse residual " + (f"without its {missing[0]}" if missing else
-                              f"beside a {weights.kind} that is read without one only"))
+                              f"beside a {weights.kind} that is only read without one"))
     indices, values, size = (found[tail] for tail in SPARSE)
     try:
         rest = torch.sparse_coo_tensor(indices.long(), values.double(), tuple(size.tolist()), check_invariants=True).to_dense()
@@ -174,5 +176,7 @@ def _with_sparse(module: str, weights: AdapterWeights, found: Mapping[str, Tenso
     except (RuntimeError, TypeError) as error:
         raise LoRAFormatError(f"{where}: {module}'s sparse residual does not fit the layer's {list(shape)}: "
                               f"{str(error).splitlines()[0]}") from None
+    rank = weights.rank
+    assert weights.alpha is not None and rank is not None  # every low-rank pair has both
     kept = {name: t for name, t in weights.tensors.items() if name not in ("down", "up")}
-    return AdapterWeights("full", {"diff": (diff * (weights.alpha / weights.rank)).float(), **kept})
+    return AdapterWeights("full", {"diff": (diff * (weights.alpha / rank)).float(), **kept})

@@ -1,7 +1,7 @@
-"""Block weights: one multiplier of a LoRA for each component and each block of the UNet.
+"""Block weights: a LoRA's multipliers per component and per block of the UNet.
 
-They are given as {"text_encoder": 0.5, "mid_block": 0, "up_blocks.1.attentions.0": 1.2}, as the same in one string
-("text_encoder=0.5,mid_block=0"), or as the lists of 17, 25 or 26 numbers that users of kohya and A1111 paste.
+Given as {"text_encoder": 0.5, "mid_block": 0, "up_blocks.1.attentions.0": 1.2}, as a string with the same content
+("text_encoder=0.5,mid_block=0"), or as a list of 17, 25 or 26 numbers, as users of kohya and A1111 paste them.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from sd.lora_files.modules import Modules
 
 
 class BlockWeightError(SDError):
-    """Block weights that do not say what to do."""
+    """Block weights that are malformed or do not fit the model."""
 
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """`given`: the block's name -> its multiplier, as it was named; `table`: module path -> multiplier."""
+    """`given`: block as the user named it -> multiplier; `table`: module path -> multiplier."""
 
     given: dict[str, float]
     table: dict[str, float]
 
     def of(self, path: str) -> float:
-        """The factor of the user's multiplier for one module."""
+        """The factor by which one module's multiplier is scaled; 1 where nothing is given."""
         return self.table.get(path, 1.0)
 
 
@@ -37,22 +37,21 @@ IN, OUT = ([f"{side}{i:02}" for i in range(12)] for side in ("IN", "OUT"))
 LISTS = {
     26: ["BASE", *IN, "M00", *OUT],
     25: [*IN, "M00", *OUT],  # kohya's block_dims
-    17: ["BASE", *(IN[i] for i in (1, 2, 4, 5, 7, 8)), "M00", *OUT[3:]],  # those with attention; to the others it gives 0
+    17: ["BASE", *(IN[i] for i in (1, 2, 4, 5, 7, 8)), "M00", *OUT[3:]],  # the blocks with attention; the others get 0
 }
 
 
 def block_multipliers(given: Mapping[str, float] | Sequence[float] | str | None, modules: Modules) -> BlockWeights | None:
-    """The multiplier of every module. Of several names that a module's path starts with, the longest counts.
+    """The multipliers of all modules. If several names match a module, the longest wins.
 
-    Raises BlockWeightError for a block that the model does not have, another length of list, and values that are no numbers.
+    Raises BlockWeightError for a block that the model lacks, a list of another length, and values that are not finite numbers.
     """
     if given is None:
         return None
-    if isinstance(given, str):
-        given = _parse(given)
-    if not isinstance(given, Mapping):
-        return _from_list([_number(value, f"number {i + 1}") for i, value in enumerate(given)], modules)
-    named = {block: _number(value, f"the weight of {block!r}") for block, value in given.items()}
+    values: Mapping[str, object] | Sequence[object] = _parse(given) if isinstance(given, str) else given
+    if not isinstance(values, Mapping):
+        return _from_list([_number(value, f"number {i + 1}") for i, value in enumerate(values)], modules)
+    named = {block: _number(value, f"the weight of {block!r}") for block, value in values.items()}
     spellings, table, met = _spellings(modules), {}, set()
     for path, names in spellings.items():
         fitting = [block for block in named if any(f"{name}.".startswith(f"{block}.") for name in names)]
@@ -110,13 +109,13 @@ def _ldm_block(name: Name) -> str | None:
         return "BASE"
     inside = name.ldm.removeprefix(LDM_PREFIX["diffusion"])
     match = re.match(r"(input|middle|output)_blocks?\.(\d+)\.", inside)
-    if match is None:  # the time embedding and the way out
+    if match is None:  # the time embedding and the output layers
         return None
     return "M00" if match[1] == "middle" else f"{'IN' if match[1] == 'input' else 'OUT'}{int(match[2]):02}"
 
 
 def _spellings(modules: Modules) -> dict[str, list[str]]:
-    """Path -> the names by which a user may call the module: ours and diffusers', with and without the network's."""
+    """Path -> names that a user may give the module: ours and diffusers', with and without the network's name."""
     table = {path: [path] for path in modules.shapes}
     for name in modules.names:
         if name.path in table:
@@ -125,7 +124,7 @@ def _spellings(modules: Modules) -> dict[str, list[str]]:
 
 
 def _blocks(spellings: Mapping[str, list[str]]) -> list[str]:
-    """Names to offer: the networks, and the UNet's parts."""
+    """Names to suggest in messages: the networks and the UNet's blocks."""
     found = dict.fromkeys(names[-1].split(".")[0] for names in spellings.values())
     for names in spellings.values():
         match = re.match(r"unet\.((?:down|up)_blocks\.\d+|mid_block)\.", names[-1])

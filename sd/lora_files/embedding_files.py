@@ -1,4 +1,4 @@
-"""Embeddings (learned words) in files of all programs."""
+"""Reads embedding files (learned words) of any program, and writes them. Facts: docs/lora-formats.md."""
 
 from __future__ import annotations
 
@@ -14,26 +14,20 @@ from sd.files.tensor_file import CheckpointError, all_finite
 from sd.files.tensors import read_tensors, write_tensors
 from sd.prompts.learned_words import EmbeddingError
 
-# Names of the one tensor in files that do not say the word, which is then the file's name: of A1111 (and LDM), kohya,
+# Keys of the only tensor in files that do not name the word, which is then the file's name: of A1111 (and LDM), kohya,
 # ComfyUI and diffusers' training scripts, and of a bare tensor.
 NAMELESS = re.compile(r"string_to_param\.[^.]*|emb_params|clip_l|0")
-
-
-UNUSED = re.compile(r"string_to_token\.[^.]*")  # the id that the word had where it was learned
-
-
+UNUSED = re.compile(r"string_to_token\.[^.]*")  # the word's token id during its training
 OTHER_ENCODERS = re.compile(r"clip_[gh]|t5(xxl)?|text_encoders?_[1-9]")
-
-
 FOLDER_FILES = ("learned_embeds.safetensors", "learned_embeds.bin")
 
 
 def read_embeddings(path: str | os.PathLike, word: str | None = None) -> dict[str, Tensor]:
-    """{word: vectors, [k, D] or [D]} of an embedding file or folder, whatever program wrote it.
+    """Read {word: vectors, [k, D] or [D]} from an embedding file or folder of any program.
 
-    Read are .pt of A1111 and LDM, kohya's and ComfyUI's .safetensors, and diffusers' `learned_embeds`; no file can run code.
-    A file that does not say the word has its own name for one. `word` takes its place.
-    Raises CheckpointError for what is no file of tensors, EmbeddingError for what holds no word.
+    Reads .pt of A1111 and LDM, kohya's and ComfyUI's .safetensors, and diffusers' `learned_embeds`; no file can run code.
+    If the file does not name the word, its own name is used. `word` overrides both.
+    Raises CheckpointError for a file that holds no tensors, EmbeddingError for one that holds no word.
     """
     path = Path(path)
     if path.is_dir():
@@ -49,7 +43,7 @@ def read_embeddings(path: str | os.PathLike, word: str | None = None) -> dict[st
 
 
 def words_in(tensors: Mapping[str, Tensor], name: str, where: str) -> dict[str, Tensor]:
-    """The words among the tensors of one embedding; `name`: of the word, where no key says it. Raises EmbeddingError."""
+    """The words in the tensors of one file; `name`: the word if no key names it. Raises EmbeddingError."""
     found = {key: tensor for key, tensor in tensors.items() if not UNUSED.fullmatch(key)}
     others = [key for key in found if OTHER_ENCODERS.fullmatch(key)]
     if others:
@@ -66,15 +60,15 @@ def words_in(tensors: Mapping[str, Tensor], name: str, where: str) -> dict[str, 
 
 
 def beside_lora(folder: Path) -> Iterator[Path]:
-    """The embedding files that a folder with a LoRA holds: diffusers' scripts name them NAME_emb.safetensors."""
+    """The embedding files in the folder of a LoRA, which diffusers' scripts name NAME_emb.safetensors."""
     yield from sorted(folder.glob("*_emb.safetensors"))
     yield from (folder / name for name in FOLDER_FILES if (folder / name).is_file())
 
 
 def write_embedding(path: str | os.PathLike, word: str, vectors: Tensor, metadata: Mapping[str, str] | None = None) -> None:
-    """{word: vectors} as safetensors, or as torch.save for a path that ends in .pt: the form that all programs read.
+    """Write {word: vectors} as safetensors, or with torch.save to a path ending in .pt: the form that all programs read.
 
-    A1111, ComfyUI and kohya call the word as the file is called, diffusers by what stands in it. Raises EmbeddingError.
+    A1111, ComfyUI and kohya take the word from the file's name, diffusers from its key. Raises EmbeddingError.
     """
     if Path(path).suffix.lower() not in (".safetensors", ".pt"):
         raise EmbeddingError(f"{path}: embeddings are written as .safetensors or .pt")
@@ -85,5 +79,5 @@ def write_embedding(path: str | os.PathLike, word: str, vectors: Tensor, metadat
 
 
 def file_name(word: str) -> str:
-    """What a word's file is called: <cat-toy> is cat-toy.safetensors."""
+    """The file name for a word: <cat-toy> -> cat-toy.safetensors."""
     return (re.sub(r"[^\w.+-]+", "-", word).strip("-.") or "word") + ".safetensors"

@@ -1,4 +1,4 @@
-"""The header of a LoRA file: what other programs read of it, and what is derived from its tensors."""
+"""The header (metadata) of a LoRA file: the fields that other programs read, and those derived from its tensors."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from sd.adapters.weights import AdapterWeights
 from sd.config import CONFIG_KEY, SD15, ModelConfig
 from sd.files.hashes import tensor_bytes_hash
 
-# What other programs or we derive from the tensors: never taken over from another file.
+# Fields derived from the tensors, by us or other programs: never copied from another file.
 DERIVED = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "lora_adapter_metadata", "sdlora.modules", "format")
 
 
 def lora_metadata(state: Mapping[str, AdapterWeights], config: ModelConfig | None = None,
                   extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The header that other programs read (ss_*, modelspec.*), with each module's kind, rank and alpha under our own key.
+    """The fields that other programs read (ss_*, modelspec.*), and each module's kind, rank and alpha under our own key.
 
-    `extra` goes over it, except for what is derived from the tensors. The same input gives the same header: a date and a
-    title stand in it only where `extra` has them. Ranks or alphas that differ are "Dynamic", as kohya's tools write it.
+    `extra` overrides all but the fields derived from the tensors. The same input gives the same header: it has a date or a
+    title only if `extra` does. Ranks or alphas that differ between modules are "Dynamic", as in kohya's tools.
     """
     header = {"format": "pt", **_network(state)}
     if config is not None:
@@ -36,13 +36,13 @@ def lora_metadata(state: Mapping[str, AdapterWeights], config: ModelConfig | Non
 
 
 def _network(state: Mapping[str, AdapterWeights]) -> dict[str, str]:
-    ranks = {w.rank for w in state.values() if w.rank}
-    alphas = {w.alpha for w in state.values() if w.rank and w.alpha is not None}
-    found = {"ss_network_dim": ranks, "ss_network_alpha": alphas}
+    found: dict[str, set[float]] = {
+        "ss_network_dim": {w.rank for w in state.values() if w.rank},
+        "ss_network_alpha": {w.alpha for w in state.values() if w.rank and w.alpha is not None}}
     header = {key: str(plain_number(min(values))) if len(values) == 1 else "Dynamic" for key, values in found.items() if values}
     listed = {"sdlora.modules": json.dumps({path: [w.kind, w.rank, w.alpha] for path, w in sorted(state.items())})}
     if any(KINDS[w.kind].lycoris_name is None for w in state.values()):
-        return header | listed  # no other program has a module for it
+        return header | listed  # no other program has a module for this kind
     modifiers = {name for w in state.values() for name in w.tensors}
     cores = {name for w in state.values() for name in KINDS[w.kind].cores if name in w.tensors}
     norms = {path for path, w in state.items() if w.kind == "full" and all(t.dim() == 1 for t in w.tensors.values())}
@@ -58,13 +58,15 @@ def _network(state: Mapping[str, AdapterWeights]) -> dict[str, str]:
 
 
 def renewed(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The header of a file that is written anew in kohya's spelling: what was derived from the old tensors made again."""
+    """The header for a file rewritten in kohya's spelling, with the fields derived from the tensors recomputed."""
     return with_hash({"format": "pt"} | {key: value for key, value in metadata.items() if key not in DERIVED}, tensors)
 
 
 def with_hash(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The header with the hash of the tensors, by which kohya's tools and A1111 identify a LoRA."""
     return dict(header) | {"sshs_model_hash": tensor_bytes_hash(tensors)}
 
 
 def plain_number(number: float) -> float | int:
+    """An int where nothing is lost: 4.0 is written as 4."""
     return int(number) if number == int(number) else number

@@ -1,7 +1,7 @@
-"""Readers of the LoRA files of older programs, which differ from kohya's in names, orientation or scale.
+"""Readers for LoRA files of older programs, which differ from kohya's in names, orientation or scale.
 
-Each yields entries in kohya's spelling: `down` [R, in], `up` [out, R]. The format says which way round a matrix lies and the
-layer's shape has to agree; where only the transposed reading fits, that is taken. Facts: docs/lora-formats.md, 8 to 10.
+Each yields entries in kohya's spelling: `down` [R, in], `up` [out, R]. The format determines the orientation of a matrix and
+the layer's shape must agree; if only the transpose fits, it is used. Facts: docs/lora-formats.md, 8 to 10.
 """
 
 from __future__ import annotations
@@ -24,19 +24,21 @@ DOWN, UP, MAGNITUDE = "lora_down.weight", "lora_up.weight", "dora_scale"
 Found = dict[str, tuple[str, Tensor]]  # tensor name -> (key in the file, tensor)
 
 
-# ---- where a module of the file lies in the model -----------------------------------------------------------------------
+# ---- from the file's module names to layers ------------------------------------------------------------------------------
 
 FUSED = {"qkv": ("to_qkv", "in_proj", "qkv_proj", "qkv"), "kv": ("to_kv", "kv_proj", "kv")}
 
 
 def _places(modules: Modules, more: dict[str, str] | None = None) -> dict[str, tuple[str, ...]]:
-    """Every spelling -> the layer that it means, or the layers q, k, v that a fused one stands for."""
-    table = {name: (path,) for name, path in (modules.lookup | (more or {})).items() if path in modules.shapes}
+    """Every spelling -> its layer, or the q, k, v layers of a fused one."""
+    table: dict[str, tuple[str, ...]] = {
+        name: (path,) for name, path in (modules.lookup | (more or {})).items() if path in modules.shapes}
     for name in list(table):
-        head, q = re.fullmatch(r"(.*?)(to_q|q_proj)?", name, re.DOTALL).groups()
+        q = next((end for end in ("to_q", "q_proj") if name.endswith(end)), "")
+        head = name.removesuffix(q)
         for letters, fused in FUSED.items() if q else ():
-            parts = [table.get(head + q.replace("q", letter)) for letter in letters]
-            if all(parts) and len({modules.shapes[path][1:] for path, in parts}) == 1:
+            parts = [place for letter in letters if (place := table.get(head + q.replace("q", letter)))]
+            if len(parts) == len(letters) and len({modules.shapes[path][1:] for path, in parts}) == 1:
                 for last in fused:
                     table.setdefault(head + last, tuple(path for path, in parts))
     return table
@@ -45,10 +47,10 @@ def _places(modules: Modules, more: dict[str, str] | None = None) -> dict[str, t
 def _placed(names: Iterable[str], places: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
     """The file's names -> layers; names that the model lacks are left out.
 
-    A file was made on a network that may hold ours, or lie in it: then all its names have the same leading parts too many,
-    or too few. Those are taken that place the most layers, then those that keep the most of the names.
+    The file's network may contain ours or be a part of it: then all its names have the same leading parts too many or too
+    few. The choice that places the most layers wins, then the one that keeps the most of the names.
     """
-    heads: dict[str, list[str]] = {}  # end of one of the model's names -> what stands before it
+    heads: dict[str, list[str]] = {}  # end of one of the model's names -> possible beginnings
     for name in places:
         for start in [0, *(i + 1 for i, letter in enumerate(name) if letter == ".")]:
             heads.setdefault(name[start:], []).append(name[:start])
@@ -64,21 +66,23 @@ def _placed(names: Iterable[str], places: dict[str, tuple[str, ...]]) -> dict[st
     def worth(case: tuple[int, str]) -> tuple:
         return len(set(found[case].values())), -case[0], case[1] == ""
 
-    best = max(found, key=worth, default=None)
+    if not found:
+        return {}
+    best = max(found, key=worth)
     for case in found:
         if worth(case) == worth(best) and found[case] != found[best]:
             name = next(name for name in found[best] if found[case].get(name) != found[best][name])
             raise LoRAFormatError(f"{name!r} may mean {' and '.join(found[best][name])} or "
                                   f"{' and '.join(found[case].get(name, ['nothing']))}; load it into that network alone")
-    return found.get(best, {})
+    return found[best]
 
 
-# ---- a pair for its layer ----------------------------------------------------------------------------------------------
+# ---- from a pair of tensors to entries -----------------------------------------------------------------------------------
 
 def _pair(module: str, paths: tuple[str, ...] | None, found: Found, modules: Modules) -> Iterator[Entry]:
-    """Entries of one pair. The q, k, v of a fused layer share `down`, and each has its rows of `up`.
+    """Entries of one pair. The q, k, v of a fused layer share `down`, and each has its own rows of `up`.
 
-    What is unknown, or half a pair, is passed on as it is: the error is `assemble`'s.
+    Unknown modules and half pairs are passed on unchanged, for `assemble` to raise the error.
     """
     if not paths or not {DOWN, UP} <= found.keys():
         for tail, (key, tensor) in found.items():
@@ -101,15 +105,15 @@ def _pair(module: str, paths: tuple[str, ...] | None, found: Found, modules: Mod
 def _oriented(module: str, found: Found, wanted: tuple[int, ...]) -> Found:
     (down_key, down), (up_key, up) = found[DOWN], found[UP]
     for turn in (False, True):
-        pair = tuple(t.T if turn and t.dim() == 2 else t for t in (down, up))
-        if _fits(*pair, wanted):
-            return {DOWN: (down_key, pair[0]), UP: (up_key, pair[1])}
+        a, b = (t.T if turn and t.dim() == 2 else t for t in (down, up))
+        if _fits(a, b, wanted):
+            return {DOWN: (down_key, a), UP: (up_key, b)}
     raise LoRAFormatError(f"{module}: its down {list(down.shape)} and up {list(up.shape)} do not fit the layer's weight "
                           f"{list(wanted)}, which wants [R, {', '.join(map(str, wanted[1:]))}] and [{wanted[0]}, R]")
 
 
 def _fits(down: Tensor, up: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether up · down has the shape of W; 1x1 convolutions may lack their last axes, groups divide the ranks of up."""
+    """Whether up · down has the shape of W. 1x1 convolutions may lack their last axes; groups divide the ranks of up."""
     if min(down.dim(), up.dim(), len(shape)) < 2 or 0 in (*down.shape, *up.shape):
         return False
     ranks = down.shape[0] % up[0].numel() == 0 if len(shape) > 2 else down.shape[0] == up.shape[1]
@@ -117,9 +121,9 @@ def _fits(down: Tensor, up: Tensor, shape: tuple[int, ...]) -> bool:
 
 
 def _product(path: str, left: tuple[str, Tensor], right: tuple[str, Tensor], shape: tuple[int, ...]) -> Iterator[Entry]:
-    """Two factors whose product is viewed as W, where that is no low rank of W: a full difference."""
+    """A full difference from two factors whose product is viewed as W, which makes the change one of full rank."""
     yield Entry(left[0], path, "diff", (left[1].double() @ right[1].double()).reshape(shape).float())
-    yield Entry(right[0], path, IGNORED, right[1])  # it is in the product
+    yield Entry(right[0], path, IGNORED, right[1])  # already in the product
 
 
 def _long(shape: Iterable[int]) -> list[int]:
@@ -127,10 +131,12 @@ def _long(shape: Iterable[int]) -> list[int]:
 
 
 def _grouped(file: TensorFile, pattern: str) -> dict[str, Found]:
-    """Module -> its tensors, by a pattern with the module and the rest of the key as groups."""
+    """Module -> its tensors, by a pattern that matches every key, with groups for the module and the rest."""
     found: dict[str, Found] = {}
     for key, tensor in file.items():
-        module, tail = re.fullmatch(pattern, key).groups()
+        match = re.fullmatch(pattern, key)
+        assert match  # the format was detected by this pattern
+        module, tail = match.groups()
         found.setdefault(module, {})[tail] = (key, tensor)
     return found
 
@@ -162,7 +168,7 @@ _FORK_NAMES = [(re.compile(old), new) for old, new in (
 
 
 def fork_names(modules: Modules) -> dict[str, str]:
-    """The fork's name of every module of UNet and text encoder -> its path: LDM's numbers, the fork's own words inside."""
+    """The fork's name of every module of UNet and text encoder -> its path: LDM's block numbers, its own names inside."""
     table = {}
     for name in modules.names:
         spelling = {"diffusion": name.ldm, "clip": name.path}.get(name.component)
@@ -180,7 +186,7 @@ def _is_fork(file: TensorFile) -> bool:
 
 
 def _read_fork(file: TensorFile, modules: Modules) -> Iterator[Entry]:
-    """A [in, r], B [r, out], ΔW = (A B)ᵀ · alpha / rank; without these numbers ΔW = (A B)ᵀ."""
+    """A [in, r], B [r, out], ΔW = (A B)ᵀ · alpha / rank, or (A B)ᵀ without these numbers."""
     found = _grouped(file, _FORK)
     placed = _placed(found, _places(modules, fork_names(modules)))
     for module, have in found.items():
@@ -196,7 +202,7 @@ def _read_fork(file: TensorFile, modules: Modules) -> Iterator[Entry]:
         if alpha is not None:
             pair["alpha"] = (have["alpha"][0] if "alpha" in have else "", torch.tensor(alpha, dtype=torch.float64))
         if "rank" in have:
-            yield Entry(have["rank"][0], module, IGNORED, have["rank"][1])  # the matrices tell it too
+            yield Entry(have["rank"][0], module, IGNORED, have["rank"][1])  # the matrices' shapes give it too
         yield from _pair(module, placed.get(module), pair, modules)
 
 
@@ -215,11 +221,11 @@ _LORAW = r"(.+)/(lora_down\.weight|lora_up\.weight|dora_mag\.weight|dora_mag\.bi
 
 
 def _read_loraw(file: TensorFile, modules: Modules) -> Iterator[Entry]:
-    """ΔW = up · down, or DoRA with `dora_mag` [out, 1]; alpha stands in the model's config alone and is the rank by default."""
+    """ΔW = up · down, or DoRA with `dora_mag` [out, 1]. alpha is only in the model's config; its default is the rank."""
     found = {module.replace("/", "."): have for module, have in _grouped(file, _LORAW).items()}
     placed = _placed(found, _places(modules))
     for module, have in found.items():
-        if "dora_mag.bias" in have:  # `dora_mag` is an nn.Linear of which only the weight is used
+        if "dora_mag.bias" in have:  # `dora_mag` is an nn.Linear whose bias is not used
             yield Entry(have["dora_mag.bias"][0], module, IGNORED, have.pop("dora_mag.bias")[1])
         if "dora_mag.weight" in have:
             have[MAGNITUDE] = have.pop("dora_mag.weight")
@@ -232,8 +238,8 @@ _DISCOMOLE = r"(.+\.[^.]+)\.module\.(A|B)"
 
 
 def _read_discomole(file: TensorFile, modules: Modules) -> Iterator[Entry]:
-    """One task: ΔW = A B. Of convolutions, whose A is [*k, out, r] and B [*k, r, in/g], the program views the product
-    [*k, out, in/g] as W's [out, in/g, *k] without moving axes: a change of full rank.
+    """One task: ΔW = A B. Convolutions have A [*k, out, r] and B [*k, r, in/g], and the program views the product
+    [*k, out, in/g] as W's [out, in/g, *k] without permuting axes: a change of full rank.
     """
     found = {tuple(name.rsplit(".", 1)): have for name, have in _grouped(file, _DISCOMOLE).items()}
     tasks = sorted({task for _, task in found})
@@ -256,27 +262,27 @@ def _read_discomole(file: TensorFile, modules: Modules) -> Iterator[Entry]:
         yield from _product(paths[0], have["A"], have["B"], shape)
 
 
-# ---- cloneofsimo/lora and xdiffusion: pairs that are told apart by their place in a list alone -----------------------------
+# ---- cloneofsimo/lora and xdiffusion: pairs identified only by their position in a list -----------------------------------
 
 _NUMBERED = r"(unet|text_encoder):(\d{1,6}):(up|down)"
 
 
 class _Order(NamedTuple):
-    """Layers in the order in which a program walks over a network."""
+    """Layers in the order in which a program traverses a network."""
 
     network: str
     paths: list[str]
 
 
 def _orders(modules: Modules) -> list[_Order]:
-    """Orders that files are known to have: cloneofsimo's for our networks, that of the model for foreign ones."""
+    """The known orders of files: cloneofsimo's for our networks, the model's own for foreign ones."""
     if not modules.names:
         return [_Order("model", [p for p, shape in modules.shapes.items() if len(shape) > 1 and p not in modules.embeddings])]
     attn1, attn2 = ([f"transformer_blocks.0.{attn}.{x}_proj" for x in ("q", "k", "v", "out")] for attn in ("attn1", "attn2"))
     fc1, resnet = ["transformer_blocks.0.ff.fc1"], ["conv1", "time_emb_proj", "conv2", "conv_shortcut"]
     orders = []
-    for inside in (attn1 + fc1 + attn2, attn1 + attn2 + fc1):  # the order of a block in older and newer diffusers
-        for leaves in (inside, inside + resnet):  # the second: "extended" files
+    for inside in (attn1 + fc1 + attn2, attn1 + attn2 + fc1):  # the order inside a block, in older and newer diffusers
+        for leaves in (inside, inside + resnet):  # the latter: "extended" files
             orders.append(_Order("unet", _sorted(modules, r"diffusion\.(down|up|mid)_blocks?\.(?:(\d+)\.)?"
                                                           r"(attentions|resnets)\.(\d+)\.(.+)", leaves)))
     orders.append(_Order("text_encoder", _sorted(modules, r"clip()\.layers\.(\d+)\.()()attention\.(.+)",
@@ -285,18 +291,18 @@ def _orders(modules: Modules) -> list[_Order]:
 
 
 def _sorted(modules: Modules, pattern: str, leaves: list[str]) -> list[str]:
-    """Paths by (down, up, mid; number of the block; attentions, resnets; number; leaf): mid_block comes last in diffusers."""
+    """Paths sorted by (down, up, mid; block number; attentions, resnets; number; leaf). In diffusers mid_block comes last."""
     found = {}
     for path in modules.shapes:
         match = re.fullmatch(pattern, path)
         if match and match[5] in leaves:
             found[path] = (("", "down", "up", "mid").index(match[1]), int(match[2] or 0), match[3], int(match[4] or 0),
                            leaves.index(match[5]))
-    return sorted(found, key=found.get)
+    return sorted(found, key=found.__getitem__)
 
 
 def _walk(pairs: list[Found], orders: list[_Order], modules: Modules) -> list[str]:
-    """The layers of the pairs, in the order into which they all fit: fc1, which is not square, tells the orders apart."""
+    """The layers of the pairs, from the first order that fits them all; fc1, which is not square, distinguishes the orders."""
     if not all(pair.keys() == {UP, DOWN} for pair in pairs):
         i = next(i for i, pair in enumerate(pairs) if pair.keys() != {UP, DOWN})
         raise LoRAFormatError(f"pair {i} of a list without names lacks its {'down' if UP in pairs[i] else 'up'}")
@@ -305,15 +311,18 @@ def _walk(pairs: list[Found], orders: list[_Order], modules: Modules) -> list[st
         counts = ", ".join(f"{n} of the {network}" for network, n in sorted({(o.network, len(o.paths)) for o in orders}))
         raise LoRAFormatError(f"it is a list of {len(pairs)} pairs without names; lists for this model have as many pairs as "
                               f"it has layers: {counts}")
-    misfits = [next((i for i, (pair, path) in enumerate(zip(pairs, order.paths))
-                     if not _fits(pair[DOWN][1], pair[UP][1], modules.shapes[path])), None) for order in known]
-    if None not in misfits:
-        i, order = max(zip(misfits, known), key=lambda case: case[0])
-        (_, up), (_, down) = pairs[i][UP], pairs[i][DOWN]
-        raise LoRAFormatError(f"pair {i} of a list without names, up {list(up.shape)} and down {list(down.shape)}, does not "
-                              f"fit {order.paths[i]}, the {order.network}'s layer in that place, whose weight is "
-                              f"{list(modules.shapes[order.paths[i]])}")
-    return known[misfits.index(None)].paths
+    misfits: list[tuple[int, _Order]] = []
+    for order in known:
+        misfit = next((i for i, (pair, path) in enumerate(zip(pairs, order.paths))
+                       if not _fits(pair[DOWN][1], pair[UP][1], modules.shapes[path])), None)
+        if misfit is None:
+            return order.paths
+        misfits.append((misfit, order))
+    i, order = max(misfits, key=lambda case: case[0])
+    (_, up), (_, down) = pairs[i][UP], pairs[i][DOWN]
+    raise LoRAFormatError(f"pair {i} of a list without names, up {list(up.shape)} and down {list(down.shape)}, does not "
+                          f"fit {order.paths[i]}, the {order.network}'s layer in that place, whose weight is "
+                          f"{list(modules.shapes[order.paths[i]])}")
 
 
 def _is_list(file: TensorFile) -> bool:
@@ -321,7 +330,7 @@ def _is_list(file: TensorFile) -> bool:
 
 
 def _read_list(file: TensorFile, modules: Modules) -> Iterator[Entry]:
-    """[up0, down0, up1, down1, ...] of one network, ΔW = up · down; which network, tell their number and shapes."""
+    """[up0, down0, up1, down1, ...] of one network, identified by their number and shapes; ΔW = up · down."""
     if len(file) % 2:
         raise LoRAFormatError(f"it is a list of {len(file)} tensors; pairs of up and down are expected")
     pairs = [{UP: (str(i), file[str(i)]), DOWN: (str(i + 1), file[str(i + 1)])} for i in range(0, len(file), 2)]
@@ -330,7 +339,7 @@ def _read_list(file: TensorFile, modules: Modules) -> Iterator[Entry]:
 
 
 def _read_numbered(file: TensorFile, modules: Modules) -> Iterator[Entry]:
-    """As the list, with the network and the number in each key; learned tokens are flagged in the metadata."""
+    """As the list, with network and number in each key; learned words are marked in the metadata."""
     networks: dict[str, dict[int, Found]] = {}
     for key, tensor in file.items():
         match = re.fullmatch(_NUMBERED, key)
@@ -357,21 +366,21 @@ _LORALIB = r"(.+)\.lora_(A|B)"
 
 
 def _read_wrapper(file: TensorFile, modules: Modules) -> Iterator[Entry]:
-    """ΔW = lora_scale · B A; or of a "soft" convolution lora_scale · A(B(x)), which is one convolution if A is 1x1."""
+    """ΔW = lora_scale · B A, or for a "soft" convolution lora_scale · A(B(x)), which is one convolution if A is 1x1."""
     found = _grouped(file, _WRAPPER)
     placed = _placed(found, _places(modules))
     for module, have in found.items():
         soft = have.get("A.weight")
         if soft and soft[1].dim() > 1 and _long(soft[1].shape[2:]):
             raise LoRAFormatError(f"{module} is a soft wrapper, two convolutions one after the other, the second of "
-                                  f"{'x'.join(map(str, soft[1].shape[2:]))}: together they are no change of one weight")
+                                  f"{'x'.join(map(str, soft[1].shape[2:]))}: they do not amount to a change of one weight")
         tails = {"A": DOWN, "B": UP, "B.weight": DOWN, "A.weight": UP, "scale": "scale"}
         yield from _pair(module, placed.get(module), {tails[name]: at for name, at in have.items()}, modules)
 
 
 def _read_loralib(file: TensorFile, modules: Modules) -> Iterator[Entry]:
-    """ΔW = B A, whose alpha / r the file does not hold. Convolutions have [r·k, in·k] and [out/g·k, r·k], viewed as W;
-    a MergedLinear of n parts has A [r·n, in] and B [out, r]: each part its own rows of both.
+    """ΔW = B A; the file lacks alpha / r. Convolutions have [r·k, in·k] and [out/g·k, r·k], their product viewed as W;
+    a MergedLinear of n parts has A [r·n, in] and B [out, r], and each part has its own rows of both.
     """
     found = _grouped(file, _LORALIB)
     placed = _placed(found, _places(modules))

@@ -1,4 +1,4 @@
-"""Reads the spellings of kohya, LyCORIS, diffusers, PEFT and ComfyUI into entries."""
+"""Reads LoRA files of kohya, LyCORIS, diffusers, PEFT and ComfyUI into entries. Facts: docs/lora-formats.md."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from sd.adapters.weights import LoRAFormatError
 from sd.lora_files.modules import WRAPPERS
 from sd.lora_files.spellings import MODIFIERS, ONLY_BESIDE, SCALES, SPARSE, TENSORS, TOKEN, UP_BIAS, Entry
 
-# Other programs' names for the same tensors: pattern -> (what to put after the module's name, tensor, format).
-_PEFT_NAME = r"(?:\.(?!weight$|bias$)[^.]+)?"  # a dump from memory has the adapter's name in its keys
+_PEFT_NAME = r"(?:\.(?!weight$|bias$)[^.]+)?"  # state dicts saved directly have the adapter's name in their keys
 
-
+# Other programs' names for the same tensors: pattern -> (suffix of the module's name, tensor, format).
 SPELLINGS = [(re.compile(pattern), module, tail, program) for pattern, module, tail, program in (
     (rf"(.+)\.lora_A{_PEFT_NAME}\.weight", "", "lora_down.weight", "PEFT"),
     (rf"(.+)\.lora_B{_PEFT_NAME}\.weight", "", "lora_up.weight", "PEFT"),
@@ -35,19 +34,18 @@ SPELLINGS = [(re.compile(pattern), module, tail, program) for pattern, module, t
       for x, module in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("out", "to_out.0")) for side in ("down", "up")),
 )]
 
-
-# Of A1111 and OneTrainer; the embedding's own tensors stand after the word, which may hold dots.
+# As A1111 and OneTrainer bundle them: the embedding's own keys follow the word, which may contain dots.
 _BUNDLED = re.compile(r"bundle_emb\.(.+?)\.(?:string_to_\w+\.[^.]*|[^.]+)")
-
 
 _TAILS = {*TENSORS, *MODIFIERS, *SCALES, *SPARSE}
 
 
 def read_entries(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None,
                  configs: Mapping[str, Mapping] | None = None) -> tuple[list[Entry], list[str], str]:
-    """(entries, keys that are not understood, format) of a file in any spelling of kohya, LyCORIS, diffusers, PEFT, ComfyUI.
+    """(entries, keys that are not understood, format) of a file of kohya, LyCORIS, diffusers, PEFT or ComfyUI.
 
-    `configs`: prefix of the module names -> PEFT's config of that network, which holds the alphas that the tensors lack.
+    `configs`: prefix of the module names -> PEFT's config of that network, which has the alphas. Raises LoRAFormatError for
+    invalid configs.
     """
     entries, strange, programs = [], [], set()
     for key, tensor in tensors.items():
@@ -69,7 +67,7 @@ def read_entries(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | No
 
 
 def _split(key: str, keys) -> tuple[str, str | None, str | None]:
-    """(module, tensor, program that spells it so): kohya's names stand as they are, the others are patterns."""
+    """(module, tensor, format); the format is None for kohya's and LyCORIS's names, the tensor None for unknown ones."""
     head, _, last = key.rpartition(".")
     module, _, before = head.rpartition(".")
     if f"{before}.{last}" in _TAILS and module:
@@ -93,13 +91,13 @@ def _format(entries: list[Entry], programs: set[str]) -> str:
     if any(e.module.startswith(("diffusion_model.", "text_encoders.")) for e in entries):
         return "ComfyUI"
     if any(KINDS[kind].lycoris_name is None for kind in kinds):
-        return "sdlora"  # no other program writes such a kind in these names
+        return "sdlora"  # no other program writes this kind with these names
     lycoris = kinds - {"lora"} or any(e.tail in ("lora_mid.weight", *SPARSE) for e in entries)
     return "LyCORIS" if lycoris else "kohya"
 
 
 def _configs_in(metadata: Mapping[str, str]) -> dict[str, dict]:
-    """diffusers' `lora_adapter_metadata`: the fields of each network's PEFT config, with the network's name before each."""
+    """PEFT configs in diffusers' `lora_adapter_metadata`, a flat dict whose keys start with the network's name."""
     text = metadata.get("lora_adapter_metadata")
     if text is None:
         return {}
@@ -115,7 +113,7 @@ def _configs_in(metadata: Mapping[str, str]) -> dict[str, dict]:
 
 
 def _of_config(config: Mapping, prefix: str, entries: list[Entry]) -> Iterator[Entry]:
-    """What PEFT's config of one network says and the tensors do not: each module's alpha, and flags."""
+    """Entries for what only PEFT's config of a network knows: each module's alpha, and flags."""
     allowed = {cls.peft_type: cls for cls in KINDS.values() if cls.peft_type}
     kind = str(config.get("peft_type", "LORA")).rpartition(".")[2].upper()
     if kind not in allowed:
@@ -136,12 +134,12 @@ def _of_config(config: Mapping, prefix: str, entries: list[Entry]) -> Iterator[E
 
 def _alphas_of(config: Mapping, prefix: str, modules: Mapping[str, Mapping[str, Tensor]], given: set[str],
                field: str) -> Iterator[Entry]:
-    """An alpha for each module that has none, by PEFT's rules: a pattern that ends the module's name wins over the rest."""
+    """An alpha for each module without one, by PEFT's rules: patterns match the end of a name and override the default."""
     overall, patterns = config.get(field), config.get("alpha_pattern") or {}
     ranks, whole = _ranks(modules)
     for module in [*ranks, *whole]:
         name = module.removeprefix(prefix)
-        for wrapper in WRAPPERS:  # PEFT's patterns are for the names inside
+        for wrapper in WRAPPERS:  # PEFT's patterns are for the names without it
             name = name.removeprefix(wrapper)
         alpha = _of_pattern(name, patterns, overall)
         rank = ranks.get(module) or _of_pattern(name, config.get("rank_pattern") or {}, config.get("r"))
@@ -153,13 +151,13 @@ def _alphas_of(config: Mapping, prefix: str, modules: Mapping[str, Mapping[str, 
             raise LoRAFormatError(f"its config gives {name} the alpha {alpha!r}; a finite number is needed")
         if config.get("use_rslora"):  # Kalajdzievski 2023: alpha / sqrt(rank)
             alpha = alpha * math.sqrt(rank)
-        # LyCORIS scales a product of two whole factors by 1, PEFT by alpha / rank as any other
+        # LyCORIS scales a product of two full factors by 1, PEFT by alpha / rank like any other
         yield Entry("", module, "scale" if module in whole else "alpha",
                     torch.tensor(alpha / rank if module in whole else float(alpha), dtype=torch.float64))
 
 
 def _ranks(modules: Mapping[str, Mapping[str, Tensor]]) -> tuple[dict[str, int], list[str]]:
-    """Module -> rank, and the modules of scaled kinds that have none since their factors are whole."""
+    """(module -> rank, modules of scaled kinds without a rank since their factors are not decomposed)."""
     ranks, whole = {}, []
     for module, found in modules.items():
         for cls in _peft_kinds(found):
@@ -173,7 +171,7 @@ def _ranks(modules: Mapping[str, Mapping[str, Tensor]]) -> tuple[dict[str, int],
 
 
 def _peft_kinds(found: Mapping[str, Tensor]) -> list[type[Adapter]]:
-    """The scaled kinds of PEFT whose tensors are among these; of a sound file it is one."""
+    """The scaled kinds of PEFT whose tensors are among these; exactly one in a valid file."""
     return [cls for cls in KINDS.values() if cls.peft_type and cls.scaled and cls.keys.keys() & found.keys()]
 
 
@@ -187,4 +185,4 @@ def _ends_with(name: str, pattern: str) -> bool:
     try:
         return re.match(rf"(.*\.)?({pattern})$", name) is not None
     except re.error as error:
-        raise LoRAFormatError(f"its config has the pattern {pattern!r}, which is no regular expression: {error}") from None
+        raise LoRAFormatError(f"its config has the pattern {pattern!r}, which is not a regular expression: {error}") from None

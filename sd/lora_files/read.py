@@ -1,4 +1,4 @@
-"""LoRA files as a whole: what a file holds, whichever program wrote it."""
+"""Reads LoRA files and folders of any known program, and reports on them."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from sd.lora_files.modern import read_entries
 from sd.lora_files.modules import Modules
 
 LORA_NAMES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
-NETWORKS = ("unet", "text_encoder")  # subfolders of a PEFT folder for a whole pipeline
+NETWORKS = ("unet", "text_encoder")  # subfolders of a PEFT folder of a whole pipeline
 
 
 @dataclass
 class LoRAFile:
-    """What a LoRA file holds: every tensor of it is in `state` or `words`, or its key stands in `skipped`."""
+    """The content of a LoRA file: each of its tensors is in `state` or `words`, or its key is in `skipped`."""
 
     path: Path
     state: dict[str, AdapterWeights]
     format: str
-    tensors: int  # how many of the file's are in `state` and `words`
+    tensors: int  # number of the file's tensors in `state` and `words`
     skipped: list[str] = field(default_factory=list)
     metadata: dict[str, str] = field(default_factory=dict)
     file: TensorFile | None = None
@@ -43,27 +43,27 @@ class LoRAFile:
 
     @property
     def base(self) -> str:
-        """The family of models that the file's metadata names, or ""."""
+        """The model family named in the file's metadata, or ""."""
         known = self.metadata.get("ss_base_model_version") or self.metadata.get("modelspec.architecture")
         return known or ("sd_v2" if self.metadata.get("ss_v2") == "True" else "")
 
     @property
     def trigger_words(self) -> list[str]:
-        """What a prompt should hold, says the metadata: its trigger phrase, else the five most used tags of its training."""
+        """Words to use in a prompt: the metadata's trigger phrase, or else the five most frequent training tags."""
         phrase = self.metadata.get("modelspec.trigger_phrase", "")
         words = [word.strip() for word in phrase.split(",") if word.strip()]
         return words or list(tag_counts(self.metadata))[:5]
 
 
 def tag_counts(metadata: Mapping[str, str]) -> dict[str, int]:
-    """Tags of the training captions (`ss_tag_frequency`) with their counts, most used first; {} if there are none."""
+    """Tag -> count in the training captions (`ss_tag_frequency`), most frequent first; {} if there are none."""
     try:
         folders = json.loads(metadata.get("ss_tag_frequency", "{}"))
         counts: dict[str, int] = {}
         for tags in folders.values():
             for tag, count in tags.items():
                 counts[tag.strip()] = counts.get(tag.strip(), 0) + int(count)
-    except (ValueError, AttributeError, TypeError, RecursionError):  # only told, never needed
+    except (ValueError, AttributeError, TypeError, RecursionError):  # informative only
         return {}
     return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
@@ -72,11 +72,11 @@ def read_lora(path: str | os.PathLike | Mapping[str, Tensor], modules: Modules |
               skip: str | None = None, words: bool = False) -> LoRAFile:
     """Read a LoRA of any known program: a file, a folder of PEFT or diffusers, or tensors in memory.
 
-    `modules`: of the model that it is for, or a function that finds out from the file. `skip`: a regular expression;
-    tensors whose key, or whose module's path, it matches somewhere are left out. `words`: whether the caller takes learned
-    words of the prompt too (`LoRAFile.words`); else a file that holds one is refused.
-    Raises CheckpointError for what is no file of tensors, LoRAFormatError for a tensor that is not understood, a module that
-    the model does not have, half a pair, and values that are not finite.
+    `modules`: of the model that the LoRA is for, or a function that infers them from the file. `skip`: a regular expression;
+    tensors whose key or module path contains a match are left out. `words`: whether to accept learned words of the prompt
+    (`LoRAFile.words`); otherwise a file that has one is refused.
+    Raises CheckpointError for a file that holds no tensors, LoRAFormatError for tensors that are not understood, modules that
+    the model lacks, half a pair, and values that are not finite.
     """
     file, configs = open_lora(path)
     made_for = file.metadata.get("ss_base_model_version")
@@ -99,13 +99,13 @@ def _entries(file: TensorFile, configs: Mapping[str, dict], modules: Modules):
         if detect(file):
             entries = list(read(file, modules))
             return entries, sorted(set(file) - {entry.key for entry in entries}), name
-    # pickles may hold alpha as a plain number
+    # in pickles alpha may be a plain number
     file.update({key: torch.tensor(float(value)) for key, value in file.scalars.items() if key.endswith(".alpha")})
     return read_entries(file, file.metadata, configs)
 
 
 def open_lora(path: str | os.PathLike | Mapping[str, Tensor]) -> tuple[TensorFile, dict[str, dict]]:
-    """The tensors of a LoRA file or folder, and PEFT's configs by the prefix of the keys that they are for."""
+    """(tensors, {key prefix: PEFT config}) of a LoRA file or folder. Raises CheckpointError."""
     if isinstance(path, TensorFile):
         return path, {}
     if isinstance(path, Mapping):
@@ -126,7 +126,7 @@ def open_lora(path: str | os.PathLike | Mapping[str, Tensor]) -> tuple[TensorFil
         whole.metadata |= part.metadata
         if (folder / "adapter_config.json").exists():
             configs[prefix] = read_json(folder / "adapter_config.json")
-    for file in beside_lora(path):  # as if they were bundled
+    for file in beside_lora(path):  # read as if bundled
         whole.update({f"bundle_emb.{word}.emb_params": vectors for word, vectors in read_embeddings(file).items()})
     return whole, configs
 
@@ -137,12 +137,12 @@ def _weights_in(folder: Path) -> str | None:
 
 @dataclass
 class LoadReport:
-    """What became of a LoRA file: every tensor of it is counted, in `tensors` (applied) or in `skipped` (asked for)."""
+    """How a LoRA file was loaded: each of its tensors is counted in `tensors` (applied) or named in `skipped` (as asked)."""
 
     name: str
     file: str
     format: str
-    base: str  # the family that the file's metadata names, or ""
+    base: str  # the model family named in the file's metadata, or ""
     modules: dict[str, int]  # component -> modules matched
     kinds: list[str]
     ranks: list[int]
@@ -151,13 +151,13 @@ class LoadReport:
     skipped: list[str] = field(default_factory=list)
     trigger_words: list[str] = field(default_factory=list)
     metadata: dict[str, str] = field(default_factory=dict)
-    blocks: dict[str, float] = field(default_factory=dict)  # block -> its multiplier, where it is not 1
-    words: list[str] = field(default_factory=list)  # learned words that it brought for prompts
-    stamp: tuple[int, int] | None = None  # size and time of the file when it was read
+    blocks: dict[str, float] = field(default_factory=dict)  # block -> multiplier, as given
+    words: list[str] = field(default_factory=list)  # learned words that the file added
+    stamp: tuple[int, int] | None = None  # size and mtime of the file when it was read
 
     @property
     def hash(self) -> str | None:
-        """That of the file that was loaded; None once another lies in its place, or it never was a file."""
+        """The loaded file's `lora_hash`; None if it has changed since, or was not a file."""
         return lora_hash(self.file) if self.stamp is not None and self.stamp == stamp_of(self.file) else None
 
     def __str__(self) -> str:
@@ -176,8 +176,9 @@ class LoadReport:
 
 
 def report_of(found: LoRAFile, name: str, networks: Iterable[str] = (), blocks: BlockWeights | None = None) -> LoadReport:
-    """The report on a file that was read."""
-    state, counts = found.state, {}
+    """The report on a file that was read; modules are counted per component if their path starts with one of `networks`."""
+    state = found.state
+    counts: dict[str, int] = {}
     for module in state:
         component = module.split(".")[0] if module.split(".")[0] in networks else ""
         counts[component] = counts.get(component, 0) + 1
@@ -189,4 +190,5 @@ def report_of(found: LoRAFile, name: str, networks: Iterable[str] = (), blocks: 
 
 
 def stamp_of(path) -> tuple[int, int] | None:
+    """(size in bytes, mtime in ns) of a file; None for anything else."""
     return (os.stat(path).st_size, os.stat(path).st_mtime_ns) if os.path.isfile(path) else None

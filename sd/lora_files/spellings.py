@@ -1,4 +1,4 @@
-"""The names of tensors in LoRA files, and what a file of such names seems to be."""
+"""Tensor names in LoRA files, and guesses from them at what a file is."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from sd.adapters.kinds import KINDS
 class Entry(NamedTuple):
     """One tensor of a file, or a slice of one."""
 
-    key: str  # in the file; "" where the value comes from the file's metadata
-    module: str  # as the file spells it, or our path
-    tail: str  # which tensor it is: a name of TENSORS or MODIFIERS
+    key: str  # in the file; "" if the value comes from its metadata
+    module: str  # as spelled in the file, or our path
+    tail: str  # which tensor of the module: a name in TENSORS, MODIFIERS, ...
     tensor: Tensor
 
 
-# Tensor names of kohya and LyCORIS -> (kind, our name). Of kinds that share names, the first in KINDS tells them apart.
+# Tensor names of kohya and LyCORIS -> (kind, our name). Of kinds that share names, the first in KINDS, whose kind_of decides.
 TENSORS = {key: (kind, ours) for kind, cls in reversed(KINDS.items()) for key, ours in cls.keys.items()}
 
-# Those of tensors that are flags, and those that any tensor may have, with what must stand beside them.
+# Names of flags, and names that count only beside another one.
 FLAGS = {key for cls in KINDS.values() for key, ours in cls.keys.items() if ours in cls.flags}
 ONLY_BESIDE = {key: other for cls in KINDS.values() for key, other in cls.only_beside.items()}
 
-# What any kind may have beside its own tensors.
+# Tensors that any kind may have in addition to its own.
 MODIFIERS = {"diff_b": "diff_b", "b_norm": "diff_b", "dora_scale": "magnitude"}
 
-SCALES = ("alpha", "scale", "scalar")  # `scale` takes the place of alpha / rank, `scalar` is one more factor
+SCALES = ("alpha", "scale", "scalar")  # `scale` replaces alpha / rank, `scalar` is an additional factor
 
-SPARSE = ("bias_indices", "bias_values", "bias_size")  # the residual of ΔW that a low rank leaves (not of a bias)
+SPARSE = ("bias_indices", "bias_values", "bias_size")  # the sparse residual of a low-rank ΔW (not a bias)
 
-UP_BIAS = "lora_up.bias"  # added after `up`, so it has the scale alpha / rank
+UP_BIAS = "lora_up.bias"  # added after `up`, so scaled by alpha / rank
 
-TOKEN = "token"  # a learned word of the prompt that lies beside the LoRA; its module is the word
+TOKEN = "token"  # a learned word bundled with the LoRA; the entry's module is the word
 
-IGNORED = "ignored"  # a tensor that its own program writes and never reads
+IGNORED = "ignored"  # a tensor that its program writes but never reads
 
 
 def guess_file(tensors: Mapping[str, Tensor]) -> str:
-    """One clause on what a file of these tensors seems to be."""
+    """A clause for messages that says what a file of these tensors seems to be."""
     keys = list(tensors)
     contexts = {t.shape[1] for k, t in tensors.items() if t.dim() > 1
                 and re.search(r"attn2[._]to_k(\.processor|_lora)?\.(lora_down|lora_A|lora\.down|down)\b", k)}
@@ -67,11 +67,12 @@ def guess_file(tensors: Mapping[str, Tensor]) -> str:
 
 
 def guess_clause(tensors: Mapping[str, Tensor] | None) -> str:
+    """`guess_file` as the end of a sentence; "" without tensors."""
     return f"; {guess_file(tensors)}" if tensors else ""
 
 
 def looks_like_lora(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a file of these tensors is a LoRA rather than a checkpoint, by its names alone."""
-    parts = (*(tail for tail in TENSORS if re.search(r"[._]", tail)), ".diff")  # one plain word says nothing of a LoRA
+    """Whether a file of these tensors is a LoRA rather than a checkpoint, judged by names alone."""
+    parts = (*(tail for tail in TENSORS if re.search(r"[._]", tail)), ".diff")  # a single plain word is no evidence
     return any("lora" in key.lower() or key.endswith(parts) or re.match(r"(unet|text_encoder):\d+:|lycoris_", key)
                or key.endswith((".module.A", ".module.B")) for key in tensors)

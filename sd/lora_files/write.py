@@ -1,6 +1,6 @@
-"""Writers of LoRA files: {module path: AdapterWeights} in the spelling of kohya, diffusers, PEFT or ComfyUI, and the header.
+"""Writes {module path: AdapterWeights} as a LoRA file of kohya, diffusers, PEFT or ComfyUI.
 
-What a format cannot hold is an error that names it, never left out. Facts: docs/lora-formats.md.
+Nothing is dropped: whatever a format cannot hold raises an error that names it. Facts: docs/lora-formats.md.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from sd.lora_files.header import lora_metadata, plain_number, with_hash
 from sd.lora_files.modules import Modules
 
 FORMATS = ("kohya", "diffusers", "peft", "comfyui")
-PEFT_FILES = {"adapter_model.safetensors", "adapter_config.json"}  # nothing else is ever replaced
+PEFT_FILES = {"adapter_model.safetensors", "adapter_config.json"}  # a save replaces nothing else
 
 
 def write_lora(path: str | os.PathLike, state: Mapping[str, AdapterWeights], modules: Modules, *, format: str = "kohya",
                dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a LoRA in one of FORMATS; `path` is replaced at once or not at all. PEFT's is a folder, the others are one file.
+    """Write a LoRA in one of FORMATS, atomically. PEFT's format is a folder, the others are one file.
 
-    `dtype` None leaves each tensor its own. `metadata` goes over what `lora_metadata` says of `state`. Raises LoRAFormatError
-    for what the format cannot hold, for values that overflow `dtype`, and for a folder that holds other things.
+    `dtype` None keeps each tensor's own. `metadata` overrides the header from `lora_metadata`. Raises LoRAFormatError if the
+    format cannot hold something, if values overflow `dtype`, or if the folder holds other things.
     """
     check_format(state, modules, format)
     if format != "peft" and Path(path).is_dir():
         raise LoRAFormatError(f"{path}: is a folder; the format {format} is one file, so name one that ends in .safetensors")
-    state = dict(sorted(state.items()))  # the same LoRA gives the same file, whatever it was read from
+    state = dict(sorted(state.items()))  # the same LoRA gives the same file, in whatever order it was read
     header = lora_metadata(state, extra=metadata)
     if format == "peft":
         _check_folder(Path(path))
@@ -67,10 +67,10 @@ NAMELESS = "a module for which it has no name"
 # ---- what a format can hold --------------------------------------------------------------------------------------------
 
 def refusals(state: Mapping[str, AdapterWeights], modules: Modules, format: str) -> dict[str, str]:
-    """{module path: what `format` cannot hold of it, and why}; empty where it holds all."""
+    """{module path: what `format` cannot hold of it, and why}; empty if it can hold everything. Raises LoRAFormatError."""
     if format not in FORMATS:
         raise LoRAFormatError(f"format {format!r} cannot be written; allowed: {', '.join(FORMATS)}")
-    if format == "kohya":  # with LyCORIS's spelling it holds everything
+    if format == "kohya":  # with LyCORIS's tensor names it holds everything
         return {}
     names, found = {name.path: name for name in modules.names}, {}
     networks: dict[str, list[AdapterWeights]] = {}
@@ -93,7 +93,7 @@ def refusals(state: Mapping[str, AdapterWeights], modules: Modules, format: str)
 
 
 def _why_not_peft(weights: AdapterWeights, network: list[AdapterWeights], embedding: bool) -> str | None:
-    """PEFT has one switch for a whole network: all its modules have a magnitude or none, and so it is with bias changes."""
+    """Why PEFT cannot hold a module: all modules of a network must have a magnitude or none, and likewise a bias change."""
     magnitude, bias = weights.tensors.get("magnitude"), weights.tensors.get("diff_b")
     if magnitude is not None:
         if magnitude.dim() > 1 and magnitude.shape[int(embedding)] != magnitude.numel():
@@ -103,10 +103,18 @@ def _why_not_peft(weights: AdapterWeights, network: list[AdapterWeights], embedd
     if bias is not None:
         if any("magnitude" in other.tensors or "diff_b" not in other.tensors for other in network):
             return "a bias change (diff_b), which is not all that the network's modules have"
-        scale = weights.alpha / weights.rank
+        alpha, rank = _alpha_and_rank(weights)
+        scale = alpha / rank
         if not scale or not torch.equal(_up_bias(weights).double() * scale, bias.double()):
             return "a bias change (diff_b) that alpha / rank does not divide exactly"
     return None
+
+
+def _alpha_and_rank(weights: AdapterWeights) -> tuple[float, int]:
+    """Of a low-rank pair, the only kind that PEFT's writers take."""
+    alpha, rank = weights.alpha, weights.rank
+    assert alpha is not None and rank is not None
+    return alpha, rank
 
 
 def check_format(state: Mapping[str, AdapterWeights], modules: Modules, format: str) -> None:
@@ -125,7 +133,7 @@ def check_format(state: Mapping[str, AdapterWeights], modules: Modules, format: 
 
 def write_comfyui(state: Mapping[str, AdapterWeights], names: Iterable[Name],
                   dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """{key: tensor} as ComfyUI names them: LDM's modules, kohya's and LyCORIS's tensors."""
+    """{key: tensor} in ComfyUI's names: LDM's for modules, kohya's and LyCORIS's for tensors."""
     def spell(name: Name) -> str:
         if name.component == "clip":
             return f"text_encoders.clip_l.transformer.{name.diffusers}"
@@ -136,14 +144,15 @@ def write_comfyui(state: Mapping[str, AdapterWeights], names: Iterable[Name],
 
 def write_diffusers(state: Mapping[str, AdapterWeights], modules: Modules,
                     dtype: torch.dtype | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """({key: tensor}, metadata) of diffusers' `save_lora_weights`; the metadata holds what its loader needs for every alpha."""
-    tensors, config = {}, {}
+    """({key: tensor}, metadata) as from diffusers' `save_lora_weights`; its loader takes the alphas from the metadata."""
+    tensors: dict[str, Tensor] = {}
+    config: dict[str, object] = {}
     for network, (found, fields) in peft_parts(state, modules, dtype, prefix="", text_model="text_model.").items():
-        # diffusers tells the spelling of a text encoder by its attention layers, and finds none in one that has only others.
+        # diffusers detects a text encoder's spelling by its attention layers, so it fails without any.
         blind = network == "text_encoder" and "_proj.lora_A" not in "".join(found)
         for key, tensor in found.items():
             if network == "text_encoder" and key.endswith("lora_magnitude_vector"):
-                key += ".weight"  # transformers 5 reads this spelling only, and diffusers gives it the text encoder to load
+                key += ".weight"  # the spelling of transformers 5, by which diffusers loads text encoders
             if blind:
                 key = key.replace(".lora_A.", ".lora_linear_layer.down.").replace(".lora_B.", ".lora_linear_layer.up.")
             tensors[f"{network}.{key}"] = tensor
@@ -155,14 +164,15 @@ def peft_parts(state: Mapping[str, AdapterWeights], modules: Modules, dtype: tor
                prefix: str = "base_model.model.", text_model: str = "") -> dict[str, tuple[dict[str, Tensor], dict]]:
     """{"unet" or "text_encoder": ({key: tensor}, fields of its LoraConfig)}.
 
-    A Tucker core is multiplied into `down`, in fp32 at least unless `dtype` says otherwise. `text_model`: PEFT does not
-    translate names, so it wants those of transformers >= 5.6, which has no text_model; diffusers translates.
+    A Tucker core is multiplied into `down`, in fp32 at least unless `dtype` says otherwise. `text_model`: a prefix of the text
+    encoder's names. PEFT needs the names of transformers >= 5.6, without text_model; diffusers translates them.
     """
-    names, networks = {name.path: name for name in modules.names}, {}
+    names = {name.path: name for name in modules.names}
+    networks: dict[str, dict[str, AdapterWeights]] = {}
     for path, weights in state.items():
         networks.setdefault(FOLDERS[names[path].component], {})[path] = weights
     parts = {}
-    for network, members in sorted(networks.items(), reverse=True):  # the UNet first, as diffusers has it
+    for network, members in sorted(networks.items(), reverse=True):  # the UNet first, as in diffusers
         bare = {path: names[path].diffusers.removeprefix("text_model.") for path in members}
         start = text_model if network == "text_encoder" else ""
         tensors = {f"{prefix}{start}{bare[path]}.{tail}": as_written(tensor, dtype, f"{path}: {tail}")
@@ -181,7 +191,8 @@ def _peft_tensors(weights: AdapterWeights, shape: tuple[int, ...], embedding: bo
             mid = weights.tensors["mid"]
             product = torch.einsum("nm...,mi->ni...", mid.double(), down.double().flatten(1))
             down = product.to(mid.dtype if mid.dtype.itemsize >= 4 else torch.float32)
-        tensors = {"lora_A.weight": down.reshape(weights.rank, *shape[1:]),  # 1x1 convolutions may come as matrices
+        _, rank = _alpha_and_rank(weights)
+        tensors = {"lora_A.weight": down.reshape(rank, *shape[1:]),  # the factors of a 1x1 convolution may be matrices
                    "lora_B.weight": up.reshape(shape[0], -1, *(1,) * (len(shape) - 2))}
     if "magnitude" in weights.tensors:
         flat = weights.tensors["magnitude"].flatten()
@@ -192,16 +203,18 @@ def _peft_tensors(weights: AdapterWeights, shape: tuple[int, ...], embedding: bo
 
 
 def _up_bias(weights: AdapterWeights) -> Tensor:
-    """The bias of PEFT's lora_B, which is multiplied by alpha / rank."""
-    return (weights.tensors["diff_b"].double() * (weights.rank / weights.alpha)).to(weights.tensors["up"].dtype)
+    """The bias of PEFT's lora_B, which PEFT multiplies by alpha / rank."""
+    alpha, rank = _alpha_and_rank(weights)
+    return (weights.tensors["diff_b"].double() * (rank / alpha)).to(weights.tensors["up"].dtype)
 
 
 def _peft_config(members: Mapping[str, AdapterWeights], network: str) -> dict:
-    """The fields of peft.LoraConfig that say which modules, and every rank and alpha; what is left out has PEFT's default."""
-    ranks = {module: weights.rank for module, weights in members.items()}
-    alphas = {module: weights.alpha for module, weights in members.items()}
+    """The fields of peft.LoraConfig for the target modules and their ranks and alphas; the others keep PEFT's defaults."""
+    both = {module: _alpha_and_rank(weights) for module, weights in members.items()}
+    alphas = {module: alpha for module, (alpha, _) in both.items()}
+    ranks = {module: rank for module, (_, rank) in both.items()}
     any_of = next(iter(members.values())).tensors
-    # Patterns are regular expressions that PEFT lets match the end of a name: escaped and anchored they match one module.
+    # PEFT matches patterns, which are regular expressions, at the end of a name: escaped and anchored, each fits one module.
     start = r"^(text_model\.)?" if network == "text_encoder" else "^"
 
     def patterns(values: Mapping[str, float], usual: float) -> dict[str, float]:
@@ -211,7 +224,7 @@ def _peft_config(members: Mapping[str, AdapterWeights], network: str) -> dict:
     config = {"r": rank, "lora_alpha": plain_number(alpha), "rank_pattern": patterns(ranks, rank),
               "alpha_pattern": patterns(alphas, alpha), "target_modules": sorted(members), "use_rslora": False,
               "use_dora": "magnitude" in any_of}
-    return config | ({"lora_bias": True} if "diff_b" in any_of else {})  # PEFT knows that field since 0.14
+    return config | ({"lora_bias": True} if "diff_b" in any_of else {})  # PEFT has this field since 0.14
 
 
 def _check_folder(path: Path) -> None:
@@ -224,15 +237,12 @@ def _check_folder(path: Path) -> None:
         raise LoRAFormatError(f"{path}: is a folder with other things in it, such as {others[0].name}; name a new folder")
 
 
-# ---- the header --------------------------------------------------------------------------------------------------------
-
-
 def write_kohya(state: Mapping[str, AdapterWeights], names: Iterable[Name], dtype: torch.dtype | None = None, *,
                 spell: Callable[[Name], str | None] = lambda name: name.kohya) -> dict[str, Tensor]:
-    """{key: tensor} in kohya's names, LyCORIS's for the kinds that are its own. alpha always.
+    """{key: tensor} in kohya's names, or LyCORIS's for its own kinds, always with alpha where the kind has one.
 
-    A module without such a name (of the VAE, of foreign models) is written under its module path. Raises LoRAFormatError
-    for values that are not finite in `dtype`.
+    A module without such a name (in the VAE or a foreign model) is written under its module path. Raises LoRAFormatError for
+    values that are not finite in `dtype`.
     """
     spelled = {name.path: spell(name) or name.path for name in names}
     return {f"{spelled.get(path, path)}.{tail}": tensor for path, weights in state.items()
@@ -240,7 +250,7 @@ def write_kohya(state: Mapping[str, AdapterWeights], names: Iterable[Name], dtyp
 
 
 def spell_tensors(weights: AdapterWeights, dtype: torch.dtype | None, where: str) -> dict[str, Tensor]:
-    """{kohya's or LyCORIS's tensor name: tensor} of one module, alpha included."""
+    """{kohya's or LyCORIS's tensor name: tensor} of one module, including alpha."""
     kind = KINDS[weights.kind]
     tails = {"diff_b": "diff_b", "magnitude": "dora_scale"} | kind.spelling(weights.tensors)
     found = {tails[name]: as_written(tensor, dtype, f"{where}: {name}") for name, tensor in weights.tensors.items()}
@@ -249,7 +259,7 @@ def spell_tensors(weights: AdapterWeights, dtype: torch.dtype | None, where: str
 
 
 def as_written(tensor: Tensor, dtype: torch.dtype | None, what: str) -> Tensor:
-    """On the CPU, contiguous, in `dtype` if it is a floating tensor. Raises LoRAFormatError for what is then not finite."""
+    """The tensor on the CPU, contiguous, in `dtype` if floating point. Raises LoRAFormatError for values that overflow it."""
     tensor = tensor.detach().cpu().contiguous()
     if not tensor.is_floating_point():
         return tensor
@@ -261,6 +271,6 @@ def as_written(tensor: Tensor, dtype: torch.dtype | None, what: str) -> Tensor:
 
 
 def _number(value: float) -> Tensor:
-    """0-d, fp32 as kohya has it, fp64 where fp32 would round: alpha is a factor of every ΔW, whatever dtype the file has."""
+    """0-d, in fp32 like kohya's, or in fp64 if fp32 would round it: alpha scales ΔW, whatever dtype the file has."""
     single = torch.tensor(float(value))
     return single if single.item() == value else single.double().fill_(value)

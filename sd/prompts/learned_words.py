@@ -1,6 +1,6 @@
-"""Learned words of the prompt (textual inversion, Gal et al. 2022): in a text encoder, and in files of all programs.
+"""Learned words of a text encoder (textual inversion, Gal et al. 2022).
 
-A word stands for k vectors of the text encoder's width D, in the places of k tokens. Facts: docs/lora-formats.md.
+A word stands for k vectors of the text encoder's width D, which take the places of k tokens.
 """
 
 from __future__ import annotations
@@ -18,17 +18,14 @@ from sd.files.hashes import digest
 from sd.files.tensor_file import all_finite
 from sd.prompts.tokenizer import vocabulary
 
-WIDTHS = {768: "SD 1.x", 1024: "SD 2.x", 1280: "SDXL"}  # of vectors, by family
+WIDTHS = {768: "SD 1.x", 1024: "SD 2.x", 1280: "SDXL"}  # width of the vectors -> model family
 
 
 class EmbeddingError(SDError):
     """A learned word that cannot be read, added or written; the message names it and says why."""
 
-
-# ---- in a text encoder -------------------------------------------------------------------------------------------------
-
 class LearnedWords(nn.ParameterDict):
-    """The vectors [k, D] of each learned word: rows that follow the token embedding's table, which is never written."""
+    """The vectors [k, D] of each learned word. They extend the token embedding, whose own weight is never written."""
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
@@ -36,7 +33,7 @@ class LearnedWords(nn.ParameterDict):
 
     @property
     def ids(self) -> dict[str, range]:
-        """Word -> the token ids for which its vectors stand, in order: the first after the vocabulary's."""
+        """Word -> the token ids of its vectors, numbered from the end of the vocabulary in order of addition."""
         found, first = {}, self.config.vocab_size
         for key, vectors in self.items():
             found[unescaped(key[1:])] = range(first, first + len(vectors))
@@ -44,19 +41,24 @@ class LearnedWords(nn.ParameterDict):
         return found
 
     def find(self, word: str) -> str | None:
-        """The learned word that this one is, in any case, as it is spelled here."""
+        """The loaded word that equals `word` up to case and spacing, in its own spelling; None if there is none."""
         return next((known for known in self.ids if known.lower() == one_space(word).lower()), None)
 
     def of(self, word: str) -> nn.Parameter:
         """The vectors of a word. Raises EmbeddingError."""
-        if self.find(word) is None:
+        return self[self.key_of(word)]
+
+    def key_of(self, word: str) -> str:
+        """The key of a loaded word. Raises EmbeddingError."""
+        known = self.find(word)
+        if known is None:
             raise EmbeddingError(f"the word {word!r} is not loaded; loaded: {', '.join(map(repr, self.ids)) or 'none'}")
-        return self[word_key(self.find(word))]
+        return word_key(known)
 
     def new(self, words: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What `learn` would add: {word: fp32 [k, D]}. A word that is there with the same vectors is not new.
+        """The words that `learn` would add: {word: fp32 [k, D]}. A word loaded with the same vectors is not new.
 
-        Raises EmbeddingError for one that is there with others or is a token of the vocabulary, for vectors that do not
+        Raises EmbeddingError for a word that is loaded with other vectors or is in the vocabulary, for vectors that do not
         fit, and for values that are not finite.
         """
         there = {word.lower(): self.of(word).detach().float().cpu() for word in self.ids}
@@ -74,7 +76,7 @@ class LearnedWords(nn.ParameterDict):
         return new
 
     def learn(self, words: Mapping[str, Tensor], device) -> list[str]:
-        """Add words with their vectors, [k, D] or [D], frozen and in fp32: all of them or none. Returns those that are new.
+        """Add words with their vectors, [k, D] or [D], frozen and in fp32: all or none. Returns the new ones.
 
         Raises as `new` does.
         """
@@ -85,9 +87,8 @@ class LearnedWords(nn.ParameterDict):
         return list(new)
 
     def forget(self, word: str) -> None:
-        """Raises EmbeddingError for a word that is not there."""
-        self.of(word)
-        del self[word_key(self.find(word))]
+        """Remove a word. Raises EmbeddingError if it is not loaded."""
+        del self[self.key_of(word)]
 
     def _checked(self, word: str, vectors: Tensor) -> Tensor:
         shape, width, longest = list(vectors.shape), self.config.width, self.config.max_tokens - 2
@@ -105,15 +106,15 @@ class LearnedWords(nn.ParameterDict):
 
 
 def one_space(word: str) -> str:
-    """The one spelling of a word: single spaces, composed letters."""
+    """Normalize a word: NFC, single spaces."""
     return " ".join(unicodedata.normalize("NFC", word).split())
 
 
 def word_key(word: str) -> str:
-    """A word's key in LearnedWords: names of parameters may not hold dots, nor equal an attribute such as `keys`."""
+    """A word's key in LearnedWords: parameter names may not contain dots or equal an attribute such as `keys`."""
     return "_" + escaped(word)
 
 
 def vectors_hash(vectors: Tensor) -> str:
-    """First 12 hex digits of the SHA-256 of a word's vectors in fp32: the same whatever file they came from."""
+    """First 12 hex digits of the SHA-256 of a word's vectors in fp32, whatever file they came from."""
     return digest([vectors.float()])[:12]

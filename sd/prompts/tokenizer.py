@@ -1,4 +1,4 @@
-"""CLIP's tokenizer, from the vocabulary in data/."""
+"""Prompts to CLIP's token ids, learned words included."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sd.errors import SDError
 
 
 def data_dir() -> Path:
-    """The folder of the vocabulary and the embedded models: in the installed package, or beside it in a checkout."""
+    """The folder of CLIP's vocabulary and the bundled models: in the installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     places = [package / "data", package.parent / "data"]
     for place in places:
@@ -27,9 +27,9 @@ def data_dir() -> Path:
 
 
 def load_tokenizer(folder: str | Path | None = None):
-    """CLIPTokenizer of transformers from a folder with vocab.json and merges.txt; default: the one in data/.
+    """transformers' CLIPTokenizer from a folder with vocab.json and merges.txt; default: the one in data/.
 
-    Uses no network. Raises FileNotFoundError.
+    Does not use the network. Raises FileNotFoundError.
     """
     folder = data_dir() if folder is None else Path(folder)
     for name in ("vocab.json", "merges.txt"):
@@ -42,15 +42,15 @@ def load_tokenizer(folder: str | Path | None = None):
 
 @lru_cache(maxsize=1)
 def vocabulary() -> frozenset[str]:
-    """CLIP's tokens as they are spelled in vocab.json: those that end a word end in "</w>"."""
+    """CLIP's tokens as spelled in vocab.json, where tokens that end a word end in "</w>"."""
     return frozenset(json.loads((data_dir() / "vocab.json").read_text(encoding="utf-8")))
 
 
 def tokenize(tokenizer, prompts: list[str], max_tokens: int, words: Mapping[str, Sequence[int]] | None = None) -> Tensor:
     """Token ids [B, max_tokens]: start, prompt, end, padded with the tokenizer's pad token (in SD 1.x the end token).
 
-    `words`: the ids of each learned word (`CLIP.words`). A prompt that is too long is cut, with one warning that shows what
-    was cut. Raises TypeError for what is not a list of strings, SDError for max_tokens below 2 and for lone surrogates.
+    `words`: learned word -> its token ids (`CLIP.words`). A prompt that is too long is cut, with a warning that shows what
+    was cut. Raises TypeError if `prompts` is not a list of strings, SDError for max_tokens below 2 and lone surrogates.
     """
     if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
         raise TypeError(f"prompts must be a list of strings, not {prompts!r:.200}")
@@ -60,7 +60,7 @@ def tokenize(tokenizer, prompts: list[str], max_tokens: int, words: Mapping[str,
     for row, prompt in zip(ids, prompts, strict=True):
         try:
             prompt.encode("utf-8")
-        except UnicodeEncodeError as error:  # tokenizers would drop the character without a word
+        except UnicodeEncodeError as error:  # tokenizers would drop the character silently
             raise SDError(f"the prompt {prompt!r:.200} cannot be encoded: {error.reason} at character {error.start}") from None
         tokens, starts = tokens_of(tokenizer, prompt, words or {})
         room = max_tokens - 2
@@ -74,10 +74,10 @@ def tokenize(tokenizer, prompts: list[str], max_tokens: int, words: Mapping[str,
 
 
 def tokens_of(tokenizer, text: str, words: Mapping[str, Sequence[int]]) -> tuple[list[int], list[int]]:
-    """(token ids, where in the text each begins), without start and end; what lies between learned words is tokenized alone."""
+    """(token ids, character offset of each), without start and end. The text between learned words is tokenized separately."""
     tokens, starts, end = [], [], 0
     for first, last, word in [*find_words(text, words), (len(text), len(text), None)]:
-        # verbose=False: transformers would add a warning of its own, once a process
+        # verbose=False: transformers would add its own warning, once per process
         encoded = tokenizer(text[end:first], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         tokens += encoded["input_ids"]
         starts += [end + start for start, _ in encoded["offset_mapping"]]
@@ -89,18 +89,18 @@ def tokens_of(tokenizer, text: str, words: Mapping[str, Sequence[int]]) -> tuple
 
 
 def find_words(text: str, words: Mapping[str, object]) -> list[tuple[int, int, str]]:
-    """(start, end, word) of the learned words in a text: in any case, as CLIP's own, and whole; the longest that fits."""
+    """(start, end, word) of each learned word in a text: case-insensitive as CLIP is, whole words only, longest match first."""
     if not words:
         return []
     pattern, spelled = _words_pattern(tuple(words))
-    return [(match.start(), match.end(), spelled[match.lastindex - 1]) for match in pattern.finditer(text)]
+    return [(match.start(), match.end(), spelled[(match.lastindex or 0) - 1]) for match in pattern.finditer(text)]
 
 
 @lru_cache(maxsize=64)
 def _words_pattern(words: tuple[str, ...]) -> tuple[re.Pattern, list[str]]:
-    """(pattern with a group for each word, the words in the groups' order)."""
+    """(pattern with one group per word, the words in the order of the groups)."""
     def whole(word: str) -> str:
-        # "<s0><s1>" are two words side by side; "toy" is none in "toys"
+        # "<s0><s1>" is two adjacent words; "toys" does not contain the word "toy"
         before, after = (r"(?<!\w)" if re.match(r"\w", word) else ""), (r"(?!\w)" if re.search(r"\w$", word) else "")
         forms = {form: r"\s+".join(map(re.escape, unicodedata.normalize(form, word).split())) for form in ("NFC", "NFD")}
         return f"({before}(?:{'|'.join(sorted(set(forms.values())))}){after})"

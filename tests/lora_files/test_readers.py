@@ -158,7 +158,7 @@ def test_alpha_comes_from_the_metadata_of_diffusers_by_pefts_rules(modules, conf
 
 @pytest.mark.parametrize("metadata, words", [
     ("{", "lora_adapter_metadata cannot be read"), ("[1]", "cannot be read"), ('{"unet.lora_alpha": "x"}', "the alpha 'x'"),
-    ('{"unet.lora_alpha": 1, "unet.alpha_pattern": {"(": 2}}', "no regular expression"),
+    ('{"unet.lora_alpha": 1, "unet.alpha_pattern": {"(": 2}}', "not a regular expression"),
     ('{"unet.peft_type": "BONE"}', "peft_type is 'BONE'"),
     ('{"unet.lora_alpha": 1, "unet.alpha_pattern": 3}', "the patterns 3; a table"),
 ])
@@ -231,6 +231,10 @@ def test_pefts_kronecker_product_of_whole_factors_is_scaled_and_lycoris_is_not(m
     (PAIR | {f"{KOHYA}.alpha": torch.tensor(1e300, dtype=torch.float64)}, "1e.300, which no fp32 number holds"),
     ({f"{DIFFUSERS}.to_q.lora_{side}.{name}.weight": t for side, t in (("A", DOWN), ("B", UP)) for name in "ab"},
      "several adapters"),
+    *(({f"{KOHYA}.{name}": t for name, t in tensors.items()} | {f"{KOHYA}.lora_B.bias": random(WIDTH)},
+       f"a lora_up.bias, whose scale is alpha / rank, but its kind .{kind}. has no rank")
+      for kind, tensors in (("full", {"diff": random(WIDTH, WIDTH)}), ("oft", {"oft_blocks": random(4, 8, 8)}),
+                            ("lokr", {"lokr_w1": random(4, 4), "lokr_w2": random(8, 8)}))),
 ])
 def test_what_would_be_lost_in_silence_is_refused(modules, file, words):
     with pytest.raises(LoRAFormatError, match=words):

@@ -44,18 +44,18 @@ class Request:
 
     prompt: str | Sequence[str]
     uncond_prompt: str | Sequence[str] | None = setting(None, "What the picture should not show.")
-    n_inference_steps: int = setting(50, "Sampler steps.")
+    n_inference_steps: int = setting(50, "Sampling steps.")
     sampler_name: str = setting("ddpm", f"{', '.join(SAMPLERS)}.")
-    spacing: str | None = setting(None, f"{', '.join(Sampler.spacings)}; none: the sampler's own.")
-    cfg_scale: float = setting(7.5, "Guidance scale; 1 is none.")
-    width: int | None = setting(None, "Pixels; none: what the model is made for.")
-    height: int | None = setting(None, "Pixels; none: what the model is made for.")
-    clip_skip: int = setting(1, "1: last layer of the text encoder, 2: the one before.")
-    seed: int | Sequence[int] | None = setting(None, "Image i has seed + i; none: a random one, which is printed.")
-    images_per_prompt: int = setting(1, "Pictures for each prompt.")
+    spacing: str | None = setting(None, f"Noise schedule: {', '.join(Sampler.spacings)}; none: the sampler's own.")
+    cfg_scale: float = setting(7.5, "Guidance scale; 1 turns guidance off.")
+    width: int | None = setting(None, "Width in pixels; none: the model's native size.")
+    height: int | None = setting(None, "Height in pixels; none: the model's native size.")
+    clip_skip: int = setting(1, "Use the text encoder's last layer (1), the one before it (2), and so on.")
+    seed: int | Sequence[int] | None = setting(None, "Picture i uses seed + i; none: a random seed, which is printed.")
+    images_per_prompt: int = setting(1, "Pictures per prompt.")
     input_image: object = setting(None, "Picture to start from (img2img).")
-    mask: object = setting(None, "Where to repaint it (white).")
-    strength: float = setting(0.8, "How much of it is noised: 0 nothing, 1 all.")
+    mask: object = setting(None, "Picture that is white where the input is to be repainted (inpainting).")
+    strength: float = setting(0.8, "How much the input may change, from 0 (not at all) to 1 (completely).")
     do_cfg: bool = True
     eta: float = 0.0
     lora: Mapping[str, float] | Sequence[Mapping[str, float]] | None = None

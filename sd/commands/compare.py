@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from tyro.conf import Positional
@@ -33,7 +33,7 @@ class Compare:
         from sd.adapters.switch import active_multipliers
         from sd.pictures.image_io import save_image
         models = load(self.on, self.embedding)
-        loaded = active_multipliers(models)
+        loaded: dict[str, Any] = active_multipliers(models)
         if not loaded:
             raise SDError("nothing to compare with the base: name at least one LoRA with --lora")
         variants: list[dict[str, float]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -52,7 +53,8 @@ class Merge:
         if len({path for path, *_ in chosen}) < len(chosen):
             raise SDError("the same LoRA is given twice; give it once, with the sum of the multipliers")
         names = " + ".join(f"{m:g} x {path.name}" for path, m, _ in chosen)
-        multipliers, blocks = {path: m for path, m, _ in chosen}, {path: b for path, _, b in chosen if b is not None}
+        multipliers: dict[str | os.PathLike, float] = {path: m for path, m, _ in chosen}
+        blocks: dict[str | os.PathLike, object] = {path: b for path, _, b in chosen if b is not None}
         if self.into == "lora":
             from sd.tools.merge import merge_lora_files
             report = merge_lora_files(multipliers, self.out, method=self.method, rank=self.rank, density=self.density,

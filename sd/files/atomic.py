@@ -48,7 +48,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             os.close(descriptor)
 
 
-def keep_sources(out: str | Path, *sources: str | Path) -> None:
+def keep_sources(out: str | os.PathLike, *sources: str | os.PathLike) -> None:
     """Raises CheckpointError for an `out` that is one of the files to read, or a folder with one of them in it."""
     target = Path(os.path.realpath(out))
     for path in sources:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
@@ -26,7 +27,7 @@ _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, O
            Image.DecompressionBombError)
 
 
-def to_pil(image) -> Image.Image:
+def to_pil(image: Any) -> Image.Image:
     """A PIL picture, from a PIL picture or a uint8 array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]. Raises ImageError."""
     if isinstance(image, Image.Image):
         return image
@@ -40,7 +41,7 @@ def to_pil(image) -> Image.Image:
     return Image.fromarray(array)
 
 
-def load_image(source, mode: str = "RGB") -> Image.Image:
+def load_image(source: Any, mode: str = "RGB") -> Image.Image:
     """An upright PIL picture in `mode` ("RGB" or "L") from a path, a PIL picture or a uint8 array.
 
     Applies EXIF rotation, composites alpha on white, converts 16 bits to 8, and takes the first frame of an animation.
@@ -68,7 +69,7 @@ def _unreadable(path: str | Path, error: BaseException) -> ImageError:
     if isinstance(error, Image.UnidentifiedImageError):
         return ImageError(f"{path}: {'is empty (0 bytes)' if path.stat().st_size == 0 else 'not a picture'}")
     if isinstance(error, Image.DecompressionBombError):
-        return ImageError(f"{path}: too many pixels; allowed: {2 * Image.MAX_IMAGE_PIXELS:,}")
+        return ImageError(f"{path}: too many pixels; allowed: {2 * (Image.MAX_IMAGE_PIXELS or 0):,}")
     return ImageError(f"{path}: damaged picture ({str(error)[:100]})")
 
 
@@ -94,9 +95,9 @@ def save_image(image, path: str | Path, parameters: dict | None = None, *, quali
     file_format = FORMATS.get(path.suffix.lower())
     if file_format is None:
         raise ImageError(f"{path}: pictures are not saved as {path.suffix!r}; allowed: {', '.join(FORMATS)}")
-    options = {"quality": quality} if file_format == "WEBP" else {"quality": quality, "subsampling": 0}
-    if file_format == "PNG":
-        options = {}
+    options: dict[str, Any] = {} if file_format == "PNG" else {"quality": quality}
+    if file_format == "JPEG":
+        options["subsampling"] = 0
     if parameters is not None:
         copy = json.dumps(parameters)
         text = format_parameters(parameters).replace("\0", "").encode("utf-8", "replace").decode("utf-8")
@@ -126,7 +127,9 @@ def read_parameters(path: str | Path) -> dict:
     """
     try:
         with Image.open(path) as image:
-            if image.format == "PNG":
+            copy: Any
+            text: Any
+            if isinstance(image, PngImagePlugin.PngImageFile):
                 copy, text = image.text.get(_JSON_KEY), image.text.get("parameters")
             else:
                 exif = image.getexif()

@@ -51,7 +51,8 @@ def contact_sheet(rows, row_labels=None, column_labels=None, *, tile: int = 160)
 
 def _wrap(label, font, width: float, most: int) -> list[str]:
     """Break a label into at most `most` lines of `width` pixels; a longer label ends in dots."""
-    lines, rest = [], " ".join(str(label).split())
+    lines: list[str] = []
+    rest = " ".join(str(label).split())
     while rest and len(lines) < most:
         fit = next((n for n in range(len(rest), 1, -1) if font.getlength(rest[:n]) <= width), 1)
         space = rest.rfind(" ", 0, fit + 1) if fit < len(rest) else -1

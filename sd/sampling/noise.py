@@ -120,9 +120,11 @@ def schedule(spacing: str, n: int, alphas_cumprod: Tensor, *, extra_point: bool 
         ends = t_to_sigma(torch.tensor([T - 1, 0]), alphas_cumprod)
         ramp = torch.linspace(0, 1, n, dtype=torch.float64)
         if spacing == "karras":
-            sigmas = torch.lerp(*ends ** (1 / KARRAS_RHO), ramp) ** KARRAS_RHO
+            first, last = ends ** (1 / KARRAS_RHO)
+            sigmas = torch.lerp(first, last, ramp) ** KARRAS_RHO
         else:
-            sigmas = torch.lerp(*ends.log(), ramp).exp()
+            first, last = ends.log()
+            sigmas = torch.lerp(first, last, ramp).exp()
         timesteps = sigma_to_t(sigmas, alphas_cumprod)
         if not fractional:
             timesteps = timesteps.round()
@@ -134,13 +136,14 @@ def schedule(spacing: str, n: int, alphas_cumprod: Tensor, *, extra_point: bool 
     if not (sigmas.diff() < 0).all():
         raise SDError(f"{n} steps with {spacing} spacing repeat a timestep; use fewer steps or another spacing")
 
-    last = torch.zeros(1, dtype=torch.float64) if to_zero else t_to_sigma(torch.zeros(1), alphas_cumprod)
+    end = torch.zeros(1, dtype=torch.float64) if to_zero else t_to_sigma(torch.zeros(1), alphas_cumprod)
     sigma0 = float(sigmas[0])
     start = (1 + sigma0**2) ** 0.5 if unit_start or spacing == "leading" else sigma0
-    return Schedule(torch.cat([sigmas, last]), timesteps, start)
+    return Schedule(torch.cat([sigmas, end]), timesteps, start)
 
 
 def _timesteps(spacing: str, n: int, T: int, extra: int) -> Tensor:
+    t: np.ndarray
     # numpy's grids, as diffusers has them: their last bit decides which way a half is rounded.
     if spacing == "leading":
         t = np.arange(n + extra)[::-1][:n] * (T // (n + extra))

@@ -33,11 +33,13 @@ def run(name: str, denoise: Callable[[Tensor, float], Tensor], x: Tensor, schedu
     Raises SDError as `walk` does.
     """
     walker, n = walk(name, x, schedule, noise=noise, eta=eta), len(schedule.timesteps)
-    step, first, x0 = 0, None, None
+    step = 0
+    first: Tensor | None = None  # x0 of the step
+    x0: Tensor | None = None
     while True:
         i, x, sigma = _question(walker, x0, n)
         if i > step:
-            if on_step is not None:
+            if on_step is not None and first is not None:
                 on_step(step, n, first)
             step, first = i, None
         if i == n:
@@ -68,12 +70,12 @@ def check_eta(name: str, eta: float) -> None:
         raise SDError(f"eta is {eta} for {name}; only {' and '.join(having)} {'has' if len(having) == 1 else 'have'} an eta")
 
 
-def _question(walker: Walk, x0: Tensor | None, n: int) -> tuple[int, Tensor, float | None]:
-    """The sampler's next request (step, x, sigma); once it has ended, (n, result, None)."""
+def _question(walker: Walk, x0: Tensor | None, n: int) -> tuple[int, Tensor, float]:
+    """The sampler's next request (step, x, sigma); once it has ended, (n, result, 0)."""
     try:
-        return walker.send(x0)
+        return next(walker) if x0 is None else walker.send(x0)
     except StopIteration as end:
-        return n, end.value, None
+        return n, end.value, 0.0
 
 
 def sample_ddim(x, sigmas, *, noise=None, eta=0.0):

@@ -230,7 +230,7 @@ def test_a_damaged_file_is_one_sentence(run, files, kind, sentence, flag):
      "values that are not finite in float16, so the model is not written"),
     (("inspect",), "nothing to inspect"),
     (("inspect", "@ink.safetensors", "--verify", "--model", str(data_dir() / "digits.safetensors")), "are unknown to this"),
-    (("inspect", "@tiny.safetensors", "--verify"), "is no LoRA"),
+    (("inspect", "@tiny.safetensors", "--verify"), "is not a LoRA"),
     (("merge", "m.safetensors", "--model", "@tiny.safetensors", "--lora", "@ink.safetensors", "--rank", "3"),
      "--rank and --randomized are for --into lora"),
     (("merge", "m.safetensors", "--into", "lora", "--lora", "@ink.safetensors", "--method", "svd"), "svd needs a rank"),

@@ -155,7 +155,7 @@ def main(options: Options) -> str:
     loading = isolated(options, time_loading, options, folder, files).result
     return block("Tools for LoRA files", options, [NOTES],
                  (["loading a LoRA", "ours", "theirs", "ours / theirs", "difference of the step"], loading),
-                 (["tool", "median", "peak", "what it says"], tools(options)))
+                 (["tool", "median", "peak", "report"], tools(options)))
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def usable_device(name) -> torch.device:
         raise DeviceError(f"device {str(name)!r} cannot be used ({str(error).splitlines()[0]}); the best one here is "
                           f"{default_device()}") from None
     if device.type == "meta":
-        raise DeviceError(f"device 'meta' holds no data, so nothing runs on it; the best one here is {default_device()}")
+        raise DeviceError(f"device 'meta' has no data, so nothing runs on it; the best one here is {default_device()}")
     return device
 
 

@@ -105,7 +105,7 @@ class Request:
         if config.unet.in_channels == 9 and self.input_image is None:
             raise GenerateError("inpainting needs input_image= and mask=; input_image is missing")
         if config.unet.in_channels == 9 and self.mask is None:
-            raise GenerateError("this is an inpainting model: it needs mask= beside input_image= (white is repainted)")
+            raise GenerateError("this is an inpainting model: it needs mask= as well as input_image= (white is repainted)")
         prompts = [p for p in texts(self.prompt, "prompt") for _ in range(self.images_per_prompt)]
         unconds = texts("" if self.uncond_prompt is None else self.uncond_prompt, "uncond_prompt")
         mode = "L" if config.vae.image_channels == 1 else "RGB"
@@ -176,7 +176,7 @@ def _seeds(seed: Any, images: int) -> list[int]:
     if len(seeds) != images:
         raise GenerateError(f"{len(seeds)} seeds are given for {images} images; give one seed, or one for each image")
     for s in seeds:
-        if not isinstance(s, Integral) or not 0 <= s < 2**63:
+        if not isinstance(s, Integral) or not 0 <= int(s) < 2**63:
             raise GenerateError(f"seed {s!r} is not allowed; allowed: whole numbers from 0 to 2^63 - 1")
     return seeds
 
@@ -263,10 +263,10 @@ def again(about: Mapping[str, Any], path, models: Models, **others) -> Request:
     """
     for key, kind in SAVED.items():
         if type(about.get(key)) is not kind:
-            raise GenerateError(f"{path}: cannot be made again: what it says of itself has no {key} that is a {kind.__name__}")
+            raise GenerateError(f"{path}: cannot be made again: it records no {key} of type {kind.__name__}")
     for key in ("lora", "lora_hashes", "lora_blocks", "lora_skipped"):
         if not isinstance(about.get(key) or {}, Mapping):
-            raise GenerateError(f"{path}: cannot be made again: what it says of its LoRAs is damaged")
+            raise GenerateError(f"{path}: cannot be made again: its record of LoRAs is damaged")
     if "strength" in about and others.get("input_image") is None:
         raise GenerateError(f"{path}: made from another picture, which the file does not hold; name it with --input")
     if about.get("model_hash", models.model_hash) != models.model_hash:

@@ -41,7 +41,7 @@ class RankRule:
         if len(given) != 1:
             raise LoRAError(f"give exactly one of {', '.join(rules)}; given: {', '.join(given) or 'none'}")
         if self.rank is not None and self.max_rank is not None:
-            raise LoRAError(f"max_rank is {self.max_rank} beside rank {self.rank}; it limits the rules that choose a rank")
+            raise LoRAError(f"max_rank is {self.max_rank} and rank {self.rank}; max_rank limits the rules that choose a rank")
         for name, allowed, ok in (
             ("rank", "whole numbers from 1", lambda v: isinstance(v, int) and v >= 1),
             ("max_rank", "whole numbers from 1", lambda v: isinstance(v, int) and v >= 1),

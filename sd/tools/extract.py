@@ -105,7 +105,7 @@ def rounding_norm(W: Tensor) -> float:
     """The expected norm of the error of rounding W to its dtype: ulp / √12 for each value."""
     info = torch.finfo(W.dtype)
     exponent = torch.frexp(at_least_fp32(W).abs().clamp(min=info.smallest_normal)).exponent - 1
-    ulp = info.eps * torch.exp2(exponent.double())  # |w| lies from 2^exponent to below twice that
+    ulp = info.eps * torch.exp2(exponent.double())  # 2^exponent <= |w| < 2^(exponent + 1)
     return float(ulp.norm()) / 12 ** 0.5
 
 

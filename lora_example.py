@@ -1,6 +1,6 @@
 """The life of a LoRA on the small real model in data/: load, compare, blend, train, save, load, toggle, merge.
 
-`make demo` runs this; it takes under four minutes on two CPU cores. Each figure is printed with what it means.
+`make demo` runs this in under four minutes on two CPU cores. Each figure is printed with its meaning.
 """
 
 import time
@@ -38,10 +38,10 @@ def main() -> None:
     models = preload_models_with_lora(lora_rank=4)
     counts = count_parameters(models)
     say(f"loaded in {time.perf_counter() - start:.2f} s")
-    say(f"{counts['base']:,} parameters, frozen; {counts['lora']:,} of the LoRA, trainable, "
+    say(f"{counts['base']:,} frozen parameters; {counts['lora']:,} trainable ones of the LoRA, "
         f"in {len(lora_layers(models))} attention projections")
     assert counts["trainable"] == sum(p.numel() for p in get_lora_parameters(models))
-    remove_lora(models, "default")  # training further down makes its own
+    remove_lora(models, "default")  # step 4 makes its own
 
     step("2. With and without a LoRA: one batch, the same noise in both columns")
     load_lora_into_models(models, CONTRAST, name="contrast")
@@ -52,11 +52,11 @@ def main() -> None:
     base, lora = (generate(PROMPTS, models=models, seed=1, use_lora=on, **HOW) for on in (False, True))
     say(f"colour (mean of largest - smallest channel): base {colour(base):.0f} of 255, with the LoRA {colour(lora):.0f}")
 
-    step("3. Blend: the multiplier is a dial, chosen anew in each call")
+    step("3. Blend: the multiplier is a dial, set in each call")
     dials = (-0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
     save("multipliers.png", compare(PROMPTS[1:3], models, [{"contrast": m} for m in dials], seed=1, **HOW))
     zero = generate(PROMPTS, models=models, seed=1, lora={"contrast": 0.0}, **HOW)
-    say(f"at multiplier 0 every bit is that of the base: {np.array_equal(zero, base)}")
+    say(f"at multiplier 0 the pictures equal the base's, to the bit: {np.array_equal(zero, base)}")
 
     step("4. Train a new LoRA on a small folder of pictures, in less than a minute")
     pictures = len(list(EXAMPLES.glob("*.png")))
@@ -65,11 +65,11 @@ def main() -> None:
     config = TrainConfig(data=str(EXAMPLES), out=str(OUT / "delft"), name="delft", rank=4, steps=150, batch_size=8,
                          learning_rate=4e-3, schedule="cosine", warmup=20, save_every=50)
     train(config, models)
-    say(f"{config.steps} steps in {time.perf_counter() - start:.0f} s (run again, it finds that they are done); "
+    say(f"{config.steps} steps in {time.perf_counter() - start:.0f} s (a second run finds them done); "
         f"the loss curve is {OUT}/delft/loss.png")
     save("trained.png", compare(PROMPTS[4:], models, [{}, {"delft": 1.0}, {"delft": 1.0, "contrast": 1.0}], seed=1, **HOW))
     before, after = (generate(PROMPTS, models=models, seed=1, lora=on, **HOW) for on in ({}, {"delft": 1.0}))
-    say(f"blue - red, mean of what is not white: before {blueness(before):.0f}, after {blueness(after):.0f}")
+    say(f"blue - red, mean over pixels that are not white: before {blueness(before):.0f}, after {blueness(after):.0f}")
 
     step("5. Save, load into a fresh model, switch off and on")
     file = OUT / "delft" / "delft.safetensors"
@@ -77,21 +77,21 @@ def main() -> None:
     say(f"{file}: {file.stat().st_size / 1e3:.0f} kB beside {fresh.source.name} of "
         f"{fresh.source.stat().st_size / 1e6:.1f} MB")
     again = generate(PROMPTS, models=fresh, seed=1, **HOW)
-    say(f"the same pictures from the file as from training, to the bit: {np.array_equal(again, after)}")
+    say(f"the file gives the same pictures as the trained model, to the bit: {np.array_equal(again, after)}")
     off = generate(PROMPTS, models=fresh, seed=1, use_lora=False, **HOW)
-    say(f"switched off, the base's pictures, to the bit: {np.array_equal(off, before)}")
+    say(f"switched off, it gives the base's pictures, to the bit: {np.array_equal(off, before)}")
 
     step("6. Merge for deployment: one plain checkpoint, no LoRA code needed to run it")
     with use_adapters(fresh, {"delft": 1.0}):
         say(f"rounding to float32 loses {merge_loss(fresh):.1e} of the change")
     merged = OUT / "emoji-delft-merged.safetensors"
-    merge_lora_into_checkpoint(None, {file: 1.0}, merged, dtype=torch.float32)  # without dtype that of the base: float16
+    merge_lora_into_checkpoint(None, {file: 1.0}, merged, dtype=torch.float32)  # default: the base's float16
     plain = preload_models_from_standard_weights(merged)
-    say(f"{merged}: {len(lora_layers(plain))} LoRA layers left in it")
+    say(f"{merged}: {len(lora_layers(plain))} LoRA layers left")
     deployed = generate(PROMPTS, models=plain, seed=1, **HOW)
     say(f"the merged model makes the same pictures, to the bit: {np.array_equal(deployed, after)}")
 
-    print(f"\nThe pictures lie in {OUT}/: compare.png, multipliers.png, trained.png, delft/loss.png")
+    print(f"\nThe pictures are in {OUT}/: compare.png, multipliers.png, trained.png, delft/loss.png")
 
 
 def colour(pictures: np.ndarray) -> float:
@@ -99,7 +99,7 @@ def colour(pictures: np.ndarray) -> float:
 
 
 def blueness(pictures: np.ndarray) -> float:
-    """Mean of blue - red where the picture is not white."""
+    """Mean of blue - red over pixels that are not white."""
     drawn = pictures[pictures.min(axis=-1) < 200].astype(int)
     return float((drawn[:, 2] - drawn[:, 0]).mean())
 

@@ -1,4 +1,4 @@
-"""All measurements in one run: python -m bench --full --out docs/benchmarks.md"""
+"""All benchmarks in one run: python -m bench --full --out docs/benchmarks.md"""
 
 from bench import generate, lora, lora_files, parity
 from bench.common import run

@@ -1,4 +1,4 @@
-"""Time of a foreign model with tasks against the bare one and against PEFT's: python -m bench.lora --any-module --full."""
+"""Time of a foreign model with tasks, against the bare model and PEFT: python -m bench.lora --any-module --full."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ RANKS = (4, 16, 64)
 BATCH = 8
 SIZES = {True: (768, 4), False: (64, 2)}  # width and layers
 
-NOTES = """A BERT encoder of transformers (width {width}, {layers} layers, {batch} samples of {tokens} tokens, random weights,
-frozen, no dropout) with tasks on each of its linear layers: `sd.tasks.LoRAModel` against PEFT's model on a copy of the same
-weights, the same factors in both. One task: `task="a"`, theirs `set_adapter("a")` once, before the clock. Four at once:
-`tasks=[...]`, theirs `set_adapter` with all four. Routed: each sample has one of the four tasks, theirs
-`adapter_names=[...]`. Ours chooses its tasks at every call, which is in its time. Backward: of a random weighting of the
-output, for the factors alone. Difference: max |ours - theirs| / max |theirs|, of the output or of all gradients."""
+NOTES = """A BERT encoder from transformers (width {width}, {layers} layers, {batch} samples of {tokens} tokens, random weights,
+frozen, no dropout) with tasks on all linear layers: `sd.any_model.LoRAModel` against PEFT's model on a copy of the same
+weights, with the same factors. One task: `task="a"`; theirs `set_adapter("a")` once, untimed. Four at once: `tasks=[...]`;
+theirs `set_adapter` with all four. Routed: each sample has one of the four tasks; theirs `adapter_names=[...]`. Ours
+chooses its tasks in every call, which is timed. Backward: of a random weighting of the output, with gradients for the
+factors only. Difference: max |ours - theirs| / max |theirs|, of the output or of all gradients."""
 
 
 def bert(options: Options) -> nn.Module:
@@ -41,7 +41,7 @@ def tokens(options: Options) -> int:
 
 
 def pair(options: Options, rank: int):
-    """The bare model, ours, PEFT's, and the pairs of factors that are equal in both: [(task, ours, theirs)]."""
+    """The bare model, ours, PEFT's, and their factors, which have equal values: [(task, ours, theirs)]."""
     import peft
     bare = bert(options)
     ours = LoRAModel(copy.deepcopy(bare))
@@ -109,7 +109,7 @@ def time_rank(options: Options, rank: int) -> list[list]:
 
 def main(options: Options) -> str:
     rows = [row for rank in RANKS for row in isolated(options, time_rank, options, rank).result]
-    rows.sort(key=lambda row: row[0])  # which keeps the order within
+    rows.sort(key=lambda row: row[0])  # a stable sort
     width, layers = SIZES[options.full]
     notes = NOTES.format(width=width, layers=layers, batch=BATCH, tokens=tokens(options))
     header = ["any module", "rank", "tasks", "ours", "PEFT's", "ours / PEFT's", "ours / bare", "/ one task", "difference"]

@@ -1,7 +1,7 @@
-"""What the measurements share: the random models on disk, fresh processes, medians, memory, the markdown block.
+"""Shared by the benchmarks: random models on disk, fresh processes, medians, memory, the markdown block.
 
-The process that prints never computes: it forks, so each measurement has its own memory, threads and CUDA context,
-with all imports done and nothing else.
+The printing process never computes: it forks, so each measurement has its own memory, threads and CUDA context, with
+all imports done and nothing else.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Options:
-    """Flags that all programs of bench/ have."""
+    """Flags shared by all programs in bench/."""
 
-    full: bool = False  # the size of SD 1.5 instead of a tiny model of the same topology
+    full: bool = False  # use the size of SD 1.5 instead of a tiny model of the same topology
     device: str = "cpu"
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
-    n: int = 3  # repetitions after one that is not counted; medians are printed
+    n: int = 3  # repetitions after one warm-up; medians are printed
     threads: int = os.cpu_count() or 1
-    size: int = 0  # pixels on each side; 0: what the model was made for
-    out: Path | None = None  # also append what is printed to this file
+    size: int = 0  # pixels on each side; 0: the model's native size
+    out: Path | None = None  # file to append the output to
 
     @property
     def config(self) -> ModelConfig:
@@ -79,11 +79,11 @@ def run(main: Callable[[Options], str], flags: type[Options] = Options) -> None:
 
 class Measured(NamedTuple):
     result: object
-    peak: int  # bytes that the process grew by at most since it was forked; on CUDA what torch allocated there
+    peak: int  # peak growth of the process in bytes since it was forked; on CUDA, peak memory allocated by torch
 
 
 def isolated(options: Options, function: Callable, *args) -> Measured:
-    """function(*args) in a forked process with `options.threads` threads. Raises RuntimeError with what it raised."""
+    """Run function(*args) in a forked process with `options.threads` threads. Raises RuntimeError with its traceback."""
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(send, options, function, args))
@@ -105,7 +105,7 @@ def _child(send, options: Options, function: Callable, args: tuple) -> None:
     reset_peak()
     try:
         send.send((function(*args), peak(options.device), None))
-    except BaseException:  # noqa: B036 (whatever it is, the parent reports it)
+    except BaseException:  # noqa: B036 (the parent reports it)
         send.send((None, 0, traceback.format_exc()))
 
 
@@ -113,7 +113,7 @@ _start = 0
 
 
 def reset_peak() -> None:
-    """Count memory from here on."""
+    """Measure peak memory from here on."""
     global _start
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes VmRSS (proc(5))
     if torch.cuda.is_initialized():
@@ -133,13 +133,13 @@ def _status(key: str) -> int:
 
 
 def read_from_disk() -> int:
-    """Bytes that this process had the storage fetch: 0 where the page cache had them."""
+    """Bytes that this process read from storage; 0 if all were in the page cache."""
     line = next(line for line in Path("/proc/self/io").read_text().splitlines() if line.startswith("read_bytes:"))
     return int(line.split()[1])
 
 
 def set_page_cache(path: Path, warm: bool) -> None:
-    """Read a file or folder into the page cache, or ask the kernel to drop it from there."""
+    """Read a file or folder into the page cache, or ask the kernel to drop it from the cache."""
     for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
         with open(file, "rb") as f:
             if warm:
@@ -153,7 +153,7 @@ def set_page_cache(path: Path, warm: bool) -> None:
 # ---- time ------------------------------------------------------------------------------------------------------------
 
 def timed(function: Callable, device: str) -> tuple[float, object]:
-    """Seconds and the result."""
+    """(seconds, result)."""
     synchronize(device)
     start = time.perf_counter()
     result = function()
@@ -167,14 +167,11 @@ def synchronize(device: str) -> None:
 
 
 def alternate(runs: Mapping[str, Callable], options: Options) -> tuple[dict[str, list[float]], dict[str, object]]:
-    """Seconds of each of `runs`, n times, in an order that turns round each time, after one that is not counted.
-
-    Returns also the last result of each.
-    """
+    """Time each of `runs` n times after a warm-up, in alternating order; returns the seconds and the last results."""
     times, results = {name: [] for name in runs}, {}
     for i in range(options.n + 1):
         for name in list(runs) if i % 2 else list(runs)[::-1]:
-            results.pop(name, None)  # not in memory while its successor is made
+            results.pop(name, None)  # free it before the next is made
             taken, results[name] = timed(runs[name], options.device)
             if i:
                 times[name].append(taken)
@@ -203,7 +200,7 @@ Table = tuple[Sequence[str], Sequence[Sequence[object]]]  # header, rows
 
 
 def block(title: str, options: Options, notes: Sequence[str], *tables: Table, model: str | None = None) -> str:
-    """A markdown section: title, environment, notes, tables. `model` None is that of the options."""
+    """A markdown section: title, environment, notes, tables. `model` None: the options' model."""
     parts = [f"## {title}", environment(options, model), *notes, *(table(*t) for t in tables)]
     return "\n\n".join(parts) + "\n"
 
@@ -234,10 +231,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-# ---- random models and LoRAs, made once ------------------------------------------------------------------------------
+# ---- random models and LoRAs, cached ---------------------------------------------------------------------------------
 
 def checkpoints(options: Options, dtype: str = "fp32") -> tuple[Path, Path]:
-    """The same random weights as an LDM file and as a diffusers folder; made once."""
+    """The same random weights as an LDM file and as a diffusers folder; cached."""
     name = f"{options.config.name}-{dtype}"
     file, folder = CACHE / f"{name}.safetensors", CACHE / name
     if not (file.exists() and folder.exists()):
@@ -255,7 +252,7 @@ def _make_checkpoints(config: ModelConfig, file: Path, folder: Path, dtype: torc
 
 
 def lora_file(options: Options, seed: int) -> Path:
-    """A random LoRA of rank 8 on q, k, v, out of the UNet (128 layers in SD 1.5), in kohya's spelling; made once."""
+    """A random LoRA of rank 8 on q, k, v and out of the UNet (128 layers in SD 1.5), in kohya's format; cached."""
     path = CACHE / f"{options.config.name}-lora-{seed}.safetensors"
     if not path.exists():
         isolated(options, make_lora, options.config, seed, path)
@@ -264,7 +261,7 @@ def lora_file(options: Options, seed: int) -> Path:
 
 def make_lora(config: ModelConfig, seed: int, path: Path, targets: str = "attn", rank: int = RANK, alpha: float = ALPHA,
               dtype: torch.dtype = torch.float32) -> None:
-    """Write a random LoRA on what a preset means, in kohya's spelling; of the text encoder too where the preset has it."""
+    """Write a random LoRA on the layers of a preset in kohya's format; presets other than attn include the text encoder."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
         networks = build_networks(config)

@@ -1,4 +1,4 @@
-"""Seconds to load the model that ships and to draw with it, ours and diffusers'.
+"""Seconds to load the model that ships and to draw with it, ours against diffusers.
 
     python -m bench.emoji
 """
@@ -17,9 +17,9 @@ from bench.common import CACHE, Options, alternate, block, isolated, ratio, run
 from sd.model_loader import preload_models_from_standard_weights, save_checkpoint
 from sd.pipeline import generate
 
-NOTES = """The model of `data/emoji.safetensors`, 64 pixels, DPM-Solver++ (2M), 20 steps, guidance 3, fp32, from the prompt to
-the finished picture. Ours loads the file, diffusers the folder that `save_checkpoint` makes of it in fp16; the files are in the
-page cache, all imports are done, and the tokenizer is part of it on both sides. Difference: mean of |ours - theirs|, of 255."""
+NOTES = """The model in `data/emoji.safetensors`, 64 pixels, DPM-Solver++ (2M), 20 steps, guidance 3, fp32, from prompt to
+finished picture. Ours loads the file, diffusers the folder that `save_checkpoint` writes from it in fp16; the files are in the
+page cache, imports are excluded, the tokenizer is included on both sides. Difference: mean of |ours - theirs|, of 255."""
 HEADER = ("case", "ours", "diffusers", "ours / diffusers")
 PROMPTS = ["red apple, twemoji style", "grinning face, noto style", "blue book, fluent flat style", "snail, fluent 3d style",
            "rocket, emojione style", "two hearts, blob style", "pizza, noto style", "black cat, twemoji style"]
@@ -32,7 +32,7 @@ def export(folder: Path) -> None:
 
 def load_ours(options: Options):
     models = preload_models_from_standard_weights(None, options.device, dtype=options.torch_dtype)
-    models.tokenizer  # noqa: B018 (it is loaded when it is first asked for)
+    models.tokenizer  # noqa: B018 (loads it)
     return models
 
 
@@ -49,7 +49,7 @@ def time_loading(options: Options, folder: Path) -> list[str]:
 
 
 def time_drawing(options: Options, folder: Path) -> tuple[dict[str, list[str]], float]:
-    """case -> cells of the times; and how far the pictures are apart."""
+    """(case -> cells of the times, difference of the pictures)."""
     models, pipe = load_ours(options), load_theirs(options, folder)
 
     def ours(*parts: list[str]) -> np.ndarray:

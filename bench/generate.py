@@ -31,14 +31,14 @@ from bench.common import (
 from sd.lora import merge, remove_lora, set_adapters, use_adapters
 from sd.model_loader import load_lora_into_models, preload_models_from_standard_weights
 
-NOTES = """A step is one call of the UNet under `torch.no_grad()` with 2 rows an image (guidance), 77 tokens of context
+NOTES = """A step is one call of the UNet under `torch.no_grad()` with 2 rows per image (guidance), 77 tokens of context
 and random weights. LoRAs have rank 8 on q, k, v and out of every attention of the UNet, alpha 6, multiplier 1, fp32
 files. Adapters: ours unmerged, theirs through `load_lora_weights` (PEFT). Merged: ours `merge`, theirs `fuse_lora`
-followed by `unload_lora_weights`. Routed: a batch of four images, each with a LoRA of its own; ours in one call of
+followed by `unload_lora_weights`. Routed: a batch of four images, each with a different LoRA; ours in one call of
 8 rows, theirs in four calls of 2 rows with `set_adapters` before each. Both sides run in one process, in alternating
-order. Peak memory is that of a process of its own (loading, LoRA and 2 steps, without imports; mapped file pages count
-as far as they were touched). Difference: max |ours - theirs| / max |theirs| of the step's result."""
-CASES = {"base": 0, "adapters": 1, "merged": 1, "four routed": 4}  # and how many LoRAs are loaded
+order. Peak memory is measured in a separate process (loading, LoRA and 2 steps, without imports; mapped file pages
+count if they were touched). Difference: max |ours - theirs| / max |theirs| of the step's result."""
+CASES = {"base": 0, "adapters": 1, "merged": 1, "four routed": 4}  # case -> number of LoRAs loaded
 HEADER = ("case", "latents", "ours", "theirs", "ours / theirs", "ours, peak GiB", "theirs, peak GiB", "difference")
 
 
@@ -48,7 +48,7 @@ class Ours:
         self.stack = ExitStack()
 
     def step(self, case: str, loras: list[Path]) -> Callable:
-        """Bring the models into the state of a case; returns (x, t, context) -> result."""
+        """Prepare the models for a case; returns (x, t, context) -> result."""
         self.stack.close()
         remove_lora(self.models)
         names = [f"a{i}" for i in range(CASES[case])]
@@ -73,7 +73,7 @@ class Theirs:
         names = [f"a{i}" for i in range(CASES[case])]
         for name, file in zip(names, loras):
             peers.load_lora(pipe, file, name)
-        if case == "merged":  # the last case: it changes the weights for good
+        if case == "merged":  # the last case, because it changes the weights permanently
             pipe.fuse_lora(components=["unet"])
             pipe.unload_lora_weights()
         if case == "four routed":

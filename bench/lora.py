@@ -41,14 +41,14 @@ from sd.model_loader import load_lora_into_models, preload_models_from_standard_
 from sd.prompts.tokenizer import tokenize
 
 LOADING_NOTES = """Loading: from the call to the end of the first pass through tokenizer, text encoder, UNet (latents
-[1, 4, 8, 8]), VAE encoder and decoder (64 pixels), so that every weight was used. Each time in a new process, imports
-excluded: the same calls have loaded the tiny model before. Cold: the files were dropped from the page cache
-(`posix_fadvise`); "from disk" is what the process then read. Peak is the growth of the process by then, relative to the
-size of the weights' files. Ours is lazy: mapped weights are read when they are first used."""
+[1, 4, 8, 8]), VAE encoder and decoder (64 pixels), so that every weight is used. Each time in a new process, imports
+excluded: the same calls load the tiny model first. Cold: the files are dropped from the page cache (`posix_fadvise`);
+"from disk" is what the process then reads. Peak is the growth of the process, relative to the size of the weight files.
+Ours is lazy: mapped weights are read on first use."""
 LORA_NOTES = """LoRAs of rank 8 on q, k, v and out of every attention of the UNet. "+ step" includes one UNet call with
-latents [2, 4, 8, 8], since each side leaves some of its work to the next step; the step alone is given for comparison.
-A new file was written before (its pages are cached) and goes into models without LoRA. Merging: ours `merge` /
-`unmerge`, theirs `fuse_lora` / `unfuse_lora`. Exactness: max |W - W0| over all adapted weights at the end."""
+latents [2, 4, 8, 8], since each side leaves some work to the next step; the step alone is listed for comparison. A new
+file is in the page cache and is loaded into models without LoRA. Merging: ours `merge` / `unmerge`, theirs `fuse_lora` /
+`unfuse_lora`. Exactness: max |W - W0| over all adapted weights at the end."""
 SIDES = {"ours, file": "file", "theirs, from_single_file": "file",
          "ours, folder": "folder", "theirs, from_pretrained": "folder"}
 
@@ -57,7 +57,7 @@ SIDES = {"ours, file": "file", "theirs, from_single_file": "file",
 
 @torch.no_grad()
 def load(options: Options, side: str, file: Path, folder: Path) -> torch.Tensor:
-    """Load and use everything once; returns the decoded picture."""
+    """Load a model and run each network once; returns the decoded picture."""
     to, c = {"device": options.device, "dtype": options.torch_dtype}, options.config
     vae = {**to, "dtype": torch.float32} if options.dtype == "fp16" and side.startswith("ours") else to
     x = torch.linspace(-1, 1, c.unet.in_channels * 64).view(1, -1, 8, 8)
@@ -88,7 +88,7 @@ def time_loading(options: Options, side: str, tiny: tuple[Path, Path], paths: tu
 
 
 def loading(options: Options) -> tuple[list, list[list]]:
-    """Header and rows of the table on loading."""
+    """Header and rows of the loading table."""
     tiny, paths = checkpoints(replace(options, full=False)), checkpoints(options)
     sizes = {"file": paths[0].stat().st_size, "folder": sum(p.stat().st_size for p in paths[1].rglob("*.safetensors"))}
     rows, reference = [], None
@@ -109,7 +109,7 @@ def loading(options: Options) -> tuple[list, list[list]]:
 
 
 def start_times(options: Options) -> str:
-    """What the table on loading leaves out."""
+    """A note on start-up time, which the loading table excludes."""
     folder = str(checkpoints(replace(options, full=False))[1])
     ours = f"from sd.model_loader import *; preload_models_from_standard_weights({folder!r}, 'cpu').tokenizer"
     theirs = f"from diffusers import StableDiffusionPipeline as P; P.from_pretrained({folder!r})"
@@ -126,7 +126,7 @@ def _python(code: str) -> None:
 
 @torch.no_grad()
 def time_loras(options: Options, folder: Path, files: list[Path]) -> tuple[list[list], list[list]]:
-    """Rows of the table on LoRA files, and of that on merging. `files`: enough that each load sees a new one."""
+    """Rows of the LoRA table and of the merging table. `files`: enough for each load to use a new one."""
     models = preload_models_from_standard_weights(folder, options.device, dtype=options.torch_dtype)
     pipe = peers.from_pretrained(options, folder)
     to, g = {"device": options.device, "dtype": options.torch_dtype}, torch.Generator().manual_seed(1)
@@ -137,7 +137,7 @@ def time_loras(options: Options, folder: Path, files: list[Path]) -> tuple[list[
     rows = []
 
     def compare(what: str, ours: Callable, theirs: Callable, step: bool = True) -> None:
-        """A row: ours(i) and theirs(i), i = 0, 1, 2, ..., each with a step after it or alone."""
+        """Add a row: ours(i) and theirs(i), i = 0, 1, 2, ..., each followed by a step if `step`."""
         counts = {"ours": count(), "theirs": count()}
 
         def call(side: str, change: Callable):
@@ -158,7 +158,7 @@ def time_loras(options: Options, folder: Path, files: list[Path]) -> tuple[list[
         peers.load_lora(pipe, files[i], "new")
 
     compare("a step, no LoRA", nothing, nothing)
-    new: dict[str, list[float]] = {"ours": [], "theirs": []}  # not alternate(): the LoRA before goes away unmeasured
+    new: dict[str, list[float]] = {"ours": [], "theirs": []}  # not alternate(): removing the LoRA must not be timed
     for i in range(options.n + 1):
         out = {}
         for side, change in (("ours", ours_new), ("theirs", theirs_new)):
@@ -188,7 +188,7 @@ def time_loras(options: Options, folder: Path, files: list[Path]) -> tuple[list[
 
 
 def merging(options: Options, models, pipe, files: list[Path]) -> list[list]:
-    """Rows on merging. Ours first and again into the same memory; theirs has no such difference."""
+    """Rows on merging. Ours the first time and again into the same buffers; theirs makes no such difference."""
     remove_lora(models)
     pipe.unload_lora_weights()
     load_lora_into_models(models, files[0], "a")

@@ -41,16 +41,16 @@ from sd.tools.merge import merge_lora_files
 from sd.tools.resize import resize_file
 
 RANK = 32
-NOTES = f"""LoRAs of rank {RANK} in fp16 on what kohya's preset adapts (in SD 1.5 192 modules of the UNet and 72 of the text
-encoder), alpha {RANK // 2}. Loading: a file whose pages are cached into models without LoRA, until it can be used; theirs is
-`load_lora_weights`; "+ step" adds one pass of text encoder and UNet (latents [2, 4, 8, 8]) on each side. The other rows are
-each a process of its own, imports excluded; peak is the growth of the process, mapped file pages included, relative to the
-base file where one is read. The base is fp16; the tuned checkpoint is the base with one of the LoRAs merged into it."""
+NOTES = f"""LoRAs of rank {RANK} in fp16 on the layers of kohya's preset (in SD 1.5, 192 modules of the UNet and 72 of the text
+encoder), alpha {RANK // 2}. Loading: a file in the page cache into models without LoRA, until it can be used; theirs is
+`load_lora_weights`; "+ step" adds one pass of text encoder and UNet (latents [2, 4, 8, 8]) on each side. Each other row runs
+in a separate process, imports excluded; peak is the growth of the process, mapped file pages included, relative to the base
+file if one is read. The base is fp16; the tuned checkpoint is the base with one of the LoRAs merged into it."""
 
 
 @torch.no_grad()
 def time_loading(options: Options, folder: Path, files: list[Path]) -> list[list]:
-    """Rows: a new file each time, alone and with the first step."""
+    """Rows of the loading table: a new file each time, alone and with the first step."""
     models = preload_models_from_standard_weights(folder, options.device, dtype=options.torch_dtype)
     pipe = peers.from_pretrained(options, folder)
     g, to = torch.Generator().manual_seed(1), {"device": options.device, "dtype": options.torch_dtype}
@@ -80,11 +80,11 @@ def time_loading(options: Options, folder: Path, files: list[Path]) -> list[list
 
 
 def into_base(base: Path, loras: dict[Path, float], out: Path) -> None:
-    merge_lora_into_checkpoint(base, loras, out)  # its models stay in this process
+    merge_lora_into_checkpoint(base, loras, out)  # returns models, which need not leave the process
 
 
 def fuse_with_the_peer(options: Options, folder: Path, file: Path, out: Path) -> None:
-    """A LoRA merged into a base and written, as users of diffusers do it."""
+    """Merge a LoRA into a base and write it, as users of diffusers do."""
     pipe = peers.from_pretrained(replace(options, dtype="fp16", device="cpu"), folder)
     peers.load_lora(pipe, file, "a")
     pipe.fuse_lora()
@@ -93,7 +93,7 @@ def fuse_with_the_peer(options: Options, folder: Path, file: Path, out: Path) ->
 
 
 def measure(options: Options, function: Callable, warm: list[Path]) -> tuple[float, int, str]:
-    """Median seconds, peak bytes and what the last call returned, each call in its own process."""
+    """Median seconds, peak bytes and the result of the last call, each call in its own process."""
     for path in warm:
         set_page_cache(path, warm=True)
     found = [isolated(options, _once, function).result for _ in range(options.n)]
@@ -108,7 +108,7 @@ def _once(function: Callable) -> tuple[float, int, str]:
 
 
 def tools(options: Options) -> list[list]:
-    """Rows: what, median, peak, peak / base file, what the tool reported."""
+    """Rows: tool, median, peak, report of the tool."""
     file, folder = checkpoints(options, "fp16")
     base, size = file, file.stat().st_size
     loras = [lora_file(options, seed) for seed in range(3)]
@@ -155,7 +155,7 @@ def main(options: Options) -> str:
     loading = isolated(options, time_loading, options, folder, files).result
     return block("Tools for LoRA files", options, [NOTES],
                  (["loading a LoRA", "ours", "theirs", "ours / theirs", "difference of the step"], loading),
-                 (["tool", "median", "peak", "what it says"], tools(options)))
+                 (["tool", "median", "peak", "report"], tools(options)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Our networks against those of diffusers and transformers, on the same random weights, in fp32 and in fp64.
+"""Our networks against those of diffusers and transformers, on the same random weights, in fp32 and fp64.
 
     python -m bench.parity --full
 """

@@ -1,4 +1,4 @@
-"""diffusers as its users call it, on the checkpoints of bench/."""
+"""diffusers, called as its users do, on the checkpoints of bench/."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def load_lora(pipe: StableDiffusionPipeline, file: Path, name: str) -> None:
 
 
 def attention_weights(pipe: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
-    """Copies of the weights that the LoRA of bench/ changes, under names that do not depend on PEFT's wrapping."""
+    """Copies of the weights that bench/'s LoRA changes, under names without PEFT's wrapping."""
     return {key.replace(".base_layer", ""): p.detach().clone() for key, p in pipe.unet.named_parameters()
             if "lora_" not in key and any(f".{a}." in key for a in ("to_q", "to_k", "to_v", "to_out")) and p.dim() == 2}
 
 
 def _quiet() -> None:
-    warnings.simplefilter("ignore")  # on torch_dtype, and on adapters that were there before
+    warnings.simplefilter("ignore")  # about torch_dtype, and about adapters already loaded
     for logging in (diffusers.utils.logging, transformers.utils.logging):
         logging.set_verbosity_error()
         logging.disable_progress_bar()

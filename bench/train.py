@@ -1,4 +1,4 @@
-"""Pictures a second and peak memory of training a LoRA: ours against diffusers with PEFT, and against full fine-tuning.
+"""Pictures per second and peak memory of LoRA training: ours against diffusers with PEFT, and against full fine-tuning.
 
     python -m bench.train                     # a reduced model on the CPU
     python -m bench.train --full --device cuda --dtype bf16 --size 512
@@ -37,8 +37,8 @@ REDUCED = ModelConfig(
 
 @dataclass(frozen=True)
 class TrainOptions(Options):
-    tiny: bool = False  # the model of the tests, to try the program
-    peers: bool = True  # diffusers' loop as well, not only what ours takes for whole networks and for LoRAs
+    tiny: bool = False  # use the model of the tests, to try the program
+    peers: bool = True  # measure diffusers' loop too, not only ours for whole networks and for LoRAs
 
     @property
     def config(self) -> ModelConfig:
@@ -49,8 +49,8 @@ NOTES = """LoRA of rank 4 on q, k, v and out of the UNet's attentions (128 layer
 1, random weights, {pictures} PNG files with a caption each. Theirs is the loop of diffusers'
 train_text_to_image_lora.py on PEFT's adapters, written out without accelerate: every step reads, scales and
 encodes the pictures, tokenises and encodes the captions. "cached" is the same loop with latents and contexts
-from memory, so that little but the UNet is left. Ours is `train()` with its cache on the disk, built before.
-Of both, {long} steps are timed after {short} that are not. Each figure is the median of n fresh processes, in
+from memory, which leaves little but the UNet. Ours is `train()` with its cache on disk, built beforehand.
+On both sides {long} steps are timed after {short} untimed ones. Each figure is the median of n fresh processes, in
 alternating order; peak memory is that of the process, loading included."""
 SHORT, LONG, PICTURES = 2, 8, 32
 HEADER = ("batch", "checkpointing", "ours, img/s", "theirs", "theirs, cached", "ours / theirs", "ours / cached",
@@ -61,7 +61,7 @@ FULL_CASES = {"all of the UNet": {"train": "full"}, "LoRA, rank 8, q and v": {"r
 
 
 class Trained(NamedTuple):
-    speed: float  # pictures a second
+    speed: float  # pictures per second
     parameters: int
     file: int  # bytes
 
@@ -85,7 +85,7 @@ def ours(options: Options, model: Path, root: Path, size: int, batch: int, check
         starts.append(time.perf_counter())
         original(*args)
 
-    loop.set_learning_rate = stamped  # each step begins with it
+    loop.set_learning_rate = stamped  # called at the start of each step
     with tempfile.TemporaryDirectory() as out:
         config = TrainConfig(data=str(root / "data"), out=out, cache=str(root / "cache"), size=size, batch_size=batch,
                              steps=LONG + 1, checkpointing=checkpointing, precision=options.dtype, progress=False,
@@ -98,7 +98,7 @@ def ours(options: Options, model: Path, root: Path, size: int, batch: int, check
 
 
 def theirs(options: Options, folder: Path, root: Path, size: int, batch: int, checkpointing: bool, cached: bool) -> float:
-    """Pictures a second."""
+    """Pictures per second."""
     from diffusers import DDPMScheduler
     from peft import LoraConfig
     pipe = peers.from_pretrained(replace(options, dtype="fp32"), folder)
@@ -173,7 +173,7 @@ def main(options: TrainOptions) -> str:
 
 
 def compared(options: Options, cases: dict[str, tuple]) -> tuple[dict[str, float], dict[str, float]]:
-    """Median pictures a second and GiB of each case, n times in processes of their own, in an order that turns round."""
+    """Median pictures per second and GiB of each case, from n fresh processes each, in alternating order."""
     found: dict[str, list[Measured]] = {name: [] for name in cases}
     for i in range(options.n):
         for name in list(cases) if i % 2 else list(cases)[::-1]:

@@ -1,4 +1,4 @@
-"""Models from files and back: LDM checkpoints, diffusers folders, LoRA files; device and dtype are decided here."""
+"""Load and save models: LDM checkpoints, diffusers folders, LoRA files. Device and dtype are decided here."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -43,12 +42,12 @@ __all__ = ["Models", "count_parameters", "load_embedding", "load_lora_into_model
 
 log = logging.getLogger("sd")
 
-BASE_HASH = "ss_new_sd_model_hash"  # SHA-256 of the base, whole or its first digits
+BASE_HASH = "ss_new_sd_model_hash"  # SHA-256 of the base, or its first digits
 
 
 def model_path(ckpt_path: str | os.PathLike | None) -> Path:
-    """The checkpoint that is meant: None is the model that ships with the program, a bare name that is no file here one of
-    the models in data/ ("emoji", "digits")."""
+    """Resolve a checkpoint: None is the model that ships with the program; a bare name ("emoji", "digits") is a model in
+    data/, unless a file of that name exists here."""
     path = Path("emoji" if ckpt_path is None else ckpt_path)
     shipped = data_dir() / f"{path}.safetensors"
     bare = ckpt_path is None or path.parent == Path(".") and not path.exists()
@@ -63,15 +62,15 @@ def preload_models_from_standard_weights(ckpt_path: str | os.PathLike | None = N
                                          vae: str | os.PathLike | None = None,
                                          text_encoder: str | os.PathLike | None = None,
                                          ema: bool = False, variant: str | None = None) -> Models:
-    """Load a Stable Diffusion model: an LDM .ckpt or .safetensors, or a diffusers folder; or a model of data/ by its name,
-    None is "emoji".
+    """Load a Stable Diffusion model: an LDM .ckpt or .safetensors, a diffusers folder, or a model in data/ by name (None:
+    "emoji").
 
-    `dtype`: None is the device's default (in fp16 the VAE stays fp32); "stored" leaves each tensor as it lies in its file,
-    and on the CPU where it lies: mapped, without a copy. LoRAs inside a checkpoint are attached, active at
-    their multipliers. `vae`, `text_encoder`: files or folders to take these from instead. `ema`: the averaged UNet of an
-    LDM file. `variant`: such as "fp16", of a diffusers folder. `config` is needed only for a checkpoint of no known family.
-    The networks come in eval mode and frozen. Raises CheckpointError: every tensor of the model must be in the file, in
-    its shape, and nothing unknown beside it.
+    `dtype`: None is the device's default (in fp16 the VAE stays fp32); "stored" keeps each tensor's dtype from the file,
+    and on the CPU also maps it from the file without a copy. LoRAs inside a checkpoint are attached, active at their
+    multipliers. `vae`, `text_encoder`: files or folders to load these from instead. `ema`: use the averaged UNet of an LDM
+    file. `variant`: of a diffusers folder, such as "fp16". `config`: needed only for a checkpoint of an unknown family.
+    The networks are in eval mode and frozen. Raises CheckpointError unless the file holds every tensor of the model in its
+    shape, and no unknown ones.
     """
     path = model_path(ckpt_path)
     device = default_device() if device is None else usable_device(device)
@@ -85,34 +84,34 @@ def preload_models_from_standard_weights(ckpt_path: str | os.PathLike | None = N
         networks[component].load_state_dict(_placed(state, component, device, dtype), strict=True, assign=True)
         networks[component].eval().requires_grad_(False)
     whole = vae is None and text_encoder is None
-    models = Models(networks, checkpoint.config, source=path if whole else None)  # its name and hash must tell what they are
+    models = Models(networks, checkpoint.config, source=path if whole else None)  # a source must identify all weights
     for lora in checkpoint.loras:
-        tensors = TensorFile(path / lora.name, dict(lora.tensors), lora.metadata)  # as if the checkpoint were a folder of them
+        tensors = TensorFile(path / lora.name, dict(lora.tensors), lora.metadata)  # as if the checkpoint were a folder
         models.lora_reports[lora.name] = load_lora_weights(models, tensors, lora.name, lora.multiplier)
         log.info("%s", models.lora_reports[lora.name])
     return models
 
 
 def _placed(state: Mapping[str, Tensor], component: str, device: torch.device,
-            dtype: torch.dtype | Literal["stored"]) -> dict[str, Tensor]:
+            dtype: torch.dtype | str) -> dict[str, Tensor]:
     if dtype == torch.float16 and component in ("encoder", "decoder"):
-        dtype = torch.float32  # the VAE overflows in fp16, and is a small part of a generation's time
-    return {k: t.to(device=device, dtype=t.dtype if dtype == "stored" else dtype) for k, t in state.items()}
+        dtype = torch.float32  # the VAE overflows in fp16, and takes a small part of the time of a picture
+    return {k: t.to(device=device, dtype=dtype if isinstance(dtype, torch.dtype) else t.dtype) for k, t in state.items()}
 
 
 def preload_models_with_lora(ckpt_path: str | os.PathLike | None = None, device=None, lora_rank: int = 4,
                              lora_alpha: float = 1.0, lora_dropout: float = 0.0, apply_to_diffusion: bool = True,
                              apply_to_clip: bool = False, *, target_modules=None, lora_name: str = "default",
                              **load) -> Models:
-    """Load a model and attach a new LoRA, ready to train, to the UNet and on request to the text encoder.
+    """Load a model and attach a new, trainable LoRA to the UNet and/or the text encoder.
 
-    A new LoRA changes no output; its parameters are `get_lora_parameters(models)`, all others are frozen. `load`:
-    further arguments of `preload_models_from_standard_weights`.
+    A new LoRA does not change the output; its parameters are `get_lora_parameters(models)`, all others are frozen.
+    `load`: further arguments of `preload_models_from_standard_weights`.
     """
     models = preload_models_from_standard_weights(ckpt_path, device, **load)
     targets = {k: models[k] for k, wanted in (("diffusion", apply_to_diffusion), ("clip", apply_to_clip)) if wanted}
     if not targets:
-        raise LoRAError("apply_to_diffusion and apply_to_clip are both False: there is nothing to put a LoRA on")
+        raise LoRAError("apply_to_diffusion and apply_to_clip are both False: there is nothing to attach a LoRA to")
     apply_lora_to_model(targets, lora_rank, lora_alpha, lora_dropout, target_modules, lora_name)
     return models
 
@@ -121,29 +120,29 @@ def preload_models_with_lora(ckpt_path: str | os.PathLike | None = None, device=
 
 def load_lora_into_models(models: Models, path: str | os.PathLike, name: str | None = None, multiplier: float = 1.0, *,
                           skip: str | None = None, block_weights=None) -> Models:
-    """Load a LoRA of any program, a file or a folder, and make it active; None names it after the file.
+    """Load a LoRA from any program, a file or a folder, and make it active; name None: after the file.
 
-    A name in use is replaced, whatever its rank. `skip`: a regular expression over keys and module paths to leave out.
-    `block_weights`: {"text_encoder": 0.5, "mid_block": 0, ...} or a list of 17, 25 or 26 numbers (sd.lora_files.block_weights).
-    The report is `models.lora_reports[name]`. Raises CheckpointError, LoRAFormatError or BlockWeightError: every tensor is
-    applied, skipped as asked, or named.
+    An adapter of that name is replaced, whatever its rank. `skip`: a regular expression; tensors whose key or module path
+    matches are left out. `block_weights`: {"text_encoder": 0.5, "mid_block": 0, ...} or a list of 17, 25 or 26 numbers
+    (sd.lora_files.block_weights). The report is `models.lora_reports[name]`. Raises CheckpointError, LoRAFormatError or
+    BlockWeightError; every tensor is applied, skipped, or named in the error.
     """
     name = Path(path).stem if name is None else name
     models.lora_reports[name] = load_lora_weights(models, path, name, multiplier, skip=skip, block_weights=block_weights)
     log.info("%s", models.lora_reports[name])
     base = models.lora_reports[name].metadata.get(BASE_HASH)
     if base and log.isEnabledFor(logging.INFO) and models.model_hash and not base.startswith(models.model_hash):
-        log.info("LoRA %r was made on a base with hash %s, this one has %s", name, base, models.model_hash)
+        log.info("LoRA %r was made on a base with hash %s; this one has %s", name, base, models.model_hash)
     return models
 
 
 def save_models_lora(models: Models, path: str | os.PathLike, name: str | None = None, *,
                      metadata: Mapping[str, str] | None = None, dtype: torch.dtype | None = None,
                      format: str = "kohya") -> None:
-    """Write one adapter (None: the only one) of all networks, with what is known of the base in its metadata.
+    """Write one adapter (None: the only one) of all networks, with the base's name and hash in its metadata.
 
     `format`: kohya, diffusers, comfyui (one file each) or peft (a folder). Raises LoRAFormatError for a kind of adapter that
-    the format cannot hold.
+    the format cannot express.
     """
     header = lora_metadata(lora_state(models, name), models.config) | _base_facts(models)
     header["ss_base_model_version"] = header.get("ss_base_model_version", models.config.name)
@@ -151,19 +150,19 @@ def save_models_lora(models: Models, path: str | os.PathLike, name: str | None =
 
 
 def _base_facts(models: Models) -> dict[str, str]:
-    """What the header of a file says of the base that it was made on."""
+    """Header entries that identify the base model."""
     facts = {} if models.source is None else {"ss_sd_model_name": Path(models.source).name}
-    if models.model_hash is not None:
+    if models.source is not None and models.model_hash is not None:
         facts |= {BASE_HASH: models.model_hash, "ss_sd_model_hash": old_model_hash(models.source)}
     return facts
 
 
 def load_embedding(models: Models, path: str | os.PathLike, word: str | None = None) -> list[str]:
-    """Load the learned words (textual inversion) of a file or folder of any program; returns them, for use in prompts.
+    """Load learned words (textual inversion) from a file or folder of any program; returns the words to use in prompts.
 
-    `word`: another name for the one in the file, such as "<s0><s1>". A prompt holds a word whole and in any case. Raises
-    CheckpointError, or EmbeddingError for vectors that do not fit and for a word that is there with others; `models` are
-    then as they were.
+    `word`: another name for the word in the file, such as "<s0><s1>". Prompts match whole words, in any case. Raises
+    CheckpointError, or EmbeddingError for vectors that do not fit and for a word already loaded with other vectors;
+    `models` are then unchanged.
     """
     words = read_embeddings(path, word)
     try:
@@ -176,14 +175,14 @@ def load_embedding(models: Models, path: str | os.PathLike, word: str | None = N
 
 
 def remove_embedding(models: Models, word: str) -> None:
-    """Forget a learned word. Raises EmbeddingError for one that is not there."""
+    """Remove a learned word. Raises EmbeddingError if it is not loaded."""
     with exclusive(models):
         models["clip"].learned.forget(word)
 
 
 def save_embedding(models: Models, path: str | os.PathLike, word: str | None = None, *,
                    metadata: Mapping[str, str] | None = None, dtype: torch.dtype = torch.float32) -> None:
-    """Write a learned word (None: the only one) as .safetensors, or .pt without metadata, which every program reads."""
+    """Write a learned word (None: the only one) as .safetensors, or as .pt, which every program reads, without metadata."""
     learned = models["clip"].learned
     if word is None and len(learned.ids) != 1:
         raise EmbeddingError(f"name the word to save; loaded: {', '.join(map(repr, learned.ids)) or 'none'}")
@@ -198,30 +197,29 @@ def merge_lora_into_checkpoint(ckpt_path: str | os.PathLike | None, loras: Mappi
                                out: str | os.PathLike, *, dtype: torch.dtype | None = None, device="cpu",
                                skip: str | None = None, block_weights: Mapping[str | os.PathLike, object] | None = None,
                                **load) -> Models:
-    """Base + Σ multiplier · LoRA, written as one plain checkpoint for deployment; summed in fp32 and rounded once.
+    """Write base + Σ multiplier · LoRA as one plain checkpoint for deployment, summed in fp32 and rounded once.
 
-    `dtype=None`: each tensor keeps that of the base. LoRAs inside the base are merged too, with their own multipliers.
-    The base stays mapped and one tensor at a time is merged and written, so the peak of memory is little above the base
-    file. `skip` and `block_weights` (path of a LoRA -> its block weights) are those of `load_lora_into_models`.
-    Raises as that and `save_merged` do, and CheckpointError for an `out` that it would read from. Returns what was written,
-    loaded as stored.
+    `dtype=None`: each tensor keeps the base's dtype. LoRAs inside the base are merged too, at their own multipliers. The
+    base stays mapped and one tensor at a time is merged and written, so peak memory is little more than the base file.
+    `skip` and `block_weights` (path of a LoRA -> its block weights) are those of `load_lora_into_models`. Raises as that
+    and `save_merged` do, and CheckpointError if `out` is one of the inputs. Returns the written model, loaded as stored.
     """
     check_target(out)
     block_weights = dict(block_weights or {})
     if stray := [path for path in block_weights if path not in loras]:
-        raise LoRAError(f"block weights are given for {os.fspath(stray[0])!r}, which is not one of the LoRAs to merge")
+        raise LoRAError(f"block weights are given for {os.fspath(stray[0])!r}, which is not among the LoRAs to merge")
     keep_sources(out, model_path(ckpt_path), *loras, *filter(None, (load.get("vae"), load.get("text_encoder"))))
     models = preload_models_from_standard_weights(ckpt_path, device, dtype="stored", **load)
     for path, multiplier in loras.items():
         name = os.fspath(path)
-        while name in models.lora_reports:  # of a LoRA inside the base, or the same path as str and as Path
+        while name in models.lora_reports:  # taken by a LoRA inside the base, or the same path given as str and as Path
             name += "'"
         load_lora_into_models(models, path, name, multiplier, skip=skip, block_weights=block_weights.get(path))
     if not adapter_names(models):
-        raise LoRAError("there is nothing to merge: no LoRA is named, and the base has none inside")
+        raise LoRAError("there is nothing to merge: no LoRA is given, and the base has none inside")
     if words := models["clip"].words:
         raise EmbeddingError(f"the LoRAs bring the learned words {', '.join(map(repr, words))}, which no plain checkpoint "
-                             f"holds; leave them out with skip, and save_embedding them as files of their own")
+                             f"holds; leave them out with skip, and save them as separate files with save_embedding")
     save_merged(models, out, dtype=dtype)
-    del models  # and with it the base, before the next one is mapped
+    del models  # free the base before the result is mapped
     return preload_models_from_standard_weights(out, device, dtype="stored")

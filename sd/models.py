@@ -1,4 +1,4 @@
-"""The four networks of a model with what belongs to them; devices and dtypes."""
+"""Models: the four networks with their config and tokenizer; devices and dtypes."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 
 class DeviceError(SDError):
-    """A device that is not here."""
+    """A device that is not available."""
 
 
 class Models(dict):
-    """The networks under "clip", "encoder", "decoder", "diffusion", with what belongs to them.
+    """The networks "clip", "encoder", "decoder" and "diffusion" by name.
 
-    `config`, `tokenizer`, `source` (the file or folder they came from) and `lora_reports` (name -> LoadReport).
+    Attributes: `config`, `tokenizer`, `source` (file or folder they were loaded from), `lora_reports` (name -> LoadReport).
     """
 
     def __init__(self, networks: Mapping[str, nn.Module], config: ModelConfig, tokenizer=None, source: Path | None = None):
@@ -42,7 +42,7 @@ class Models(dict):
 
     @property
     def tokenizer(self):
-        """Built when first needed: importing transformers takes longer than loading a model."""
+        """Built on first use: importing transformers takes longer than loading a model."""
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer()
         return self._tokenizer
@@ -57,7 +57,7 @@ class Models(dict):
 
     @property
     def model_hash(self) -> str | None:
-        """First ten hex digits of the checkpoint's SHA-256; None for models that are not from one file."""
+        """First ten hex digits of the checkpoint's SHA-256; None for models not loaded from a single file."""
         return model_hash(self.source) if self.source is not None and Path(self.source).is_file() else None
 
     def to(self, device) -> Models:
@@ -67,14 +67,14 @@ class Models(dict):
 
 
 def default_device() -> torch.device:
-    """The best device present: CUDA, Apple MPS, CPU."""
+    """The best device available: CUDA, then Apple MPS, then CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def usable_device(name) -> torch.device:
-    """The device of that name. Raises DeviceError for one that is not here."""
+    """The device `name` as torch.device. Raises DeviceError if it is not available."""
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -82,24 +82,24 @@ def usable_device(name) -> torch.device:
         raise DeviceError(f"device {str(name)!r} cannot be used ({str(error).splitlines()[0]}); the best one here is "
                           f"{default_device()}") from None
     if device.type == "meta":
-        raise DeviceError(f"device 'meta' holds no data, so nothing runs on it; the best one here is {default_device()}")
+        raise DeviceError(f"device 'meta' has no data, so nothing runs on it; the best one here is {default_device()}")
     return device
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """fp32 on the CPU; elsewhere bf16 where the hardware has it, else fp16."""
+    """fp32 on the CPU; elsewhere bf16 if the hardware supports it, else fp16."""
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float16
 
 
 def build_networks(config: ModelConfig) -> dict[str, nn.Module]:
-    """The four networks with torch's random initial weights (on the meta device inside `with torch.device("meta")`)."""
+    """The four networks with torch's random initial weights; inside `with torch.device("meta")`, without any."""
     return {"clip": CLIP(config.clip), **build_vae(config.vae), "diffusion": UNet(config.unet)}
 
 
 class NoInitialValues(TorchFunctionMode):
-    """Skips torch.nn.init: its values would be replaced at once, and on the meta device its normal_ imports for seconds."""
+    """Skip torch.nn.init: loading replaces its values anyway, and on the meta device its normal_ imports for seconds."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -109,14 +109,14 @@ class NoInitialValues(TorchFunctionMode):
 
 
 def new_models(config: ModelConfig, seed: int = 0) -> Models:
-    """Untrained models on the CPU in fp32, the same for the same seed."""
+    """Untrained models on the CPU in fp32; the same seed gives the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Models({k: m.eval().requires_grad_(False) for k, m in build_networks(config).items()}, config)
 
 
 def count_parameters(models) -> dict[str, int]:
-    """Parameters of the base (without learned words), of all adapters, and of those that are trainable now."""
+    """Number of parameters: "base" (without learned words), "lora" (all adapters), and "trainable" at present."""
     networks = [models] if isinstance(models, nn.Module) else [m for m in models.values() if isinstance(m, nn.Module)]
     adapters = sum(p.numel() for m in networks for layer in lora_layers(m).values() for p in layer.adapters.parameters())
     words = sum(p.numel() for network in networks for m in network.modules() if isinstance(m, LearnedWords) for p in m.values())

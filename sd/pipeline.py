@@ -11,15 +11,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from numbers import Integral
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from sd.adapters.switch import active_multipliers, adapter_names, exclusive, use_adapters, use_rows
+from sd.config import ModelConfig
 from sd.errors import NotFiniteError
 from sd.models import Models, usable_device
 from sd.pictures.sheets import contact_sheet
@@ -31,6 +34,9 @@ from sd.sampling.noise import Schedule
 from sd.sampling.samplers import run
 from sd.vae import sample_posterior
 
+if TYPE_CHECKING:
+    from sd.request import Fitted
+
 __all__ = ["GenerateError", "NotFiniteError", "compare", "describe", "draw", "generate", "to_uint8"]
 
 
@@ -41,16 +47,16 @@ def generate(prompt: str | Sequence[str], uncond_prompt: str | Sequence[str] | N
              images_per_prompt: int = 1, spacing: str | None = None, eta: float = 0.0, clip_skip: int = 1, mask=None,
              lora: Mapping[str, float] | Sequence[Mapping[str, float]] | None = None, use_lora: bool = True,
              merged: bool | str = "auto", on_step: Callable[[int, int, Tensor], None] | None = None) -> np.ndarray:
-    """Pictures for one prompt (uint8 [H, W, 3]) or for a list of prompts (uint8 [B, H, W, 3], prompt by prompt).
+    """Make pictures for one prompt (uint8 [H, W, 3]) or for a list of prompts (uint8 [B, H, W, 3], prompt by prompt).
 
     `input_image` (path, PIL picture or array): start from it, with noise for the last `strength` of the steps; with
-    `mask` (white is repainted) inpaint it. `seed`: image i has seed + i, or one seed each; its noise depends on nothing
-    else, in the order posterior, start, steps. `clip_skip` 1 is the last layer of the text encoder, 2 the one before.
-    `lora`: exactly these adapters, {"name": multiplier}, or one such dict for each image; None: what is active.
-    `use_lora=False` is the bare base, whatever is loaded. `merged`: run with merged weights ("auto": in fp32 and with
-    the same LoRA for all images); they stay for the next call, until `sd.lora.unmerge`. `on_step(i, n, x0)` sees each
-    step's estimate. `device`: where the networks run; each is moved there for its part and then back. `idle_device`: where
-    each is put after its part instead. What was active before is restored.
+    `mask` (white is repainted), inpaint it. `seed`: image i uses seed + i, or a list has one seed per image; an image's
+    noise depends on its seed alone, drawn in the order posterior, start, steps. `clip_skip` 1 is the last layer of the text
+    encoder, 2 the one before it. `lora`: exactly these adapters, {"name": multiplier}, or one such dict per image; None:
+    the active ones. `use_lora=False`: the bare base. `merged`: run with merged weights ("auto": in fp32, if all images have
+    the same LoRA); they are kept for the next call, until `sd.lora.unmerge`. `on_step(i, n, x0)` gets each step's estimate.
+    `device`: where the networks run; each is moved there for its part and back afterwards, or to `idle_device`. The
+    adapters active before are restored.
     Raises GenerateError (a ValueError) for bad arguments before any network runs, NotFiniteError instead of a black picture.
     """
     request = Request(prompt, uncond_prompt=uncond_prompt, input_image=input_image, strength=strength, do_cfg=do_cfg,
@@ -64,33 +70,33 @@ def generate(prompt: str | Sequence[str], uncond_prompt: str | Sequence[str] | N
 
 def draw(request: Request, models: Models, *, device=None, idle_device=None, tokenizer=None,
          on_step: Callable[[int, int, Tensor], None] | None = None) -> np.ndarray:
-    """The pictures of a request, uint8 [B, H, W, 3]; arguments and errors are those of `generate`."""
-    request = request.fit(models.config)  # every check, before any network runs
+    """Make the pictures of a request, uint8 [B, H, W, 3]; arguments and errors are those of `generate`."""
+    fitted = request.fit(models.config)  # every check, before any network runs
     device = models.device if device is None else usable_device(device)
     idle_device = None if idle_device is None else usable_device(idle_device)
-    with torch.no_grad(), exclusive(models), adapters_of(models, request):
-        networks = Networks(models, device, idle_device, should_merge(models, request.merged))
-        noise = image_noise(request, models.config)
-        context = encode(networks, request, tokenizer)
-        start = first_latents(networks, request, noise)
-        with use_rows(models, rows_of(request)), networks.use("diffusion") as unet:
-            denoise = guided(unet, context, start, request, models.config)
-            latents = walk(denoise, start.x, request, models.config, noise, on_step)
+    with torch.no_grad(), exclusive(models), adapters_of(models, fitted):
+        networks = Networks(models, device, idle_device, should_merge(models, fitted.merged))
+        noise = image_noise(fitted, models.config)
+        context = encode(networks, fitted, tokenizer)
+        start = first_latents(networks, fitted, noise)
+        with use_rows(models, rows_of(fitted)), networks.use("diffusion") as unet:
+            denoise = guided(unet, context, start, fitted, models.config)
+            latents = walk(denoise, start.x, fitted, models.config, noise, on_step)
         pictures = decode(networks, start.keep_outside(latents))
     return to_uint8(pictures)
 
 
 def compare(prompts: str | Sequence[str], models: Models | None = None, variants: Sequence[Mapping[str, float]] = (), *,
             seed: int | None = 0, **arguments) -> np.ndarray:
-    """A labelled contact sheet, uint8 [H, W, 3]: a row for each prompt, a column for each set of adapters, {} the base.
+    """Draw a labelled contact sheet, uint8 [H, W, 3]: a row per prompt, a column per set of adapters ({}: the base).
 
-    All variants are made in one batch, each prompt with the same noise in every column. `variants` defaults to the base
-    beside all loaded adapters, each alone at 1. `arguments` go to `generate`.
+    All pictures are made in one batch, with the same noise for a prompt in every column. `variants` defaults to the base
+    and each loaded adapter alone at 1. `arguments` go to `generate`.
     """
     prompts = texts(prompts, "prompts")
     taken = sorted({"lora", "use_lora", "images_per_prompt"} & arguments.keys())
     if taken:
-        raise GenerateError(f"compare() sets {taken[0]} itself: each of the variants is a dict of adapters, {{}} is the base")
+        raise GenerateError(f"compare() sets {taken[0]} itself: each variant is a dict of adapters, {{}} for the base")
     models = _models(models, arguments.get("device"))
     variants = list(variants) or [{}, *({name: 1.0} for name in adapter_names(models))]
     seed = secrets.randbits(32) if seed is None else seed
@@ -105,10 +111,10 @@ def compare(prompts: str | Sequence[str], models: Models | None = None, variants
     return contact_sheet(rows, prompts, labels)
 
 
-# ---- the parts of it -------------------------------------------------------------------------------------------------
+# ---- parts -----------------------------------------------------------------------------------------------------------
 
 def _models(models: Models | None, device) -> Models:
-    """The model that ships, if none is given."""
+    """The given models, or by default the one that ships."""
     if models is None:
         from sd.model_loader import preload_models_from_standard_weights
         return preload_models_from_standard_weights(device=device)
@@ -120,16 +126,16 @@ def _models(models: Models | None, device) -> Models:
 
 @contextmanager
 def adapters_of(models: Models, request: Request) -> Iterator[None]:
-    """The request's adapters are active inside: none of them, those of `lora`, or those that are active already."""
+    """Activate the request's adapters inside the block: those of `lora`, none, or the ones already active."""
     with use_adapters(models, chosen) if (chosen := _chosen(request)) is not None else nullcontext():
         for name, m in active_multipliers(models).items():
             if isinstance(m, tuple) and len(m) != len(request.prompt):
-                raise GenerateError(f"the multipliers of {name!r} are for {len(m)} images, {len(request.prompt)} are asked for")
+                raise GenerateError(f"the multipliers of {name!r} are for {len(m)} images, not {len(request.prompt)}")
         yield
 
 
 def _chosen(request: Request) -> Mapping[str, float | Tensor] | None:
-    """The multipliers for `use_adapters`; None: what is active stays."""
+    """The multipliers for `use_adapters`; None: keep the active ones."""
     lora = request.lora if request.use_lora else {}
     if lora is None or isinstance(lora, Mapping):
         return lora
@@ -139,21 +145,21 @@ def _chosen(request: Request) -> Mapping[str, float | Tensor] | None:
     return {name: torch.tensor([float(one.get(name, 0.0)) for one in lora]) for name in names}
 
 
-def rows_of(request: Request) -> Tensor:
-    """The image of each row of a network call, [R]: guidance asks for two rows an image, without a prompt first."""
+def rows_of(request: Fitted) -> Tensor:
+    """The image of each row of a network call, [R]: with guidance each image has two rows, all unconditional ones first."""
     return torch.arange(len(request.prompt)).repeat(1 if request.cfg_scale == 1 else 2)
 
 
-def image_noise(request: Request, config) -> Iterator[Tensor]:
-    """Draws of N(0, 1), [B, C, h, w] in fp32 on the CPU: image i depends on its own seed and on nothing else."""
+def image_noise(request: Fitted, config: ModelConfig) -> Iterator[Tensor]:
+    """Draws of N(0, 1), [B, C, h, w] in fp32 on the CPU; image i's depend on its own seed only."""
     shape = config.vae.latent_channels, request.height // config.vae.factor, request.width // config.vae.factor
     generators = [torch.Generator().manual_seed(int(seed)) for seed in request.seed]
     while True:
         yield torch.stack([torch.randn(shape, generator=g) for g in generators])
 
 
-def encode(networks: Networks, request: Request, tokenizer=None) -> Tensor:
-    """The context of each row, [R, L, D]."""
+def encode(networks: Networks, request: Fitted, tokenizer=None) -> Tensor:
+    """The context for each row, [R, L, D]."""
     models = networks.models
     texts = request.prompt if request.cfg_scale == 1 else request.uncond_prompt + request.prompt
     tokens = tokenize(tokenizer or models.tokenizer, texts, models.config.clip.max_tokens, models["clip"].words)
@@ -163,40 +169,40 @@ def encode(networks: Networks, request: Request, tokenizer=None) -> Tensor:
 
 @dataclass(frozen=True)
 class Start:
-    """Where the steps begin: x [B, C, h, w] in VE scale, the noise in it, and of img2img and inpainting the rest."""
+    """Where sampling starts: x [B, C, h, w] in VE scale and the noise in it; the rest is for img2img and inpainting."""
 
     x: Tensor
     noise: Tensor
     known: Tensor | None = None  # latents of the picture, [B, C, h, w]
     mask: Tensor | None = None  # 1 where it is repainted, [1, 1, h, w]
-    extra: Tensor | None = None  # for UNets with 9 input channels: mask and latents of the picture without it, [B, 5, h, w]
+    extra: Tensor | None = None  # for UNets with 9 input channels: mask, and latents of the masked picture, [B, 5, h, w]
 
     def keep_outside(self, x: Tensor) -> Tensor:
         """x inside the mask, the known latents outside."""
-        return x if self.mask is None else self.mask * x + (1 - self.mask) * self.known
+        return x if self.mask is None or self.known is None else self.mask * x + (1 - self.mask) * self.known
 
 
-def first_latents(networks: Networks, request: Request, noise: Iterator[Tensor]) -> Start:
-    """Noise, or noised latents of the picture; draws for the posterior, the start and the inpainting channels."""
+def first_latents(networks: Networks, request: Fitted, noise: Iterator[Tensor]) -> Start:
+    """Noise, or noised latents of the picture. Draws noise for posterior, start, and inpainting channels, in this order."""
     models, device = networks.models, networks.device
     config, sigma = models.config, request.schedule(models.config).start
     if request.input_image is None:
         start = next(noise).to(device)
         return Start(start * sigma, start)
-    picture, mask, images = _pixels(request.input_image) / 127.5 - 1, None, len(request.prompt)
-    if request.mask is not None:
-        mask = (_pixels(request.mask) / 255 >= 0.5).float()
+    picture, images = _pixels(request.input_image) / 127.5 - 1, len(request.prompt)
+    mask = None if request.mask is None else (_pixels(request.mask) / 255 >= 0.5).float()
     with use_rows(models, torch.arange(images)), networks.use("encoder") as encoder:
         known = _to_latents(encoder, picture.expand(images, -1, -1, -1), next(noise), config)
-        start, extra = next(noise).to(device), None
-        if config.unet.in_channels == 9:
+        start = next(noise).to(device)
+        extra: Tensor | None = None
+        if config.unet.in_channels == 9 and mask is not None:
             hidden = picture * (mask < 0.5)
             latents = _to_latents(encoder, hidden.expand(images, -1, -1, -1), next(noise), config)
             small = F.interpolate(mask, size=latents.shape[2:]).to(latents)
             extra = torch.cat([small.expand(images, -1, -1, -1), latents], dim=1).to(device)
     known = known.to(device)
-    small = None if mask is None else F.interpolate(mask, size=known.shape[2:]).to(device)  # nearest
-    return Start(known + start * sigma, start, known, small, extra)
+    outline = None if mask is None else F.interpolate(mask, size=known.shape[2:]).to(device)  # nearest
+    return Start(known + start * sigma, start, known, outline, extra)
 
 
 def _pixels(picture: Image.Image) -> Tensor:
@@ -205,14 +211,14 @@ def _pixels(picture: Image.Image) -> Tensor:
     return torch.from_numpy(array).view(picture.height, picture.width, -1).permute(2, 0, 1)[None]
 
 
-def _to_latents(encoder, picture: Tensor, noise: Tensor, config) -> Tensor:
-    """Latents of pictures [B, C, H, W], sampled from the posterior with `noise`, in the UNet's scale and fp32."""
+def _to_latents(encoder: nn.Module, picture: Tensor, noise: Tensor, config: ModelConfig) -> Tensor:
+    """Latents of pictures [B, C, H, W], sampled from the posterior with `noise`, in fp32 and the UNet's scale."""
     mean, logvar = encoder(placed_for(encoder, picture))
     return sample_posterior(mean.float(), logvar.float(), noise.to(mean.device)) * config.vae.scale
 
 
-def guided(unet, context: Tensor, start: Start, request: Request, config) -> Callable[[Tensor, float], Tensor]:
-    """denoise(x, sigma) -> x0 from the UNet: with guidance, and with the known latents outside the mask."""
+def guided(unet: Any, context: Tensor, start: Start, request: Fitted, config: ModelConfig) -> Callable[[Tensor, float], Tensor]:
+    """denoise(x, sigma) -> x0 by the UNet, with guidance, and with the known latents outside the mask."""
     network = DENOISERS[config.prediction](lambda x, t, context, rows: unet(x, t, context), request.schedule(config),
                                            dtype=unet.conv_in.weight.dtype, extra=start.extra)
     uncond, context = (None, context) if request.cfg_scale == 1 else context.float().chunk(2)
@@ -223,11 +229,13 @@ def guided(unet, context: Tensor, start: Start, request: Request, config) -> Cal
 
 
 def _shown(start: Start, x: Tensor, sigma: float) -> Tensor:
-    """Inpainting for any UNet: outside the mask the network sees the known latents at this noise level."""
+    """Inpainting with any UNet: outside the mask the network sees the known latents at this noise level."""
+    assert start.mask is not None and start.known is not None
     return start.mask * x + (1 - start.mask) * (start.known + sigma * start.noise)
 
 
-def walk(denoise, x: Tensor, request: Request, config, noise: Iterator[Tensor], on_step=None) -> Tensor:
+def walk(denoise: Callable[[Tensor, float], Tensor], x: Tensor, request: Request, config: ModelConfig,
+         noise: Iterator[Tensor], on_step: Callable[[int, int, Tensor], None] | None = None) -> Tensor:
     """Run the sampler from x with a progress bar; returns latents in the UNet's scale."""
     steps: Schedule = request.schedule(config)
     with tqdm(total=len(steps.timesteps), desc=request.sampler_name, leave=False, disable=None) as bar:
@@ -241,7 +249,7 @@ def walk(denoise, x: Tensor, request: Request, config, noise: Iterator[Tensor], 
 
 
 def decode(networks: Networks, latents: Tensor) -> Tensor:
-    """Pictures [B, 1 or 3, H, W] in [-1, 1] and fp32. Raises NotFiniteError."""
+    """Decode latents to pictures [B, 1 or 3, H, W] in [-1, 1], fp32. Raises NotFiniteError."""
     models = networks.models
     with use_rows(models, torch.arange(len(latents))), networks.use("decoder") as decoder:
         pictures = decoder(placed_for(decoder, latents / models.config.vae.scale)).float()
@@ -251,16 +259,16 @@ def decode(networks: Networks, latents: Tensor) -> Tensor:
 
 
 def _why_not_finite(models: Models) -> str:
-    """Looked up only when a picture came out wrong: reading all weights takes longer than loading them."""
+    """The message for NotFiniteError; reads all weights, so it is called only after a failure."""
     bad = [f"{key}.{name}" for key, network in models.items() for name, p in network.named_parameters()
            if not torch.isfinite(p).all()]
     if bad:
-        return f"the picture is not finite, since {len(bad)} tensors of the model hold NaN or infinity, first: {bad[0]}"
+        return f"the picture is not finite: {len(bad)} tensors of the model hold NaN or infinity, first: {bad[0]}"
     return (f"the picture is not finite: a network overflowed in {str(models.dtype).removeprefix('torch.')}; "
             f"load it with dtype=torch.float32 or bfloat16, or lower cfg_scale and multipliers")
 
 
 def to_uint8(pictures: Tensor) -> np.ndarray:
-    """[B, 1 or 3, H, W] in [-1, 1] to uint8 [B, H, W, 3], rounded to nearest."""
+    """Convert [B, 1 or 3, H, W] in [-1, 1] to uint8 [B, H, W, 3], rounding to nearest."""
     pictures = (pictures / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
     return pictures.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().cpu().numpy()

@@ -1,4 +1,4 @@
-"""How networks are run: on which device, merged, compiled, with deterministic kernels. All of it ends with its `with` block."""
+"""How networks run: device, merged weights, compilation, deterministic kernels; each as a `with` block that restores it."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from sd.models import Models
 
 @contextmanager
 def run_as(config, models: Models) -> Iterator[None]:
-    """Inside, what `config.compile` and `config.deterministic` ask for holds; afterwards all is as it was.
+    """Apply `config.compile` and `config.deterministic` inside the block, and undo both afterwards.
 
-    On CUDA convolutions are in channels_last, the layout of their fastest kernels. Compiled for each shape on its own: code
-    that depended on which shapes came first would not give the same bits after a resume.
+    On CUDA the UNet is in channels_last, the layout of the fastest convolutions. It is compiled for each shape separately:
+    dynamic code depends on which shapes came first, so a resumed run would not give the same bits.
     """
     unet, before = models["diffusion"], torch.are_deterministic_algorithms_enabled()
     if models.device.type == "cuda":
         unet.to(memory_format=torch.channels_last)
     if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
         torch.use_deterministic_algorithms(True)
     if config.compile:
         unet.compile(dynamic=False)
@@ -41,16 +41,16 @@ def run_as(config, models: Models) -> Iterator[None]:
 
 
 def placed_for(network: nn.Module, x: Tensor) -> Tensor:
-    """x on the device and in the dtype of the network's weights; as it is for a network without weights."""
+    """x on the device and in the dtype of the network's weights; unchanged for a network without weights."""
     weight = next(network.parameters(), x)
     return x.to(weight.device, weight.dtype)
 
 
 @contextmanager
 def at(network: nn.Module, device, afterwards=None) -> Iterator[nn.Module]:
-    """The network is on `device` inside the block; then it goes where it was, or to the device `afterwards`.
+    """Move the network to `device` inside the block; afterwards back, or to the device `afterwards`.
 
-    A network that is there already is not touched: a move drops merged weights.
+    A network already on the device is not touched, because a move drops merged weights.
     """
     before = _device_of(network, device)
     _move(network, device)
@@ -62,7 +62,7 @@ def at(network: nn.Module, device, afterwards=None) -> Iterator[nn.Module]:
 
 @contextmanager
 def placed(models, keys: Iterable[str], device) -> Iterator[None]:
-    """Networks on another device inside the block: frozen ones leave it when all that is needed of them is cached."""
+    """Move networks to another device inside the block, such as frozen ones whose outputs are fully cached."""
     with ExitStack() as stack:
         stack.callback(_free_cache)  # after the networks are back
         for key in keys:
@@ -73,16 +73,16 @@ def placed(models, keys: Iterable[str], device) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Networks:
-    """The networks of a model as a call of `generate` runs them."""
+    """The networks of a model, as one call of `generate` runs them."""
 
     models: Models
     device: torch.device
-    idle_device: torch.device | None = None  # where they go after use; None: where they were
+    idle_device: torch.device | None = None  # where each is moved after use; None: back
     merged: bool = False
 
     @contextmanager
     def use(self, key: str) -> Iterator[nn.Module]:
-        """The network on the device, merged if asked, inside the block. Its merged weights stay until it moves."""
+        """The network on the device inside the block, merged if `merged`. Its merged weights stay until it moves."""
         with at(self.models[key], self.device, self.idle_device) as network:
             if self.merged:
                 merge(network)
@@ -90,19 +90,19 @@ class Networks:
 
 
 def should_merge(models: Models, merged: bool | str) -> bool:
-    """Whether to run merged weights; "auto": in fp32, where all images have the same LoRA. False frees those that are there."""
+    """Whether to run merged weights; "auto": in fp32, if all images have the same LoRA. False also frees existing ones."""
     if merged is False:
         unmerge(models)
     if merged != "auto":
         return bool(merged)
-    # In half precision the sum W + ΔW rounds away a good part of a usual ΔW; the adapters' own path keeps it.
+    # In half precision the sum W + ΔW rounds away a good part of a typical ΔW; unmerged adapters keep it.
     same_for_all = not any(isinstance(m, tuple) for m in active_multipliers(models).values())
-    # Merged weights are whole ones: of a quantised base they would take what it saves.
+    # Merged weights are not quantised: they would cost the memory that a quantised base saves.
     return same_for_all and models.dtype == torch.float32 and not quantized_kinds(models)
 
 
 def _device_of(network: nn.Module, default) -> torch.device:
-    """Of its weights; the default for a network without weights."""
+    """The device of the network's weights; `default` for a network without weights."""
     weight = next(network.parameters(), None)
     return torch.device(default) if weight is None else weight.device
 

@@ -1,7 +1,7 @@
-"""Request: all settings of a picture, checked before any network runs; what a file says of its picture, and back.
+"""Request: all settings of a picture, checked before any network runs; and the parameters recorded in picture files.
 
-The fields have the names of generate()'s arguments, which are also the keys in the files, so one vocabulary serves all three.
-Only the command line spells some of them shorter: FLAGS in sd/commands/args.py.
+Its fields, the arguments of generate() and the keys in picture files share their names. Only the command line has shorter
+ones for some: FLAGS in sd/commands/args.py.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, cast
 
 from PIL import Image
 
 from sd.adapters.switch import active_multipliers
+from sd.config import ModelConfig
 from sd.errors import SDError
 from sd.pictures.image_io import load_image
 from sd.prompts.learned_words import vectors_hash
@@ -22,40 +24,43 @@ from sd.prompts.tokenizer import find_words
 from sd.sampling.noise import Schedule, alphas_cumprod, cut
 from sd.sampling.samplers import SAMPLERS, Sampler, check_eta, sampler_schedule
 
+if TYPE_CHECKING:
+    from sd.models import Models
+
 MAX_IMAGES = 4096  # in one call
-# What the file of a picture always says, in this order, and of which type; some of it only newer versions write.
-SAVED = {"prompt": str, "uncond_prompt": str, "n_inference_steps": int, "sampler_name": str, "cfg_scale": float, "seed": int,
-         "width": int, "height": int}
+# Parameters that every picture file records, in this order, with their types; and those that only newer versions write.
+SAVED: dict[str, type] = {"prompt": str, "uncond_prompt": str, "n_inference_steps": int, "sampler_name": str,
+                          "cfg_scale": float, "seed": int, "width": int, "height": int}
 SAVED_LATER = ("spacing", "clip_skip", "eta")
 
 
 class GenerateError(SDError):
-    """A request that cannot be met: the message names the argument, its value and what is allowed."""
+    """A request that cannot be met; the message names the argument, its value and what is allowed."""
 
 
-def setting(default, help: str):
-    """A field with the text that --help has for it."""
+def setting(default, help: str) -> Any:
+    """A field with its text for --help."""
     return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
 class Request:
-    """The settings of one call of generate(), which documents them. Raises GenerateError for a value that no model takes."""
+    """The settings of one call of generate(), documented there. Raises GenerateError for a value that no model accepts."""
 
     prompt: str | Sequence[str]
     uncond_prompt: str | Sequence[str] | None = setting(None, "What the picture should not show.")
-    n_inference_steps: int = setting(50, "Sampler steps.")
+    n_inference_steps: int = setting(50, "Sampling steps.")
     sampler_name: str = setting("ddpm", f"{', '.join(SAMPLERS)}.")
-    spacing: str | None = setting(None, f"{', '.join(Sampler.spacings)}; none: the sampler's own.")
-    cfg_scale: float = setting(7.5, "Guidance scale; 1 is none.")
-    width: int | None = setting(None, "Pixels; none: what the model is made for.")
-    height: int | None = setting(None, "Pixels; none: what the model is made for.")
-    clip_skip: int = setting(1, "1: last layer of the text encoder, 2: the one before.")
-    seed: int | Sequence[int] | None = setting(None, "Image i has seed + i; none: a random one, which is printed.")
-    images_per_prompt: int = setting(1, "Pictures for each prompt.")
+    spacing: str | None = setting(None, f"Noise schedule: {', '.join(Sampler.spacings)}; none: the sampler's own.")
+    cfg_scale: float = setting(7.5, "Guidance scale; 1 turns guidance off.")
+    width: int | None = setting(None, "Width in pixels; none: the model's native size.")
+    height: int | None = setting(None, "Height in pixels; none: the model's native size.")
+    clip_skip: int = setting(1, "Use the text encoder's last layer (1), the one before it (2), and so on.")
+    seed: int | Sequence[int] | None = setting(None, "Picture i uses seed + i; none: a random seed, which is printed.")
+    images_per_prompt: int = setting(1, "Pictures per prompt.")
     input_image: object = setting(None, "Picture to start from (img2img).")
-    mask: object = setting(None, "Where to repaint it (white).")
-    strength: float = setting(0.8, "How much of it is noised: 0 nothing, 1 all.")
+    mask: object = setting(None, "Picture that is white where the input is to be repainted (inpainting).")
+    strength: float = setting(0.8, "How much the input may change, from 0 (not at all) to 1 (completely).")
     do_cfg: bool = True
     eta: float = 0.0
     lora: Mapping[str, float] | Sequence[Mapping[str, float]] | None = None
@@ -88,10 +93,10 @@ class Request:
         if self.use_lora:
             _check_lora(self.lora, images)
 
-    def fit(self, config) -> Request:
-        """The request for a model of this ModelConfig, with nothing left open.
+    def fit(self, config: ModelConfig) -> Fitted:
+        """The request resolved for a model of this config.
 
-        In the result prompt, uncond_prompt and seed are lists with one item for each image, images_per_prompt is 1, size and
+        In the result prompt, uncond_prompt and seed are lists with one item per image, images_per_prompt is 1, size and
         spacing are filled in, cfg_scale is 1 without guidance, and input_image and mask are PIL pictures of that size.
         Raises GenerateError, or ImageError for a picture that cannot be read.
         """
@@ -100,7 +105,7 @@ class Request:
         if config.unet.in_channels == 9 and self.input_image is None:
             raise GenerateError("inpainting needs input_image= and mask=; input_image is missing")
         if config.unet.in_channels == 9 and self.mask is None:
-            raise GenerateError("this is an inpainting model: it needs mask= beside input_image= (white is repainted)")
+            raise GenerateError("this is an inpainting model: it needs mask= as well as input_image= (white is repainted)")
         prompts = [p for p in texts(self.prompt, "prompt") for _ in range(self.images_per_prompt)]
         unconds = texts("" if self.uncond_prompt is None else self.uncond_prompt, "uncond_prompt")
         mode = "L" if config.vae.image_channels == 1 else "RGB"
@@ -110,16 +115,16 @@ class Request:
             height=height, width=width, cfg_scale=self.cfg_scale if self.do_cfg else 1.0,
             spacing=SAMPLERS[self.sampler_name].spacing if self.spacing is None else self.spacing,
             input_image=_opened(self.input_image, mode, (width, height)), mask=_opened(self.mask, "L", (width, height)))
-        fitted.schedule(config)  # raises what is wrong with steps, spacing and strength
-        return fitted
+        fitted.schedule(config)  # checks steps, spacing and strength
+        return cast("Fitted", fitted)
 
     def singles(self) -> list[Request]:
-        """A request for each image of one whose uncond_prompt is one text and whose seed is a number."""
+        """One request per image; uncond_prompt must be one text and seed a number."""
         prompts = [p for p in texts(self.prompt, "prompt") for _ in range(self.images_per_prompt)]
         return [replace(self, prompt=p, seed=s, images_per_prompt=1) for p, s in zip(prompts, _seeds(self.seed, len(prompts)))]
 
-    def schedule(self, config) -> Schedule:
-        """The noise levels to walk: all steps, or with an input_image the last `strength` of them. Raises GenerateError."""
+    def schedule(self, config: ModelConfig) -> Schedule:
+        """Noise levels of the steps: all, or with an input_image the last `strength` of them. Raises GenerateError."""
         try:
             steps = sampler_schedule(self.sampler_name, self.n_inference_steps, alphas_cumprod(config), self.spacing)
             return steps if self.input_image is None else cut(steps, self.strength)
@@ -127,37 +132,52 @@ class Request:
             raise GenerateError(str(error)) from None
 
 
+if TYPE_CHECKING:
+    class Fitted(Request):
+        """A Request that `fit` returned."""
+
+        prompt: list[str]
+        uncond_prompt: list[str]
+        seed: list[int]
+        width: int
+        height: int
+        spacing: str
+        input_image: Image.Image | None
+        mask: Image.Image | None
+
+
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
-def texts(prompt, what: str) -> list[str]:
-    """One text or several as a list. Raises GenerateError for anything else."""
+def texts(prompt: Any, what: str) -> list[str]:
+    """One or several texts as a list. Raises GenerateError for anything else."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Sequence) else [prompt]
     if not prompts:
         raise GenerateError(f"{what} is an empty list; at least one text is needed")
     for text in prompts:
         if not isinstance(text, str):
-            raise GenerateError(f"{what} holds {text!r}, which is no text")
+            raise GenerateError(f"{what} holds {text!r}, which is not a string")
     return prompts
 
 
-def check_number(value, what: str, kind: type, low: float = -math.inf, high: float = math.inf) -> None:
-    """Raises GenerateError unless `value` is a finite number of that kind from low to high."""
+def check_number(value: Any, what: str, kind: type[Any], low: float = -math.inf, high: float = math.inf) -> None:
+    """Raises GenerateError unless `value` is a finite number of type `kind` from low to high."""
     if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value) or not low <= value <= high:
         allowed = "a finite number" if low == -math.inf else f"{low} to {high}"
         raise GenerateError(f"{what} is {value!r}; allowed: {'whole numbers from ' if kind is Integral else ''}{allowed}")
 
 
-def _seeds(seed: int | Sequence[int], images: int) -> list[int]:
-    """One for each image."""
+def _seeds(seed: Any, images: int) -> list[int]:
+    """One seed per image."""
+    seeds: list[Any]
     try:
         seeds = [int(seed) + i for i in range(images)] if isinstance(seed, Integral) else list(seed)
     except TypeError:
         seeds = [seed] * images
     if len(seeds) != images:
-        raise GenerateError(f"{len(seeds)} seeds are given for {images} images")
+        raise GenerateError(f"{len(seeds)} seeds are given for {images} images; give one seed, or one for each image")
     for s in seeds:
-        if not isinstance(s, Integral) or not 0 <= s < 2**63:
-            raise GenerateError(f"seed {s!r} is not allowed; a whole number from 0 to 2^63 - 1 is needed")
+        if not isinstance(s, Integral) or not 0 <= int(s) < 2**63:
+            raise GenerateError(f"seed {s!r} is not allowed; allowed: whole numbers from 0 to 2^63 - 1")
     return seeds
 
 
@@ -174,7 +194,7 @@ def _size(pixels: int | None, what: str, config) -> int:
     pixels, factor = config.image_size if pixels is None else pixels, config.vae.factor
     if not isinstance(pixels, int) or not factor <= pixels <= config.largest_size:
         raise GenerateError(f"{what} is {pixels!r}; allowed: whole numbers of pixels from {factor} to {config.largest_size}, "
-                            f"8 times what this model is made for")
+                            f"8 times this model's native size")
     if pixels % factor:
         low = pixels // factor * factor
         raise GenerateError(f"{what} is {pixels}, no multiple of {factor}; the nearest are {low} and {low + factor}")
@@ -182,16 +202,16 @@ def _size(pixels: int | None, what: str, config) -> int:
 
 
 def _opened(image, mode: str, size: tuple[int, int]) -> Image.Image | None:
-    return None if image is None else load_image(image).convert(mode).resize(size, Image.LANCZOS)
+    return None if image is None else load_image(image).convert(mode).resize(size, Image.Resampling.LANCZOS)
 
 
-# ---- what a file says of its picture, and back ---------------------------------------------------------------------------
+# ---- the parameters in a picture file --------------------------------------------------------------------------------
 
-def describe(models, prompt: str, *, seed: int, **arguments) -> dict:
-    """What makes a picture again: the arguments of `generate` with its defaults, the model, and the LoRAs truly applied.
+def describe(models: Models, prompt: str, *, seed: int, **arguments) -> dict[str, Any]:
+    """Everything needed to make a picture again: the arguments of `generate`, the model, and the LoRAs actually applied.
 
-    For `sd.pictures.save_image(picture, path, parameters)`, which writes it into the file. Arguments of `generate` that are
-    about how it runs, such as `device`, are left out.
+    To be written into the file by `sd.pictures.save_image(picture, path, parameters)`. Arguments of `generate` that only
+    affect how it runs, such as `device`, are left out.
     """
     check_number(seed, "seed", Integral, 0)
     known = {f.name for f in fields(Request)}
@@ -199,12 +219,12 @@ def describe(models, prompt: str, *, seed: int, **arguments) -> dict:
     return parameters_of(Request(prompt, seed=seed, **given), models)
 
 
-def parameters_of(request: Request, models) -> dict:
-    """What `describe` returns, of a request for one picture. Raises GenerateError for several."""
-    applied = active_multipliers(models) if request.lora is None else request.lora
+def parameters_of(request: Request, models: Models) -> dict[str, Any]:
+    """What `describe` returns, for a request for one picture. Raises GenerateError for several."""
+    applied: Any = active_multipliers(models) if request.lora is None else request.lora
     if not isinstance(applied, Mapping) or not isinstance(request.prompt, str):
-        raise GenerateError("describe() is for one picture: lora is the dict of that picture")
-    filled = replace(request, uncond_prompt=request.uncond_prompt or "", seed=int(request.seed),
+        raise GenerateError("describe() is for one picture: lora must be that picture's dict")
+    filled = replace(request, uncond_prompt=request.uncond_prompt or "", seed=int(cast(int, request.seed)),
                      cfg_scale=float(request.cfg_scale if request.do_cfg else 1.0),
                      width=request.width or models.config.image_size, height=request.height or models.config.image_size)
     found = {name: getattr(filled, name) for name in SAVED} | {
@@ -229,26 +249,26 @@ def parameters_of(request: Request, models) -> dict:
     return found
 
 
-def used_embeddings(models, *texts: str) -> dict[str, str]:
-    """The learned words in these texts, each with a hash of its vectors (`vectors_hash`)."""
+def used_embeddings(models: Models, *texts: str) -> dict[str, str]:
+    """The learned words in these texts -> hashes of their vectors (`vectors_hash`)."""
     learned = models["clip"].learned
     words = {word for text in texts for *_, word in find_words(text, learned.ids)}
     return {word: vectors_hash(learned.of(word)) for word in sorted(words)}
 
 
-def again(about: Mapping, path, models, **others) -> Request:
-    """The request that made the picture in the file `path`, from what the file says of it; `others` are more settings.
+def again(about: Mapping[str, Any], path, models: Models, **others) -> Request:
+    """The request that made the picture file `path`, from the parameters in it (`about`); `others`: further settings.
 
-    Raises GenerateError where that is not enough, and for other models, LoRAs or learned words than it was made with.
+    Raises GenerateError if the parameters are incomplete, or if model, LoRAs or learned words differ from the picture's.
     """
     for key, kind in SAVED.items():
         if type(about.get(key)) is not kind:
-            raise GenerateError(f"{path}: cannot be made again: what it says of itself has no {key} that is a {kind.__name__}")
+            raise GenerateError(f"{path}: cannot be made again: it records no {key} of type {kind.__name__}")
     for key in ("lora", "lora_hashes", "lora_blocks", "lora_skipped"):
         if not isinstance(about.get(key) or {}, Mapping):
-            raise GenerateError(f"{path}: cannot be made again: what it says of its LoRAs is damaged")
+            raise GenerateError(f"{path}: cannot be made again: its record of LoRAs is damaged")
     if "strength" in about and others.get("input_image") is None:
-        raise GenerateError(f"{path}: made from another picture, which it does not hold; name it with --input")
+        raise GenerateError(f"{path}: made from another picture, which the file does not hold; name it with --input")
     if about.get("model_hash", models.model_hash) != models.model_hash:
         raise GenerateError(f"{path}: made with model {about.get('model')!r} of hash {about['model_hash']}; "
                             f"this one has {models.model_hash}; name it with --model")
@@ -261,7 +281,7 @@ def again(about: Mapping, path, models, **others) -> Request:
     return Request(**others | {key: about[key] for key in keys if key in about}, lora=about.get("lora") or {})
 
 
-def _check_same_loras(about: Mapping, path, models) -> None:
+def _check_same_loras(about: Mapping[str, Any], path, models: Models) -> None:
     used, reports = about.get("lora") or {}, models.lora_reports
     missing = sorted(set(used) - set(reports))
     if missing:

@@ -1,4 +1,4 @@
-"""What several commands share: which model, its LoRAs, device and dtype; the settings of a picture; paths to write."""
+"""Flags that several commands share (model, LoRAs, device, dtype, picture settings), and the paths that commands write."""
 
 from __future__ import annotations
 
@@ -8,42 +8,48 @@ from contextlib import suppress
 from dataclasses import dataclass, field, make_dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from sd.errors import SDError
 from sd.request import MAX_IMAGES, Request
 
+if TYPE_CHECKING:
+    import torch
+
+    from sd.models import Models
+
 DType = Literal["float32", "bfloat16", "float16"]
+# Longer than a line, at which tyro would break a docstring.
+LORA_HELP = ("LoRA files or folders, each as PATH, PATH:MULTIPLIER or PATH:MULTIPLIER:BLOCKS. BLOCKS sets block "
+             "weights: text_encoder=0.5,mid_block=0, or a list of 17, 25 or 26 numbers. LoRAs in data/loras need only a name.")
+DTYPE_HELP = ("Precision of the networks; none: float32 on the CPU, half precision elsewhere. For merge, precision of the "
+              "file; none: the base's, or float32 with --into lora.")
 
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """Which model, where it runs, and what is loaded on it."""
+    """The model, the LoRAs loaded on it, and where it runs."""
 
     model: str | None = None
-    """Checkpoint (.safetensors, .ckpt) or diffusers folder, or the name of a model in data/; none: emoji."""
-    lora: tuple[str, ...] = ()
-    """LoRA files or folders as PATH, PATH:MULTIPLIER or PATH:MULTIPLIER:BLOCKS (text_encoder=0.5,mid_block=0 or 17, 25 or 26
-    numbers); names of data/loras need no path."""
+    """Checkpoint (.safetensors, .ckpt), diffusers folder, or name of a model in data/; none: emoji."""
+    lora: Annotated[tuple[str, ...], tyro.conf.arg(help=LORA_HELP)] = ()
     skip: str | None = None
-    """Leave out the parts of the LoRAs whose key or module path this regular expression matches."""
+    """Regular expression; LoRA tensors whose key or module path matches are not loaded."""
     vae: str | None = None
-    """VAE to use instead of the model's own."""
+    """VAE to use instead of the model's own: a file or folder."""
     device: str | None = None
-    """cuda, mps, cpu; none: the best present (merge: cpu)."""
-    dtype: DType | None = None
-    """Of the networks, or of what is written; none: float32 on the CPU, half precision elsewhere (merge: as it is in the base;
-    of LoRAs float32)."""
+    """cuda, mps or cpu; none: the best available (for merge: cpu)."""
+    dtype: Annotated[DType | None, tyro.conf.arg(help=DTYPE_HELP)] = None
 
 
-def load(on: ModelArgs, embeddings: tuple[str, ...] = ()):
-    """The models with their LoRAs active and their learned words known."""
+def load(on: ModelArgs, embeddings: tuple[str, ...] = ()) -> Models:
+    """Load the model, its LoRAs (active at their multipliers) and its learned words."""
     from sd.model_loader import load_embedding, load_lora_into_models, preload_models_from_standard_weights
     models = preload_models_from_standard_weights(on.model, on.device, dtype=dtype(on.dtype), vae=on.vae)
     if on.skip is not None and not on.lora:
-        raise SDError("--skip needs --lora: it says what of the LoRAs to leave out")
+        raise SDError("--skip needs --lora: it leaves out parts of the LoRAs")
     for path, multiplier, blocks in map(lora, on.lora):
         if path.stem in models.lora_reports:
             raise SDError(f"two LoRAs are named {path.stem!r}; rename one of the files")
@@ -54,69 +60,75 @@ def load(on: ModelArgs, embeddings: tuple[str, ...] = ()):
 
 
 def lora(text: str) -> tuple[Path, float, str | None]:
-    """(file, multiplier, block weights) of PATH[:MULTIPLIER[:BLOCKS]]; a bare name is looked up in data/loras."""
-    number = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|nan|[-+]?inf"  # what is no number belongs to the path
+    """Parse PATH[:MULTIPLIER[:BLOCKS]] into (file, multiplier, block weights); a bare name is looked up in data/loras."""
+    number = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|nan|[-+]?inf"  # anything else belongs to the path
     match = re.fullmatch(rf"(.+?)(?::({number})(?::([^:/\\]*[,=][^:/\\]*))?)?", text, re.S)
     if not text:
-        raise SDError("--lora is empty; name a file as PATH, PATH:MULTIPLIER or PATH:MULTIPLIER:BLOCKS")
-    if Path(text).exists():  # a colon may belong to the name
+        raise SDError("--lora is empty; give a file as PATH, PATH:MULTIPLIER or PATH:MULTIPLIER:BLOCKS")
+    if Path(text).exists():  # file names may contain colons
         return Path(text), 1.0, None
     path, multiplier, blocks = (Path(match[1]), float(match[2] or 1), match[3]) if match else (Path(text), 1.0, None)
     found = shipped(path)
     if not found.exists() and ":" in path.name:
-        raise SDError(f"{path}: no such file; a LoRA is named as PATH, PATH:MULTIPLIER or PATH:MULTIPLIER:BLOCKS, with "
-                      f"BLOCKS as 17, 25 or 26 numbers or as in text_encoder=0.5,mid_block=0")
+        raise SDError(f"{path}: no such file; a LoRA is named as PATH, PATH:MULTIPLIER or PATH:MULTIPLIER:BLOCKS, where "
+                      f"BLOCKS is 17, 25 or 26 numbers, or pairs such as text_encoder=0.5,mid_block=0")
     return found, multiplier, blocks
 
 
 def shipped(path: Path) -> Path:
-    """The file in data/loras for a bare name that is no file itself; else the path."""
+    """Resolve the bare name of a LoRA in data/loras; a path that exists, or anything else, is returned as it is."""
     from sd.prompts.tokenizer import data_dir
     file = data_dir() / "loras" / f"{path.name}.safetensors"
     return file if not path.exists() and path.parent == Path(".") and file.exists() else path
 
 
 def embedding(text: str) -> tuple[Path, str | None]:
-    """(file, word) of PATH[:WORD]."""
+    """Parse PATH[:WORD] into (file, word)."""
     if not text:
-        raise SDError("--embedding is empty; name a file as PATH or PATH:WORD")
-    parts = text.split(":")  # a path may hold colons, and so may a word
+        raise SDError("--embedding is empty; give a file as PATH or PATH:WORD")
+    parts = text.split(":")  # both paths and words may contain colons
     splits = [(":".join(parts[:n]), ":".join(parts[n:])) for n in range(len(parts), 0, -1)]
     path, word = next(((path, word) for path, word in splits if Path(path).exists()), (text, ""))
     return Path(path), word or None
 
 
-def dtype(name: str | None):
+def dtype(name: str | None) -> torch.dtype | None:
     import torch
     return None if name is None else getattr(torch, name)
 
 
-Positional = tyro.conf.Positional
 Format = Literal["kohya", "diffusers", "peft", "comfyui"]
 
-# The flags of generate and compare: a field of Request -> (flag, type, default where it is not the field's own).
-FLAGS = {"uncond_prompt": ("negative", str, ""), "n_inference_steps": ("steps", int, 30),
+# Flags of generate and compare: field of Request -> (flag, type[, default, if not the field's]).
+FLAGS: dict[str, tuple] = {"uncond_prompt": ("negative", str, ""), "n_inference_steps": ("steps", int, 30),
          "sampler_name": ("sampler", str, "dpmpp_2m"), "spacing": ("spacing", str | None), "cfg_scale": ("cfg", float),
          "width": ("width", int | None), "height": ("height", int | None), "clip_skip": ("clip_skip", int),
          "seed": ("seed", int | None)}
 
 
 def _flag(name: str, flag: str, type_, *default):
-    """A field for make_dataclass."""
+    """(name, type, default) of a field for make_dataclass."""
     setting = Request.__dataclass_fields__[name]
     return flag, Annotated[type_, tyro.conf.arg(help=setting.metadata["help"])], field(default=(*default, setting.default)[0])
 
 
-PictureFlags = make_dataclass("PictureFlags", [_flag(name, *flag) for name, flag in FLAGS.items()], frozen=True)
+if TYPE_CHECKING:
+    @dataclass(frozen=True)
+    class PictureFlags:
+        """A field for each of FLAGS."""
+
+        seed: int | None = None
+else:
+    PictureFlags = make_dataclass("PictureFlags", [_flag(name, *flag) for name, flag in FLAGS.items()], frozen=True)
 
 
-def settings(flags: PictureFlags) -> dict:
-    """The fields of Request that these flags set, without the seed."""
+def settings(flags: PictureFlags) -> dict[str, Any]:
+    """Fields of Request -> values, as the flags have them, without the seed."""
     return {name: getattr(flags, flag) for name, (flag, *_) in FLAGS.items() if name != "seed"}
 
 
 def writes(tool: Callable) -> Callable:
-    """With the folder of `--out` made first, and taken away again when the tool fails."""
+    """Decorator for a command: create the folder of `--out` first, and remove it again if the command fails."""
     @wraps(tool)
     def run(args) -> None:
         missing = [folder for folder in Path(args.out).absolute().parents if not folder.exists()]
@@ -124,7 +136,7 @@ def writes(tool: Callable) -> Callable:
             Path(args.out).parent.mkdir(parents=True, exist_ok=True)
             tool(args)
         except BaseException:
-            for folder in missing:  # the innermost first
+            for folder in missing:  # innermost first
                 with suppress(OSError):
                     folder.rmdir()
             raise
@@ -132,11 +144,11 @@ def writes(tool: Callable) -> Callable:
 
 
 def picture_paths(out: str, count: int) -> list[Path]:
-    """Where pictures go: the file that is named, numbered if there are several, or the next free numbers of a folder."""
+    """Where `count` pictures are saved: the file `out`, numbered if there are several, or the next free numbers in a folder."""
     from sd.pictures.image_io import FORMATS
     path = Path(out)
     if not out:
-        raise SDError("--out is empty; name a folder or a file")
+        raise SDError("--out is empty; give a folder or a file")
     if count > MAX_IMAGES:
         raise SDError(f"{count} pictures are asked for; allowed: up to {MAX_IMAGES}")
     if path.suffix and not path.is_dir():
@@ -152,7 +164,7 @@ def picture_paths(out: str, count: int) -> list[Path]:
 
 
 def _try_writing(folder: Path) -> None:
-    """Raises OSError now, not after the pictures are made."""
+    """Raise OSError now rather than after the pictures are made."""
     from sd.files.atomic import atomic_write
     probe = folder / ".sd-probe"
     with atomic_write(probe):

@@ -4,37 +4,39 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
+from tyro.conf import Positional
 
-from sd.commands.args import ModelArgs, PictureFlags, Positional, load, picture_paths, settings
+from sd.commands.args import ModelArgs, PictureFlags, load, picture_paths, settings
 from sd.errors import SDError
 
 
 @dataclass(frozen=True)
 class Compare:
-    """One contact sheet: a row for each prompt, a column for the base and for each LoRA at each multiplier."""
+    """Draw a contact sheet: one row per prompt, one column for the base and for each LoRA at each multiplier."""
 
     prompts: Positional[tuple[str, ...]]
-    """What the pictures show."""
+    """Prompts, each in quotes."""
     on: Annotated[ModelArgs, tyro.conf.arg(name="")] = field(default_factory=ModelArgs)
     how: Annotated[PictureFlags, tyro.conf.arg(name="")] = field(default_factory=PictureFlags)
     embedding: tuple[str, ...] = ()
-    """Files or folders of learned words (textual inversion) as PATH, or PATH:WORD for another word than the file's."""
+    """Learned words (textual inversion), files or folders as PATH; PATH:WORD renames the word."""
     multipliers: tuple[float, ...] = ()
-    """One column for each, instead of the multiplier given with the LoRA."""
+    """Draw a column at each of these multipliers instead of the one given with --lora."""
     out: str = "out/compare.png"
-    """File of the contact sheet."""
+    """File to write the contact sheet to."""
 
     def run(self) -> None:
         from sd import pipeline
         from sd.adapters.switch import active_multipliers
         from sd.pictures.image_io import save_image
         models = load(self.on, self.embedding)
-        loaded = active_multipliers(models)
+        loaded: dict[str, Any] = active_multipliers(models)
         if not loaded:
             raise SDError("nothing to compare with the base: name at least one LoRA with --lora")
+        variants: list[dict[str, float]]
         if self.multipliers:
             variants = [{}, *({name: m} for name in loaded for m in self.multipliers)]
         else:

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sd.commands.args import DType, Format, Positional, dtype, writes
+from tyro.conf import Positional
+
+from sd.commands.args import DType, Format, dtype, writes
 
 
 @dataclass(frozen=True)
 class Convert:
-    """Write a LoRA in another program's format; its metadata and every alpha survive."""
+    """Convert a LoRA to another program's format, keeping its metadata and every alpha."""
 
     source: Positional[str]
-    """A LoRA of any program: a file, or a folder of PEFT."""
+    """LoRA to read: a file from any program, or a PEFT folder."""
     out: Positional[str]
-    """The file to write; for peft a new folder."""
+    """File to write; for peft, a new folder."""
     format: Format
-    """Whose."""
+    """Program whose format to write."""
     dtype: DType | None = None
-    """None: that of the source."""
+    """Precision of the result; none: that of the source."""
     approximate: int | None = None
-    """Modules of a kind that the format cannot hold become LoRA of this rank; the error is printed."""
+    """Replace modules that the format cannot express by a LoRA of this rank; the error is printed."""
     model: str | None = None
-    """The base, for models other than SD 1.x and for kinds that depend on the weights."""
+    """Base checkpoint; needed for models other than SD 1.x and for kinds of adapter that depend on its weights."""
     skip: str | None = None
-    """Leave out what this regular expression matches."""
+    """Regular expression; tensors whose key or module path matches are left out."""
 
     @writes
     def run(self) -> None:

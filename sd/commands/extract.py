@@ -4,41 +4,43 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from sd.commands.args import DType, Format, Positional, dtype, writes
+from tyro.conf import Positional
+
+from sd.commands.args import DType, Format, dtype, writes
 from sd.errors import SDError
 
 
 @dataclass(frozen=True)
 class Extract:
-    """Take the LoRA out of a fine-tuned checkpoint (--tuned), or the LoRAs that lie inside one checkpoint (--model alone)."""
+    """Extract a LoRA from a fine-tuned checkpoint (--tuned), or the LoRAs embedded in one (--model alone)."""
 
     out: Positional[str]
-    """The LoRA file to write; without --tuned the folder to write them to."""
+    """LoRA file to write; without --tuned, the folder for the embedded LoRAs."""
     model: str | None = None
-    """The base; none: the small model that ships with the program."""
+    """Base checkpoint; none: emoji. Without --tuned, the checkpoint with LoRAs inside."""
     tuned: str | None = None
-    """The checkpoint that was made from it."""
+    """Checkpoint fine-tuned from the base."""
     rank: int | None = 32
-    """Rank of the LoRA, at most; with --threshold it bounds the rank that each layer needs."""
+    """Rank of the LoRA; with --threshold or --frobenius, the highest rank of a layer."""
     conv_rank: int | None = None
-    """Rank of 3x3 convolutions; none: --rank."""
+    """The same for 3x3 convolutions; none: --rank."""
     threshold: float | None = None
-    """Keep the singular values above this share of a layer's largest."""
+    """Choose each layer's rank: keep singular values above this fraction of the largest."""
     frobenius: float | None = None
-    """Keep the fewest singular values whose squares are this share of all."""
+    """Choose each layer's rank: keep the fewest singular values whose squares add up to this fraction of the total."""
     randomized: bool = False
-    """A faster SVD; its error is printed."""
+    """Use a faster, randomized SVD; the error is printed."""
     vae: bool = False
-    """Take the VAE's difference too, which other programs do not read."""
+    """Extract the VAE's changes too; other programs ignore them."""
     format: Format = "kohya"
-    """Whose names the file has."""
+    """Program whose format to write."""
     dtype: DType = "float32"
-    """Of the LoRA."""
+    """Precision of the LoRA."""
 
     def __post_init__(self):
         if self.tuned is None and any(getattr(self, f.name) != f.default for f in fields(self)[2:]):
-            raise SDError("without --tuned the LoRAs inside a checkpoint are taken out as they are; leave out all flags but "
-                             "--model")
+            raise SDError("without --tuned the LoRAs inside a checkpoint are extracted as they are; leave out all flags "
+                          "except --model")
 
     @writes
     def run(self) -> None:
@@ -46,8 +48,8 @@ class Extract:
         from sd.tools.extract import extract_lora
         if self.tuned is None:
             if self.model is None:
-                raise SDError("nothing to extract from: name the fine-tuned checkpoint with --tuned and its base with --model, "
-                                 "or with --model alone a checkpoint that has LoRAs inside")
+                raise SDError("nothing to extract from: give the fine-tuned checkpoint with --tuned and its base with "
+                              "--model, or only --model for a checkpoint that has LoRAs inside")
             for path in take_out(self.model, self.out):
                 print(path)
             return

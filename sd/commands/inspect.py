@@ -5,22 +5,23 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from sd.commands.args import Positional
+from tyro.conf import Positional
+
 from sd.errors import SDError
 
 
 @dataclass(frozen=True)
 class Inspect:
-    """Say what a file is: a checkpoint, a LoRA of any program, or a picture with the parameters that made it."""
+    """Show what is in a file: a checkpoint, a LoRA from any program, or a picture with its parameters."""
 
     paths: Positional[tuple[str, ...]]
-    """Files, diffusers or PEFT folders."""
+    """Files, diffusers folders or PEFT folders."""
     model: str | None = None
-    """A base to look at LoRAs on: what they change in its weights."""
+    """Base checkpoint, to measure a LoRA's change relative to its weights."""
     verify: bool = False
     """Fail unless every tensor of the LoRA fits its base."""
     json: bool = False
-    """One JSON object, {path: facts}."""
+    """Print one JSON object, {path: facts}."""
 
     def run(self) -> None:
         from sd.tools.inspect import as_text, inspect_file

@@ -1,4 +1,4 @@
-"""`python -m sd <command>`: parse, run one command, say what went wrong. Each command has a file of its own."""
+"""`python -m sd <command>`: parse the arguments, run the command, report errors. Each command has its own file."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from sd.errors import NotFiniteError, SDError
 COMMANDS = {"generate": Generate, "compare": Compare, "train": Train, "merge": Merge, "extract": Extract, "resize": Resize,
             "convert": Convert, "embed": Embed, "inspect": Inspect}
 NO_MEMORY = "there is not enough memory for pictures of this size and number; make fewer or smaller ones"
-FAULT = "this is a fault of the program, not of your command: please report it with the lines above"
+FAULT = "this is a fault of the program, not of your command; please report it with the lines above"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status.
 
-    0: done; 1: a fault of the program, with its traceback; 2: a mistake, one sentence on stderr; 130: stopped by Ctrl-C.
+    0: success; 1: a bug, with its traceback; 2: a mistake in the command, one sentence on stderr; 130: stopped by Ctrl-C.
     """
     with messages_on_stderr():
         try:
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt as stop:
             print(str(stop) or "stopped", file=sys.stderr)
             return 130
-        except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except (SDError, OSError, NotFiniteError) as error:
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
 @contextmanager
 def messages_on_stderr() -> Iterator[None]:
-    """Log messages and warnings are lines on stderr inside the block."""
+    """Print log messages and warnings as plain lines on stderr inside the block."""
     root, show = logging.getLogger(), warnings.showwarning
     handlers, level = root.handlers[:], root.level
     handler = logging.StreamHandler(sys.stderr)
@@ -72,7 +72,7 @@ def messages_on_stderr() -> Iterator[None]:
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether memory ran out: Python's, numpy's and torch's own errors, and those that torch only tells by their text."""
+    """Whether memory ran out. torch raises some such errors as a plain RuntimeError, recognised by its text."""
     signs = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
     return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 

@@ -2,40 +2,44 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import tyro
+from tyro.conf import Positional
 
-from sd.commands.args import ModelArgs, Positional, dtype, lora, writes
+from sd.commands.args import ModelArgs, dtype, lora, writes
 from sd.errors import SDError
+
+METHOD_HELP = ("Into lora: concat is exact, and ranks add up; svd is the best approximation of --rank; ties, dare and "
+               "magnitude prune each LoRA's change first; full is exact and stores whole differences.")
 
 
 @dataclass(frozen=True)
 class Merge:
-    """Merge LoRAs into a model for deployment, one plain checkpoint that any program loads; or several into one LoRA."""
+    """Merge LoRAs into a model, as one plain checkpoint that any program loads, or several LoRAs into one."""
 
     out: Positional[str]
-    """A file ending in .safetensors, or (--into model) a new folder for diffusers."""
+    """File to write, ending in .safetensors; with --into model also a new diffusers folder."""
     on: Annotated[ModelArgs, tyro.conf.arg(name="")] = field(default_factory=ModelArgs)
     into: Literal["model", "lora"] = "model"
-    """What comes out; with lora, --model is needed only for kinds that depend on the weights (DoRA, OFT, IA3, GLoRA)."""
-    method: Literal["concat", "svd", "ties", "dare", "magnitude", "full"] = "concat"
-    """Into lora. concat: exact, ranks add up; svd: the best of --rank; ties, dare, magnitude: on the changes; full: exact."""
+    """What to write. For lora, --model is needed only with kinds that depend on its weights (DoRA, OFT, IA3, GLoRA)."""
+    method: Annotated[Literal["concat", "svd", "ties", "dare", "magnitude", "full"], tyro.conf.arg(help=METHOD_HELP)] = "concat"
     rank: int | None = None
-    """Into lora: rank of what svd, ties, dare and magnitude make."""
+    """Into lora: rank of the result of svd, ties, dare and magnitude."""
     density: float = 0.5
-    """Into lora: share of the values that ties, dare and magnitude keep."""
+    """Into lora: fraction of the values that ties, dare and magnitude keep."""
     seed: int = 0
-    """Into lora: of what dare drops."""
+    """Into lora: seed for dare's random choice."""
     randomized: bool = False
-    """Into lora: a faster SVD that is not quite the best; its error is printed."""
+    """Into lora: use a faster, slightly less accurate SVD; the error is printed."""
 
     def __post_init__(self):
         if not self.on.lora:
             raise SDError("nothing to merge: name at least one LoRA with --lora PATH:MULTIPLIER")
         if self.into == "model" and (self.method != "concat" or self.rank is not None or self.randomized):
-            raise SDError("--method, --rank and --randomized are for --into lora; into a model the sum is exact")
+            raise SDError("--method, --rank and --randomized are for --into lora; merging into a model is always exact")
         if self.into == "lora" and (self.on.vae or self.on.device):
             raise SDError("--vae and --device are for --into model; merging LoRAs needs neither")
         if (self.density != Merge.density and self.method not in ("ties", "dare", "magnitude")
@@ -47,9 +51,10 @@ class Merge:
         from sd.model_loader import merge_lora_into_checkpoint
         on, chosen = self.on, [lora(text) for text in self.on.lora]
         if len({path for path, *_ in chosen}) < len(chosen):
-            raise SDError("the same LoRA is named twice; give it once, with the sum of the multipliers")
+            raise SDError("the same LoRA is given twice; give it once, with the sum of the multipliers")
         names = " + ".join(f"{m:g} x {path.name}" for path, m, _ in chosen)
-        multipliers, blocks = {path: m for path, m, _ in chosen}, {path: b for path, _, b in chosen if b is not None}
+        multipliers: dict[str | os.PathLike, float] = {path: m for path, m, _ in chosen}
+        blocks: dict[str | os.PathLike, object] = {path: b for path, _, b in chosen if b is not None}
         if self.into == "lora":
             from sd.tools.merge import merge_lora_files
             report = merge_lora_files(multipliers, self.out, method=self.method, rank=self.rank, density=self.density,

@@ -1,4 +1,4 @@
-"""From the words of a command line to the dataclass of its command, or to a sentence about what is wrong with them."""
+"""Parse a command line into the dataclass of its command, and mistakes in it into one sentence."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from sd.errors import SDError
 
 
 def parse(argv: list[str], commands: Mapping[str, type]):
-    """The dataclass of one of `commands` (name -> dataclass). Raises SDError for a mistake, SystemExit for --help."""
+    """An instance of one of `commands` (name -> dataclass). Raises SDError for a mistake, SystemExit for --help."""
     flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
     for flag in flags:
         if flags.count(flag) > 1:
-            raise SDError(f"{flag} is given twice; name all of its values after one {flag}")
+            raise SDError(f"{flag} is given twice; give all values after one {flag}")
     words = _with_config(argv, flags)
     for word in words:
         if "\0" in word:
-            raise SDError(f"{word!r} holds a character of code 0, which can be in no path, name or prompt")
+            raise SDError(f"{word!r} holds a character of code 0, which paths, names and prompts cannot contain")
     box = io.StringIO()
     try:
         with redirect_stderr(box):
@@ -37,10 +37,11 @@ def parse(argv: list[str], commands: Mapping[str, type]):
 
 
 def sentence_in(box: str) -> str:
-    """tyro's message about a mistake, without the box around it, its title and its hints."""
-    text = re.sub(r"([╭╮╰╯│─\s]|-{5,})+", " ", box).partition("For full helptext")[0].partition(" in python ")[0]
-    text = text.replace("Unrecognized options Unrecognized", "Unrecognized").strip()
-    return re.sub(r"^.*Error parsing \w+: ", "", text)
+    """tyro's error message without its box, title and hints."""
+    text = re.sub(r"^╭─.*╮$", "", box, flags=re.M)
+    text = re.sub(r"([╭╮╰╯│─\s]|-{5,})+", " ", text)
+    text = re.split("For full helptext|Argument helptext:| in python ", text)[0].strip()
+    return re.sub(r"^Error parsing \w+: ", "", text)  # a command's own sentence
 
 
 def _with_config(argv: list[str], flags: list[str]) -> list[str]:
@@ -57,6 +58,6 @@ def _with_config(argv: list[str], flags: list[str]) -> list[str]:
 def _union(commands: Mapping[str, type]):
     """The commands as tyro's subcommands."""
     def subcommand(name: str, command: type):
-        flags = command if command is Train else tyro.conf.FlagCreatePairsOff[command]  # --no-x against a config file's x
-        return Annotated[flags, tyro.conf.subcommand(name, description=(command.__doc__ or "").splitlines()[0])]
+        pairs = () if command is Train else (tyro.conf.FlagCreatePairsOff,)  # train: --no-x overrides its config file's x
+        return Annotated[command, *pairs, tyro.conf.subcommand(name, description=(command.__doc__ or "").splitlines()[0])]
     return reduce(or_, (subcommand(name, command) for name, command in commands.items()))

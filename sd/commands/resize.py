@@ -4,37 +4,39 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sd.commands.args import DType, Format, Positional, dtype, writes
+from tyro.conf import Positional
+
+from sd.commands.args import DType, Format, dtype, writes
 
 
 @dataclass(frozen=True)
 class Resize:
-    """Give a LoRA another rank: the best approximation of its change. Give exactly one rule."""
+    """Reduce the rank of a LoRA by the best approximation; give one of rank, ratio, cumulative, frobenius, threshold."""
 
     source: Positional[str]
-    """A LoRA of any program."""
+    """LoRA to read, from any program."""
     out: Positional[str]
-    """The LoRA file to write."""
+    """LoRA file to write."""
     rank: int | None = None
-    """The same rank everywhere."""
+    """Use this rank in every layer."""
     ratio: float | None = None
-    """Keep singular values of at least the largest / ratio."""
+    """Choose each layer's rank: keep singular values of at least the largest / ratio."""
     cumulative: float | None = None
-    """Keep the fewest values whose sum is this share of all."""
+    """Choose each layer's rank: keep the fewest singular values that add up to this fraction of the total."""
     frobenius: float | None = None
-    """Keep the fewest values whose squares are this share of all."""
+    """Choose each layer's rank: keep the fewest singular values whose squares add up to this fraction of the total."""
     threshold: float | None = None
-    """Keep the singular values above this share of a layer's largest."""
+    """Choose each layer's rank: keep singular values above this fraction of the largest."""
     max_rank: int | None = None
-    """Upper limit of the rules that choose a rank for each layer."""
+    """Highest rank that ratio, cumulative, frobenius and threshold may choose."""
     model: str | None = None
-    """The base, for models other than SD 1.x whose LoRA does not say so."""
+    """Base checkpoint; needed for models other than SD 1.x that the LoRA's metadata does not name."""
     format: Format = "kohya"
-    """Whose names the file has."""
+    """Program whose format to write."""
     skip: bool = False
-    """Leave modules of kinds other than LoRA as they are."""
+    """Copy modules that are not plain LoRA unchanged instead of failing."""
     dtype: DType | None = None
-    """None: that of the source."""
+    """Precision of the result; none: that of the source."""
 
     @writes
     def run(self) -> None:

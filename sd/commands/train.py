@@ -13,7 +13,7 @@ from sd.training.config import TrainConfig
 class Train(TrainConfig):
     __doc__ = TrainConfig.__doc__
     config: str | None = None
-    """TOML, JSON or YAML file with these options; flags win over it."""
+    """TOML, JSON or YAML file with these options; flags override it."""
 
     def run(self) -> None:
         from sd.training.dist import is_main, processes

@@ -1,4 +1,4 @@
-"""Pictures as files with the parameters that made them, contact sheets and curves."""
+"""Picture files with their generation parameters, contact sheets and line plots."""
 
 from sd.pictures.image_io import ImageError, load_image, read_parameters, save_image
 from sd.pictures.parameters import format_parameters, parse_parameters

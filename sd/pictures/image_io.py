@@ -1,10 +1,11 @@
-"""Pictures in and out: generation parameters inside PNG, JPEG and WebP, contact sheets, plots of losses."""
+"""Read and write pictures, with generation parameters inside PNG, JPEG and WebP."""
 
 from __future__ import annotations
 
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
@@ -19,15 +20,15 @@ class ImageError(SDError):
 
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-_JSON_KEY = "sdlora"  # PNG text chunk of the exact copy; JPEG and WebP have it as EXIF ImageDescription
+_JSON_KEY = "sdlora"  # PNG text chunk with the parameters as JSON; JPEG and WebP hold them in EXIF ImageDescription
 _DESCRIPTION, _EXIF, _USER_COMMENT = 0x010E, 0x8769, 0x9286  # EXIF tags
 # What Pillow raises for damaged files.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error,
            Image.DecompressionBombError)
 
 
-def to_pil(image) -> Image.Image:
-    """A PIL picture from one, or from a uint8 array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]. Raises ImageError."""
+def to_pil(image: Any) -> Image.Image:
+    """A PIL picture, from a PIL picture or a uint8 array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]. Raises ImageError."""
     if isinstance(image, Image.Image):
         return image
     array = np.asarray(image)
@@ -40,11 +41,11 @@ def to_pil(image) -> Image.Image:
     return Image.fromarray(array)
 
 
-def load_image(source, mode: str = "RGB") -> Image.Image:
+def load_image(source: Any, mode: str = "RGB") -> Image.Image:
     """An upright PIL picture in `mode` ("RGB" or "L") from a path, a PIL picture or a uint8 array.
 
-    EXIF rotation is applied, alpha is laid on white, 16 bits become 8; of an animation the first frame is taken. Raises
-    ImageError.
+    Applies EXIF rotation, composites alpha on white, converts 16 bits to 8, and takes the first frame of an animation.
+    Raises ImageError.
     """
     if mode not in ("RGB", "L"):
         raise ImageError(f"mode is {mode!r}; allowed: 'RGB', 'L'")
@@ -62,13 +63,13 @@ def load_image(source, mode: str = "RGB") -> Image.Image:
 def _unreadable(path: str | Path, error: BaseException) -> ImageError:
     path = Path(path)
     if path.is_dir():
-        return ImageError(f"{path}: is a folder, a picture is needed here")
+        return ImageError(f"{path}: is a folder; a picture is needed here")
     if not path.exists():
         return ImageError(f"{path}: no such file")
     if isinstance(error, Image.UnidentifiedImageError):
         return ImageError(f"{path}: {'is empty (0 bytes)' if path.stat().st_size == 0 else 'not a picture'}")
     if isinstance(error, Image.DecompressionBombError):
-        return ImageError(f"{path}: too many pixels; allowed: {2 * Image.MAX_IMAGE_PIXELS:,}")
+        return ImageError(f"{path}: too many pixels; allowed: {2 * (Image.MAX_IMAGE_PIXELS or 0):,}")
     return ImageError(f"{path}: damaged picture ({str(error)[:100]})")
 
 
@@ -76,7 +77,7 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode in ("F", "LAB"):
         raise ImageError(f"pictures of mode {image.mode!r} are not read; save it as RGB or grey with 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16 bits of grey: Pillow's own conversion clips at 255
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -85,19 +86,18 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
 
 
 def save_image(image, path: str | Path, parameters: dict | None = None, *, quality: int = 95) -> None:
-    """Write PNG, JPEG or WebP with generation parameters inside; `path` is replaced at once or not at all.
+    """Write PNG, JPEG or WebP with generation parameters inside; `path` is replaced atomically.
 
-    `parameters`: anything that JSON can hold. `read_parameters` gives it back exactly, from a copy in JSON; other
-    programs read the text of `format_parameters` ("parameters" of a PNG, EXIF UserComment of the others). Raises
-    ImageError.
+    `parameters`: anything that JSON can represent. `read_parameters` returns it exactly, from a copy in JSON; other
+    programs read the text of `format_parameters` (PNG "parameters" chunk, EXIF UserComment otherwise). Raises ImageError.
     """
     path = Path(path)
     file_format = FORMATS.get(path.suffix.lower())
     if file_format is None:
         raise ImageError(f"{path}: pictures are not saved as {path.suffix!r}; allowed: {', '.join(FORMATS)}")
-    options = {"quality": quality} if file_format == "WEBP" else {"quality": quality, "subsampling": 0}
-    if file_format == "PNG":
-        options = {}
+    options: dict[str, Any] = {} if file_format == "PNG" else {"quality": quality}
+    if file_format == "JPEG":
+        options["subsampling"] = 0
     if parameters is not None:
         copy = json.dumps(parameters)
         text = format_parameters(parameters).replace("\0", "").encode("utf-8", "replace").decode("utf-8")
@@ -121,13 +121,15 @@ def save_image(image, path: str | Path, parameters: dict | None = None, *, quali
 
 
 def read_parameters(path: str | Path) -> dict:
-    """The generation parameters in a picture: exactly what `save_image` was given.
+    """The generation parameters in a picture file, exactly as given to `save_image`.
 
-    Without our copy, what the text of another program says; {} if there is none. Raises ImageError.
+    For a file of another program, its text parsed by `parse_parameters`; {} if there is none. Raises ImageError.
     """
     try:
         with Image.open(path) as image:
-            if image.format == "PNG":
+            copy: Any
+            text: Any
+            if isinstance(image, PngImagePlugin.PngImageFile):
                 copy, text = image.text.get(_JSON_KEY), image.text.get("parameters")
             else:
                 exif = image.getexif()
@@ -138,7 +140,7 @@ def read_parameters(path: str | Path) -> dict:
         found = json.loads(copy or "")
         if isinstance(found, dict):
             return found
-    except ValueError:  # the description of another program
+    except ValueError:  # another program's description
         pass
     if isinstance(text, bytes):
         text = text[8:].decode("utf-16-be" if text.startswith(b"UNICODE") else "utf-8", "replace")

@@ -1,11 +1,11 @@
-"""The parameters of a picture as A1111's text, written and read."""
+"""Generation parameters as A1111's text: format and parse."""
 
 from __future__ import annotations
 
 import json
 import re
 
-# Our names, those of the text, and how a value is read back.
+# Our name -> (label in the text, type of its value).
 _LABELS = {"n_inference_steps": ("Steps", int), "sampler_name": ("Sampler", str), "cfg_scale": ("CFG scale", float),
            "seed": ("Seed", int), "size": ("Size", str), "model_hash": ("Model hash", str), "model": ("Model", str),
            "strength": ("Denoising strength", float), "clip_skip": ("Clip skip", int)}
@@ -18,7 +18,7 @@ def format_parameters(parameters: dict) -> str:
     """The text that Automatic1111 writes and most programs read: prompt, negative prompt, one line of settings.
 
     Known keys: prompt, uncond_prompt, width, height, lora {name: multiplier} (as <lora:name:0.8> after the prompt),
-    lora_hashes {name: hash} and those of _LABELS; all others are written under their own name.
+    lora_hashes {name: hash} and those of _LABELS; any other key is its own label.
     """
     rest = dict(parameters)
     prompt, negative = str(rest.pop("prompt", "")), str(rest.pop("uncond_prompt", None) or "")
@@ -43,7 +43,7 @@ def _quote(value) -> str:
 
 
 def parse_parameters(text: str) -> dict:
-    """The reverse of `format_parameters`, as far as the text is unambiguous; fields unknown here keep their label."""
+    """The inverse of `format_parameters`, as far as the text is unambiguous; unknown fields keep their label."""
     lines = text.strip("\n").split("\n")
     field = r'\s*([\w][\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)'
     settings = lines.pop() if re.match(r"\s*Steps: \d", lines[-1]) or len(re.findall(field, lines[-1])) > 2 else ""

@@ -1,4 +1,4 @@
-"""Contact sheets and curves."""
+"""Contact sheets and line plots."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from sd.pictures.image_io import ImageError, to_pil
 
 
 def contact_sheet(rows, row_labels=None, column_labels=None, *, tile: int = 160) -> np.ndarray:
-    """Pictures in rows and columns with labels, as uint8 [H, W, 3].
+    """Pictures in labelled rows and columns, as uint8 [H, W, 3].
 
-    `rows`: lists of what `to_pil` takes, or None for a gap; pictures smaller than `tile` pixels are enlarged by a whole
-    factor without smoothing. Raises ImageError if there is no picture or a label too many or too few.
+    `rows`: lists of anything `to_pil` accepts, or None for a gap; pictures smaller than `tile` pixels are enlarged by an
+    integer factor without smoothing. Raises ImageError if there is no picture or the number of labels is wrong.
     """
     rows = [[None if cell is None else to_pil(cell).convert("RGB") for cell in row] for row in rows]
     cells, columns = [cell for row in rows for cell in row if cell], max(map(len, rows), default=0)
@@ -50,8 +50,9 @@ def contact_sheet(rows, row_labels=None, column_labels=None, *, tile: int = 160)
 
 
 def _wrap(label, font, width: float, most: int) -> list[str]:
-    """Lines of a label that fit into `width` pixels, at most `most` of them; what does not fit ends in dots."""
-    lines, rest = [], " ".join(str(label).split())
+    """Break a label into at most `most` lines of `width` pixels; a longer label ends in dots."""
+    lines: list[str] = []
+    rest = " ".join(str(label).split())
     while rest and len(lines) < most:
         fit = next((n for n in range(len(rest), 1, -1) if font.getlength(rest[:n]) <= width), 1)
         space = rest.rfind(" ", 0, fit + 1) if fit < len(rest) else -1
@@ -67,9 +68,9 @@ def _wrap(label, font, width: float, most: int) -> list[str]:
 
 def line_plot(series: dict[str, list[tuple[float, float]]], title: str = "", x_label: str = "", y_label: str = "",
               size: tuple[int, int] = (800, 480)) -> Image.Image:
-    """Lines of (x, y) points with axes, ticks and a legend; points that are not finite leave a gap."""
+    """Plot lines of (x, y) points with axes, ticks and a legend; points that are not finite leave a gap."""
     colours = ["#1f6fb4", "#d9541e", "#2c9a4b", "#8e5bb5", "#b8860b", "#555555", "#d6408f", "#17a2b8"]
-    scale = 2  # drawn at twice the size, for smooth lines
+    scale = 2  # drawn at twice the size and reduced, for smooth lines
     width, height = scale * size[0], scale * size[1]
     sheet = Image.new("RGB", (width, height), "white")
     draw, font, big = ImageDraw.Draw(sheet), ImageFont.load_default(13 * scale), ImageFont.load_default(16 * scale)
@@ -109,7 +110,7 @@ def line_plot(series: dict[str, list[tuple[float, float]]], title: str = "", x_l
 
 
 def _axis(values: list[float], most: int) -> tuple[float, float, list[float]]:
-    """Lowest and highest value of an axis and its ticks: multiples of 1, 2 or 5 times a power of ten."""
+    """(lowest, highest, ticks) of an axis: multiples of 1, 2 or 5 times a power of ten."""
     low, high = min(values), max(values)
     if low == high:
         low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2

@@ -1,6 +1,6 @@
 """From a network to `denoise(x, sigma) -> x0`: the one border between samplers (VE, fp32) and networks (VP, any dtype).
 
-B batch, C channels, H, W latent height and width, L tokens, D context width, R rows of a network call (B, guided 2B).
+B batch, C channels, H, W latent height and width, L tokens, D context width, R rows of a network call (B, or 2B with guidance).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class EpsDenoiser:
     """x0 = x - sigma eps for a network that predicts the noise, Ho et al. 2020, equation 15.
 
     network(x [R, C, H, W] in VP, t [R] in fp32, context [R, L, D], rows [R], the image of each row) -> [R, C, H, W].
-    `extra` [B, 5, H, W]: mask and masked latents of an inpainting UNet, which sees them behind x.
+    `extra` [B, 5, H, W]: mask and masked latents for an inpainting UNet, concatenated to x as further channels.
     """
 
     def __init__(self, network: Callable, schedule: Schedule, *, dtype: torch.dtype = torch.float32,
@@ -50,8 +50,8 @@ DENOISERS = {"eps": EpsDenoiser, "v": VDenoiser}  # by ModelConfig.prediction
 class CFGDenoiser:
     """x0 = uncond + scale (cond - uncond), Ho and Salimans 2022, equation 6: the `denoise(x, sigma)` for a sampler.
 
-    context [B, L, D], uncond [B, L, D] or [1, L, D]. A call has 2B rows, uncond first; at scale 1 it has the B of cond.
-    Raises ValueError when uncond is missing or does not fit.
+    context [B, L, D], uncond [B, L, D] or [1, L, D]. A network call has 2B rows, uncond first; at scale 1 only the B of cond.
+    Raises SDError when uncond is missing or does not fit.
     """
 
     def __init__(self, denoise: EpsDenoiser, context: Tensor, uncond: Tensor | None = None, scale: float = 1.0):

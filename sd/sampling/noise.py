@@ -1,8 +1,8 @@
-"""The noise of diffusion: alphas_cumprod, sigma <-> t, and the noise levels through which a sampler walks.
+"""Noise levels of diffusion: alphas_cumprod, sigma <-> t, and the schedules that samplers follow.
 
 B batch, C channels, H, W latent height and width, T training timesteps, n sampling steps.
 VP ("variance preserving") is the scale of the network: x_vp = sqrt(abar) x0 + sqrt(1 - abar) noise.
-VE ("variance exploding") is that of the samplers: x_ve = x_vp / sqrt(abar) = x0 + sigma noise.
+VE ("variance exploding") is the scale of the samplers: x_ve = x_vp / sqrt(abar) = x0 + sigma noise.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from sd.config import ModelConfig
 from sd.errors import SDError
 
 SPACINGS = ("leading", "trailing", "linspace", "karras", "exponential", "lcm")
-LCM_STEPS = 50  # timesteps on which LCM models are distilled; sampling takes some of them
+LCM_STEPS = 50  # timesteps on which LCM models are distilled; sampling uses a subset
 KARRAS_RHO = 7.0
-LOG_SNR = 20.0  # of the cosine schedule at t = 0; at its end the negative
+LOG_SNR = 20.0  # of the cosine schedule at t = 0; -LOG_SNR at its end
 
 
 def betas(config: ModelConfig) -> Tensor:
-    """Variances of the forward process, Ho et al. 2020, of a schedule that is made of them; returns [T] in fp64."""
-    power = 2 if config.beta_schedule == "scaled_linear" else 1  # latent diffusion has them linear in sqrt(beta)
+    """Variances beta of the forward process, Ho et al. 2020, for schedules defined by them; returns [T] in fp64."""
+    power = 2 if config.beta_schedule == "scaled_linear" else 1  # latent diffusion: linear in sqrt(beta)
     start, end = config.beta_start ** (1 / power), config.beta_end ** (1 / power)
     return torch.linspace(start, end, config.train_timesteps, dtype=torch.float64) ** power
 
 
 def alphas_cumprod(config: ModelConfig) -> Tensor:
-    """abar_t = prod_{s <= t} (1 - beta_s), Ho et al. 2020, equation 4, or of the cosine schedule; returns [T] in fp64.
+    """abar_t = prod_{s <= t} (1 - beta_s), Ho et al. 2020, equation 4, or the cosine schedule's; returns [T] in fp64.
 
-    With zero_terminal_snr the last is 2^-24 instead of 0, so that sigma stays a number.
+    With zero_terminal_snr the last value is 2^-24 instead of 0, which keeps sigma finite.
     """
     if config.beta_schedule == "cosine":
         return cosine_angle(torch.arange(config.train_timesteps, dtype=torch.float64), config.train_timesteps).cos().square()
@@ -42,30 +42,30 @@ def alphas_cumprod(config: ModelConfig) -> Tensor:
 
 
 def zero_terminal(alphas_cumprod: Tensor) -> Tensor:
-    """sqrt(abar) [T] shifted and scaled so that the last is 0 and the first stays, Lin et al. 2024, algorithm 1; [T]."""
+    """abar [T] with its root shifted and scaled to end in 0, the first unchanged, Lin et al. 2024, algorithm 1; [T]."""
     root = alphas_cumprod.sqrt()
     return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()
 
 
 def cosine_angle(t: Tensor, T: int) -> Tensor:
-    """The angle whose cosine is sqrt(abar) and whose sine is sqrt(1 - abar), at any real t of 0..T-1.
+    """The angle with cosine sqrt(abar) and sine sqrt(1 - abar), at any real t in 0..T-1.
 
     log SNR = -2 log tan(angle) falls from LOG_SNR to -LOG_SNR: Kingma et al. 2021 with the cosine of Nichol and Dhariwal 2021,
-    as Hoogeboom et al. 2023, section 3.1, have it.
+    as in Hoogeboom et al. 2023, section 3.1.
     """
     first, last = atan(exp(-LOG_SNR / 2)), atan(exp(LOG_SNR / 2))
     return first + (last - first) * t / (T - 1)
 
 
 def t_to_sigma(t: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """sigma = sqrt((1 - abar) / abar) at t [n], linear in between whole timesteps; returns [n] in fp64."""
+    """sigma = sqrt((1 - abar) / abar) at t [n], interpolated linearly between whole timesteps; returns [n] in fp64."""
     sigmas = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
     low = t.floor().long().clamp(max=len(sigmas) - 2)
     return torch.lerp(sigmas[low], sigmas[low + 1], t.double() - low)
 
 
 def sigma_to_t(sigma: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """The t that belongs to sigma [n], linear in log sigma between timesteps, within 0..T-1; returns [n] in fp64."""
+    """The t for each sigma [n], interpolated linearly in log sigma, clamped to 0..T-1; returns [n] in fp64."""
     log_sigmas = ((1 - alphas_cumprod) / alphas_cumprod).log() / 2
     log_sigma = sigma.double().log()
     high = torch.searchsorted(log_sigmas, log_sigma).clamp(1, len(log_sigmas) - 1)
@@ -75,9 +75,9 @@ def sigma_to_t(sigma: Tensor, alphas_cumprod: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """The noise levels of one walk: falling sigmas [n + 1], and timesteps [n], one for each sigma but the last.
+    """Noise levels of one sampling run: falling sigmas [n + 1], and timesteps [n], one for each sigma except the last.
 
-    The result lies at the last. N(0, 1) noise times `start` is the x to begin with, the result times `end` is latents.
+    Sampling starts from N(0, 1) noise times `start`; the result, at the last sigma, times `end` gives latents.
     """
 
     sigmas: Tensor
@@ -89,11 +89,11 @@ class Schedule:
 
     @property
     def end(self) -> float:
-        """sqrt(abar) of the last sigma: 1 when that is 0."""
+        """sqrt(abar) at the last sigma; 1 if that is 0."""
         return (1 + float(self.sigmas[-1]) ** 2) ** -0.5
 
     def timestep(self, sigma: float) -> float:
-        """The t that belongs to one of the sigmas. Raises ValueError on any other sigma."""
+        """The t of one of the sigmas. Raises SDError for any other sigma."""
         found = (self.sigmas[:-1] == sigma).nonzero()
         if not len(found):
             raise SDError(f"sigma {sigma} has no timestep in this schedule of {len(self.timesteps)} steps")
@@ -104,10 +104,10 @@ def schedule(spacing: str, n: int, alphas_cumprod: Tensor, *, extra_point: bool 
              to_zero: bool = True, unit_start: bool = True) -> Schedule:
     """n steps: Lin et al. 2023, table 2 (first three), Karras et al. 2022, equation 5, even in log sigma, or LCM's.
 
-    What samplers disagree on is said by their row in SAMPLERS. `extra_point`: leading and linspace lay a grid of n + 1
-    points and leave out the last. `fractional`: t need not be whole. `to_zero`: the last sigma is 0, else that of t 0.
-    `unit_start`: begin with N(0, 1) in VP, else (leading excepted) with noise of exactly the first sigma.
-    Raises ValueError on an unknown spacing, and on an n for which there are not that many different steps.
+    The options differ between samplers (see SAMPLERS). `extra_point`: leading and linspace use a grid of n + 1 points
+    without the last. `fractional`: t need not be whole. `to_zero`: the last sigma is 0, otherwise that of t = 0.
+    `unit_start`: start from N(0, 1) in VP; otherwise (except for leading) from noise of exactly the first sigma.
+    Raises SDError for an unknown spacing, and for more steps than there are distinct timesteps.
     """
     T = len(alphas_cumprod)
     most = min(LCM_STEPS, T) if spacing == "lcm" else T
@@ -120,9 +120,11 @@ def schedule(spacing: str, n: int, alphas_cumprod: Tensor, *, extra_point: bool 
         ends = t_to_sigma(torch.tensor([T - 1, 0]), alphas_cumprod)
         ramp = torch.linspace(0, 1, n, dtype=torch.float64)
         if spacing == "karras":
-            sigmas = torch.lerp(*ends ** (1 / KARRAS_RHO), ramp) ** KARRAS_RHO
+            first, last = ends ** (1 / KARRAS_RHO)
+            sigmas = torch.lerp(first, last, ramp) ** KARRAS_RHO
         else:
-            sigmas = torch.lerp(*ends.log(), ramp).exp()
+            first, last = ends.log()
+            sigmas = torch.lerp(first, last, ramp).exp()
         timesteps = sigma_to_t(sigmas, alphas_cumprod)
         if not fractional:
             timesteps = timesteps.round()
@@ -134,21 +136,22 @@ def schedule(spacing: str, n: int, alphas_cumprod: Tensor, *, extra_point: bool 
     if not (sigmas.diff() < 0).all():
         raise SDError(f"{n} steps with {spacing} spacing repeat a timestep; use fewer steps or another spacing")
 
-    last = torch.zeros(1, dtype=torch.float64) if to_zero else t_to_sigma(torch.zeros(1), alphas_cumprod)
+    end = torch.zeros(1, dtype=torch.float64) if to_zero else t_to_sigma(torch.zeros(1), alphas_cumprod)
     sigma0 = float(sigmas[0])
     start = (1 + sigma0**2) ** 0.5 if unit_start or spacing == "leading" else sigma0
-    return Schedule(torch.cat([sigmas, last]), timesteps, start)
+    return Schedule(torch.cat([sigmas, end]), timesteps, start)
 
 
 def _timesteps(spacing: str, n: int, T: int, extra: int) -> Tensor:
-    # numpy's grids: its last bit decides which way diffusers rounds a half, and with it t.
+    t: np.ndarray
+    # numpy's grids, as diffusers has them: their last bit decides which way a half is rounded.
     if spacing == "leading":
         t = np.arange(n + extra)[::-1][:n] * (T // (n + extra))
-        t = t + min(1, T - 1 - t[0])  # the offset of SD 1.5, for which the full chain of T steps has no room
+        t = t + min(1, T - 1 - t[0])  # SD 1.5's offset of 1, for which the full chain of T steps leaves no room
     elif spacing == "trailing":
-        t = np.arange(T, 0, -T / n)[:n].round() - 1  # without [:n] some n get a t of -1 more
+        t = np.arange(T, 0, -T / n)[:n].round() - 1  # without [:n] some n get an extra t of -1
     elif spacing == "linspace":
-        t = np.linspace(0, T - 1, max(n + extra, 2))[::-1][:n]  # a single step is from the noisiest t
+        t = np.linspace(0, T - 1, max(n + extra, 2))[::-1][:n]  # a single step starts at the noisiest t
     else:
         steps = min(LCM_STEPS, T)
         t = (steps - np.linspace(0, steps, n, endpoint=False).astype(int)) * (T // steps) - 1
@@ -156,9 +159,9 @@ def _timesteps(spacing: str, n: int, T: int, extra: int) -> Tensor:
 
 
 def cut(schedule: Schedule, strength: float) -> Schedule:
-    """The last int(n * strength) steps, for img2img: begin with latents + `start` * noise.
+    """The last int(n * strength) steps, for img2img: start from latents + `start` * noise.
 
-    Raises ValueError when strength is outside 0..1 or too small for one step.
+    Raises SDError when strength is outside 0..1 or too small for one step.
     """
     n = len(schedule.timesteps)
     if not 0 <= strength <= 1:
@@ -181,6 +184,6 @@ def velocity(x0: Tensor, noise: Tensor, t: Tensor, alphas_cumprod: Tensor) -> Te
 
 
 def _at(values: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    # The dtype first: not every device has fp64.
+    # dtype first: not every device supports fp64.
     values = values.to(like.dtype).to(like.device)
     return values[t.to(like.device)].view(-1, *[1] * (like.ndim - 1))

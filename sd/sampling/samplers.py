@@ -1,13 +1,12 @@
-"""Samplers: generators that walk x down the sigmas, `run`, which drives one, and SAMPLERS, what else differs between them.
+"""Samplers: generators that take x down the sigmas; `run` drives one; SAMPLERS lists them with their schedules.
 
-A sampler asks for what it needs to know of networks, prompts and guidance: `x0 = yield i, x, sigma` is step i asking for
-the estimate x0 at x and sigma. It asks at the sigmas of its schedule, never at the last, once or twice a step; what it
-returns is x at the last sigma. Whoever drives it decides how the question is answered. `run` calls one `denoise`; a driver
-of many samplers may collect what each of them asks, answer all in one network call (every row has its own sigma), and send
-each its x0.
-x [B, C, H, W] is in VE scale (x0 + sigma noise), in fp32; `sigmas` [n + 1] fall. `noise(i)`, like x, is the N(0, 1) noise
-of step i: asked for in rising order, once a step, not by a step that adds none (one to a sigma of 0).
-In this scale DDPM, DDIM and Euler are one formula: they differ by schedule, start and end.
+A sampler knows nothing of networks, prompts or guidance: `x0 = yield i, x, sigma` asks, in step i, for the estimate x0 at
+x and sigma. It asks once or twice per step, only at the sigmas of its schedule and never at the last, and returns x at the
+last sigma. The driver decides how to answer. `run` calls one `denoise`; a driver of many samplers may collect their
+requests, answer them in one network call (each row with its own sigma), and send each sampler its x0.
+x [B, C, H, W] is fp32 in VE scale (x0 + sigma noise); `sigmas` [n + 1] fall. `noise(i)`, shaped like x, is the N(0, 1)
+noise of step i: requested in rising order, at most once per step, and not by steps that add none (those to a sigma of 0).
+In this scale DDPM, DDIM and Euler share one formula and differ in schedule, start and end.
 """
 
 from __future__ import annotations
@@ -28,17 +27,19 @@ Walk = Generator[tuple[int, Tensor, float], Tensor, Tensor]  # yields (step, x, 
 def run(name: str, denoise: Callable[[Tensor, float], Tensor], x: Tensor, schedule: Schedule, *,
         noise: Callable[[int], Tensor] | None = None, on_step: Callable[[int, int, Tensor], None] | None = None,
         eta: float = 0.0) -> Tensor:
-    """Sampler `name` from x [B, C, H, W] at the first sigma down to the last, both in VE scale.
+    """Run sampler `name` from x [B, C, H, W] at the first sigma down to the last, both in VE scale.
 
-    `denoise(x, sigma) -> x0`. `on_step(i, n, x0)` is called when step i of n is done, with the x0 that it asked for first.
+    `denoise(x, sigma) -> x0`. `on_step(i, n, x0)` is called after step i of n, with the first x0 of that step.
     Raises SDError as `walk` does.
     """
     walker, n = walk(name, x, schedule, noise=noise, eta=eta), len(schedule.timesteps)
-    step, first, x0 = 0, None, None
+    step = 0
+    first: Tensor | None = None  # x0 of the step
+    x0: Tensor | None = None
     while True:
         i, x, sigma = _question(walker, x0, n)
         if i > step:
-            if on_step is not None:
+            if on_step is not None and first is not None:
                 on_step(step, n, first)
             step, first = i, None
         if i == n:
@@ -50,18 +51,18 @@ def run(name: str, denoise: Callable[[Tensor, float], Tensor], x: Tensor, schedu
 def walk(name: str, x: Tensor, schedule: Schedule, *, noise: Callable[[int], Tensor] | None = None, eta: float = 0.0) -> Walk:
     """The generator of sampler `name`, to be driven by `run` or together with others.
 
-    Raises SDError for an eta outside 0..1 or of a sampler that has none, and where noise is needed and not given.
+    Raises SDError for an eta outside 0..1, for an eta the sampler does not take, and for missing noise.
     """
     row = SAMPLERS[name]
     check_eta(name, eta)
     if noise is None and (row.stochastic or eta > 0):
-        raise SDError("this sampler adds noise: it needs noise=, a function that gives the noise of step i")
+        raise SDError("this sampler adds noise: it needs noise=, a function that returns the noise of step i")
     options = {"eta": eta} if row.takes_eta else {}
-    return row.sample(x, schedule.sigmas.tolist(), noise=noise, **options)  # Python floats: fp64, and no waiting for a device
+    return row.sample(x, schedule.sigmas.tolist(), noise=noise, **options)  # Python floats: fp64, no device sync
 
 
 def check_eta(name: str, eta: float) -> None:
-    """Raises SDError for an eta outside 0..1, and for one above 0 of a sampler that has none."""
+    """Raises SDError for an eta outside 0..1, and for one above 0 with a sampler that takes none."""
     if not 0 <= eta <= 1:
         raise SDError(f"eta is {eta}; allowed: 0 to 1")
     if eta and not SAMPLERS[name].takes_eta:
@@ -69,12 +70,12 @@ def check_eta(name: str, eta: float) -> None:
         raise SDError(f"eta is {eta} for {name}; only {' and '.join(having)} {'has' if len(having) == 1 else 'have'} an eta")
 
 
-def _question(walker: Walk, x0: Tensor | None, n: int) -> tuple[int, Tensor, float | None]:
-    """What the sampler asks next; when it has ended, its result, as the question of a step n."""
+def _question(walker: Walk, x0: Tensor | None, n: int) -> tuple[int, Tensor, float]:
+    """The sampler's next request (step, x, sigma); once it has ended, (n, result, 0)."""
     try:
-        return walker.send(x0)
+        return next(walker) if x0 is None else walker.send(x0)
     except StopIteration as end:
-        return n, end.value, None
+        return n, end.value, 0.0
 
 
 def sample_ddim(x, sigmas, *, noise=None, eta=0.0):
@@ -101,7 +102,7 @@ def sample_euler(x, sigmas, *, noise=None):
 
 
 def sample_euler_a(x, sigmas, *, noise=None):
-    """Ancestral Euler: a step down to sigma_down and noise up to the next sigma, k-diffusion. n - 1 draws."""
+    """Ancestral Euler, as in k-diffusion: a step down to sigma_down, then noise up to the next sigma. n - 1 draws."""
     return (yield from sample_ddim(x, sigmas, noise=noise, eta=1.0))
 
 
@@ -137,7 +138,7 @@ def sample_pndm(x, sigmas, *, noise=None):
 
 
 def sample_dpmpp_2m(x, sigmas, *, noise=None):
-    """DPM-Solver++(2M), Lu et al. 2022b, algorithm 2; first and last step are of first order. No draws."""
+    """DPM-Solver++(2M), Lu et al. 2022b, algorithm 2; the first and last steps are first-order. No draws."""
     steps = _steps(sigmas)
     x0_before = s_before = None
     for i, s, s_next in steps:
@@ -149,7 +150,7 @@ def sample_dpmpp_2m(x, sigmas, *, noise=None):
 
 
 def sample_dpmpp_2m_sde(x, sigmas, *, noise=None):
-    """SDE-DPM-Solver++(2M) of Lu et al. 2022b; first and last step are of first order. n - 1 draws."""
+    """SDE-DPM-Solver++(2M), Lu et al. 2022b; the first and last steps are first-order. n - 1 draws."""
     steps = _steps(sigmas)
     x0_before = s_before = None
     for i, s, s_next in steps:
@@ -166,7 +167,7 @@ def sample_dpmpp_2m_sde(x, sigmas, *, noise=None):
 def sample_unipc(x, sigmas, *, noise=None):
     """UniPC of order 2 with B(h) = e^h - 1, Zhao et al. 2023, algorithms 1 and 2, on x0. No draws.
 
-    The predictor is DPM-Solver++(2M); each x0 is used a second time, to correct the x at which it was computed.
+    The predictor is DPM-Solver++(2M); each x0 is used again to correct the x at which it was computed.
     """
     steps = _steps(sigmas)
     x_before, x0s, before = x, [], []
@@ -184,7 +185,7 @@ def sample_unipc(x, sigmas, *, noise=None):
 def sample_lcm(x, sigmas, *, noise=None):
     """Multistep consistency sampling, Luo et al. 2023, algorithm 3. n - 1 draws.
 
-    The paper's c_skip and c_out are left out: on its schedule (t >= 19) they are less than 1e-5 from 0 and 1.
+    The paper's c_skip and c_out are omitted: on its schedule (t >= 19) they are within 1e-5 of 0 and 1.
     """
     steps = _steps(sigmas)
     for i, s, s_next in steps:
@@ -195,18 +196,18 @@ def sample_lcm(x, sigmas, *, noise=None):
 
 
 def _steps(sigmas: Sequence[float]) -> list[tuple[int, float, float]]:
-    """(i, sigma, the next sigma) of each step."""
+    """(i, sigma, next sigma) for each step."""
     return [(i, s, s_next) for i, (s, s_next) in enumerate(pairwise(sigmas))]
 
 
 def _midpoint(x0, x0_before, s_before, s, s_next):
-    """x0 in the middle (in lambda = -log sigma) of the step s -> s_next, on the line through the last two estimates."""
+    """x0 at the midpoint (in lambda = -log sigma) of the step s -> s_next, extrapolated linearly from the last two."""
     r = log(s_before / s) / log(s / s_next)
     return x0 + (x0 - x0_before) / (2 * r)
 
 
 def _correct(x, x0s, sigmas):
-    """UniC: the step sigmas[-2] -> sigmas[-1] from x again, now with x0 at its end; x0s, sigmas: the last 2 or 3."""
+    """UniC: redo the step sigmas[-2] -> sigmas[-1] from x, now knowing x0 at its end; x0s, sigmas: the last 2 or 3."""
     *older, s, s_next = sigmas
     *x0s_older, x0, x0_end = x0s
     d = (x0_end - x0) / 2
@@ -224,13 +225,13 @@ def _correct(x, x0s, sigmas):
 
 @dataclass(frozen=True)
 class Sampler:
-    """A row of SAMPLERS: the function, and its schedule as diffusers lays it for SD 1.5 (see `schedule`)."""
+    """A row of SAMPLERS: the function, and its schedule as diffusers has it for SD 1.5 (see `schedule`)."""
 
-    sample: Callable
-    spacing: str  # the default one of `spacings`
+    sample: Callable[..., Walk]
+    spacing: str  # default, one of `spacings`
     spacings: tuple[str, ...] = SPACINGS[:-1]
-    order: int = 1  # of convergence in the step size; more is possible
-    stochastic: bool = False  # always needs noise=; a sampler that takes an eta also does when that is above 0
+    order: int = 1  # lower bound on the order of convergence in the step size
+    stochastic: bool = False  # always needs noise=; samplers with an eta need it only if eta > 0
     takes_eta: bool = False
     extra_point: bool = False
     fractional: bool = False
@@ -238,7 +239,7 @@ class Sampler:
     unit_start: bool = True
 
 
-EQUAL = ("leading", "trailing", "linspace")  # the steps in t for which Adams-Bashforth has its coefficients
+EQUAL = ("leading", "trailing", "linspace")  # equal steps in t, which the Adams-Bashforth coefficients assume
 
 SAMPLERS = {
     "ddpm": Sampler(sample_ddpm, "leading", stochastic=True),
@@ -255,7 +256,7 @@ SAMPLERS = {
 
 
 def sampler_schedule(name: str, n: int, alphas_cumprod: Tensor, spacing: str | None = None) -> Schedule:
-    """The n steps of sampler `name`, by its default spacing or another. Raises ValueError on what it does not have."""
+    """The n-step schedule of sampler `name`, with its default spacing or another. Raises SDError for one it lacks."""
     if name not in SAMPLERS:
         raise SDError(f"sampler {name!r} is unknown; allowed: {', '.join(SAMPLERS)}")
     row = SAMPLERS[name]

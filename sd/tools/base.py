@@ -1,4 +1,4 @@
-"""What the tools share: which model a LoRA file is for, and the file checked against it."""
+"""Shared by the tools: find the model that a LoRA file is for, and check the file against it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from sd.adapters.adapter import Adapter
 from sd.adapters.kinds import KINDS
 from sd.adapters.targets import layer_shapes
 from sd.adapters.weights import AdapterWeights, LayerShape, LoRAFormatError
@@ -26,7 +27,7 @@ from sd.models import Models, NoInitialValues, build_networks
 
 @dataclass(frozen=True)
 class Base:
-    """The model that LoRA files are for: its config and layers, and its weights where a checkpoint was named."""
+    """The model that LoRA files are for: its config and layers, and its weights if a checkpoint was given."""
 
     config: ModelConfig
     modules: Modules
@@ -34,9 +35,9 @@ class Base:
     models: Models | None = None
 
     def weight(self, path: str) -> Tensor:
-        """The base weight of a layer in fp32. Raises LoRAFormatError when no checkpoint was named."""
+        """The base weight of a layer in fp32. Raises LoRAFormatError if no checkpoint was given."""
         if self.models is None:
-            raise LoRAFormatError(f"what the LoRA does to {path} depends on the base's weight; name the checkpoint (--model)")
+            raise LoRAFormatError(f"the LoRA's change of {path} depends on the base's weight; name the checkpoint (--model)")
         component, _, name = path.partition(".")
         return self.models[component].get_submodule(name).weight.detach().float()
 
@@ -50,14 +51,14 @@ def base_of(config: ModelConfig) -> Base:
 
 
 def load_base(path: str | os.PathLike, **load) -> Base:
-    """A checkpoint, mapped: nothing of it is read before it is needed."""
+    """Map a checkpoint; its tensors are read only when they are needed."""
     models = preload_models_from_standard_weights(path, "cpu", dtype="stored", **load)
     known = base_of(models.config)
     return Base(models.config, known.modules, known.layers, models)
 
 
 def base_for(file: TensorFile) -> Base:
-    """The base that a LoRA file was made for: by our own metadata, by the name of a known config, else SD 1.x."""
+    """The base that a LoRA file was made for: by the config in its metadata, by the name of a known config, else SD 1.x."""
     if CONFIG_KEY in file.metadata:
         try:
             return base_of(ModelConfig.from_dict(json.loads(file.metadata[CONFIG_KEY])))
@@ -68,7 +69,7 @@ def base_for(file: TensorFile) -> Base:
 
 def load_lora_file(path: str | os.PathLike, base: Base | None = None, *, skip: str | None = None,
                    words: bool = False) -> tuple[LoRAFile, Base]:
-    """A LoRA file of any program, checked tensor by tensor against its base. `words`: see `read_lora`, which raises."""
+    """Read a LoRA file of any program and check each tensor against its base. `words` and errors: see `read_lora`."""
     found_base = base
 
     def modules(file: TensorFile) -> Modules:
@@ -77,6 +78,7 @@ def load_lora_file(path: str | os.PathLike, base: Base | None = None, *, skip: s
         return found_base.modules
 
     lora = read_lora(path, modules, skip=skip, words=words)
+    assert found_base is not None  # read_lora called modules
     check_fit(lora, found_base)
     return lora, found_base
 
@@ -91,10 +93,10 @@ def check_fit(lora: LoRAFile, base: Base) -> None:
             misfits.append(f"{path}: {error}")
     if misfits:
         raise LoRAFormatError(f"{lora.path.name}: {len(misfits)} of {len(lora.state)} LoRA modules do not fit "
-                              f"{base.config.name}, first: {misfits[0]}; {guess_file(lora.file)}; "
+                              f"{base.config.name}, first: {misfits[0]}; {guess_file(lora.file or {})}; "
                               f"name the model that it is for with --model (base=)")
 
 
-def fit(weights: AdapterWeights, shape: LayerShape):
-    """The adapter of these weights on a layer of this shape. Raises LoRAFormatError."""
+def fit(weights: AdapterWeights, shape: LayerShape) -> Adapter:
+    """The adapter of these weights for a layer of this shape. Raises LoRAFormatError."""
     return KINDS[weights.kind].from_weights(weights, shape)

@@ -1,7 +1,7 @@
 """Low-rank approximation of weight changes: truncated SVD of a matrix or of a product, rules for the rank, reports.
 
 Legend: D a weight change as a matrix [out, in·k] (a convolution is flattened), R rank, σ singular values, largest first.
-Nothing is ever clamped: what a rank holds is the best that the rank can hold (Eckart and Young 1936).
+Nothing is clamped: the result is the best approximation of its rank (Eckart and Young 1936).
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import Tensor
 
 from sd.adapters.weights import AdapterWeights, LoRAError
 
-OVERSAMPLE, POWER = 10, 4  # Halko et al. 2011, section 4.5: a sketch's extra columns; iterations for slowly falling σ
+OVERSAMPLE, POWER = 10, 4  # Halko et al. 2011, section 4.5: extra columns of a sketch; iterations for slowly decaying σ
 
 
 @dataclass(frozen=True)
 class RankRule:
-    """How many singular values to keep: exactly one of five rules, never below 1 nor above `max_rank`.
+    """How many singular values to keep: exactly one of five rules, at least 1 and at most `max_rank`.
 
-    `rank`: that many. `ratio`: σ >= σ1 / ratio. `threshold`: σ > threshold · σ1. `cumulative`: the fewest whose sum is
-    that share of Σσ. `frobenius`: the fewest whose squares are that share of Σσ². Raises LoRAError.
+    `rank`: that many. `ratio`: σ >= σ1 / ratio. `threshold`: σ > threshold · σ1. `cumulative`: the fewest whose sum is that
+    fraction of Σσ. `frobenius`: the fewest whose squares sum to that fraction of Σσ². Raises LoRAError.
     """
 
     rank: int | None = None
@@ -41,7 +41,7 @@ class RankRule:
         if len(given) != 1:
             raise LoRAError(f"give exactly one of {', '.join(rules)}; given: {', '.join(given) or 'none'}")
         if self.rank is not None and self.max_rank is not None:
-            raise LoRAError(f"max_rank is {self.max_rank} beside rank {self.rank}; it limits the rules that choose a rank")
+            raise LoRAError(f"max_rank is {self.max_rank} and rank {self.rank}; max_rank limits the rules that choose a rank")
         for name, allowed, ok in (
             ("rank", "whole numbers from 1", lambda v: isinstance(v, int) and v >= 1),
             ("max_rank", "whole numbers from 1", lambda v: isinstance(v, int) and v >= 1),
@@ -55,7 +55,7 @@ class RankRule:
                 raise LoRAError(f"{name} is {value!r}; allowed: {allowed}")
 
     def __call__(self, sigmas: Tensor, energy: float | None = None) -> int:
-        """The rank for singular values in falling order. `energy`: Σσ² of all, where `sigmas` are only the largest."""
+        """The rank for singular values in falling order. `energy`: Σσ² over all, if `sigmas` are only the largest."""
         s = sigmas.double()
         if self.rank is not None:
             count = self.rank
@@ -67,12 +67,13 @@ class RankRule:
             sums = (s if self.frobenius is None else s.square()).cumsum(0)
             total = sums[-1] if energy is None else energy
             share = self.cumulative if self.frobenius is None else self.frobenius
+            assert share is not None  # the last of the five rules
             count = 1 + int((sums < share * total).sum())
         return max(1, min(count, len(s), self.max_rank or len(s)))
 
 
 class LowRankFactors(NamedTuple):
-    """up [out, R] · down [R, in·k], balanced: each carries √σ. `error`: ‖D - up · down‖ / ‖D‖, Frobenius."""
+    """up [out, R] · down [R, in·k], balanced: each has √σ. `error`: ‖D - up · down‖ / ‖D‖, Frobenius."""
 
     up: Tensor
     down: Tensor
@@ -81,15 +82,15 @@ class LowRankFactors(NamedTuple):
 
 
 def truncated_svd(D: Tensor, rule: RankRule, *, randomized: bool = False, seed: int = 0) -> LowRankFactors:
-    """The best approximation of D by a rank that the rule chooses; `randomized`: near the best, in a fraction of the time.
+    """The best approximation of D of the rank that the rule chooses; `randomized`: nearly the best, in much less time.
 
-    D [out, in·k] in fp32 or fp64. Randomized: Halko et al. 2011, algorithms 4.4 and 5.1, the same for the same seed; its
-    error is that of the factors returned, not an estimate. Raises LoRAError for values that are not finite, and for
-    `cumulative` with `randomized`, which never sees all singular values.
+    D [out, in·k] in fp32 or fp64. Randomized: Halko et al. 2011, algorithms 4.4 and 5.1, reproducible by seed; `error` is
+    computed from the returned factors, not estimated. Raises LoRAError for values that are not finite, and for
+    `cumulative` with `randomized`, which never computes all singular values.
     """
     if randomized and rule.cumulative is not None:
         raise LoRAError("the rule `cumulative` needs all singular values, which a randomized SVD does not give; "
-                        "take `frobenius`, or randomized=False")
+                        "use `frobenius`, or randomized=False")
     norm = _norm(D)
     if not math.isfinite(norm):
         raise LoRAError("the weight change holds values that are not finite")
@@ -109,18 +110,18 @@ def truncated_svd(D: Tensor, rule: RankRule, *, randomized: bool = False, seed: 
 
 def _left_singular(D: Tensor) -> tuple[Tensor, Tensor]:
     """All left singular vectors [m, m] and σ [m] of D [m, n], m <= n, in fp64."""
-    if D.dtype == torch.float64:  # squaring would lose what lies below 1e-8 σ1
+    if D.dtype == torch.float64:  # squaring would lose singular values below 1e-8 σ1
         left, sigmas, _ = torch.linalg.svd(torch.linalg.qr(D.T, mode="r").R.T)
         return left, sigmas
-    # The square of an fp32 matrix in fp64 keeps σ down to 3e-8 σ1, which is the matrix's own rounding: as fast as an SVD
-    # in fp32 of the triangular factor, and 30 times as accurate.
+    # Squaring an fp32 matrix in fp64 keeps σ down to 3e-8 σ1, the matrix's own rounding: as fast as an fp32 SVD of the
+    # triangular factor, and 30 times as accurate.
     D = D.double()
     squares, left = torch.linalg.eigh(D @ D.T)
     return left.flip(1), squares.clamp(min=0).flip(0).sqrt()
 
 
 def _sketch(D: Tensor, rule: RankRule, norm: float, seed: int) -> Tensor | None:
-    """A basis [m, R] of the leading left singular vectors of D [m, n], m <= n; None where an exact SVD is as cheap."""
+    """A basis [m, R] of the leading left singular vectors of D [m, n], m <= n; None if an exact SVD is as cheap."""
     generator = torch.Generator().manual_seed(seed)
     limit = rule.rank or rule.max_rank
     size = OVERSAMPLE + (limit or 32)
@@ -128,7 +129,7 @@ def _sketch(D: Tensor, rule: RankRule, norm: float, seed: int) -> Tensor | None:
         Q = torch.linalg.qr(D @ torch.randn(D.shape[1], size, generator=generator, dtype=D.dtype).to(D.device)).Q
         for _ in range(POWER):
             Q = torch.linalg.qr(D @ torch.linalg.qr(D.T @ Q).Q).Q
-        Q = torch.linalg.qr(Q.double()).Q  # orthonormal beyond fp32: the error is that of the space, not of the basis
+        Q = torch.linalg.qr(Q.double()).Q  # orthonormal beyond fp32, so that the basis adds no error
         left, sigmas = _left_singular(Q.to(D.dtype).T @ D)
         rank = rule(sigmas, energy=norm ** 2)
         if rank <= size - OVERSAMPLE:
@@ -138,7 +139,7 @@ def _sketch(D: Tensor, rule: RankRule, norm: float, seed: int) -> Tensor | None:
 
 
 def svd_of_product(up: Tensor, down: Tensor, rule: RankRule) -> LowRankFactors:
-    """The best approximation of up [out, R] · down [R, in·k] by a rank that the rule chooses; the product is never formed.
+    """The best approximation of up [out, R] · down [R, in·k] of the rank that the rule chooses; never forms the product.
 
     QR of both factors and the SVD of the small core between them, in fp64.
     """
@@ -154,19 +155,20 @@ def svd_of_product(up: Tensor, down: Tensor, rule: RankRule) -> LowRankFactors:
 
 def approximate(D: Tensor, rule: RankRule, *, embedding: bool = False, dtype: torch.dtype | None = None,
                 randomized: bool = False, seed: int = 0, **modifiers: Tensor) -> tuple[AdapterWeights, Approximation]:
-    """The LoRA nearest to a weight change D in its layer's shape, by a rank that the rule chooses, and what it misses.
+    """The LoRA nearest to a weight change D in its layer's shape, of the rank that the rule chooses, and its error.
 
-    `embedding`: D is of an embedding, whose factors are those of the transposed weight. `dtype`: of the factors, None is
+    `embedding`: D belongs to an embedding, whose factors are those of the transposed weight. `dtype`: of the factors; None:
     D's. `modifiers`: further tensors of the module. Raises as `truncated_svd` does.
     """
     matrix = D.T if embedding else D
     found = truncated_svd(matrix.flatten(1), rule, randomized=randomized, seed=seed)
-    weights = lora_weights(found.up.to(dtype or D.dtype), found.down.to(dtype or D.dtype), tuple(matrix.shape[1:]), **modifiers)
+    up, down = (factor.to(dtype or D.dtype) for factor in (found.up, found.down))
+    weights = lora_weights(up, down, tuple(matrix.shape[1:]), 1.0, **modifiers)
     return weights, Approximation(weights.rank, found.norm, found.error)
 
 
 def product_norm(up: Tensor, down: Tensor) -> float:
-    """‖up · down‖ (Frobenius), the product never formed."""
+    """‖up · down‖ (Frobenius), without forming the product."""
     up, down = up.double(), down.double()
     return math.sqrt(max(0.0, float(((up.T @ up) * (down @ down.T)).sum())))
 
@@ -180,7 +182,7 @@ def _norm(D: Tensor) -> float:
 def flat_factors(weights: AdapterWeights, path: str) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     """A LoRA's up [out, R], down [R, in·k] in fp32 or fp64, and its (in, *k); a Tucker core is multiplied into down.
 
-    alpha / R is not in them. Raises LoRAError for a grouped convolution, whose product is one of blocks.
+    alpha / R is not included. Raises LoRAError for a grouped convolution, whose product is block-diagonal.
     """
     tensors = {name: weights.tensors[name] for name in ("up", "down", "mid") if name in weights.tensors}
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors.values()) else torch.float32
@@ -194,36 +196,43 @@ def flat_factors(weights: AdapterWeights, path: str) -> tuple[Tensor, Tensor, tu
 
 
 def lora_weights(up: Tensor, down: Tensor, inner: tuple[int, ...], scale: float = 1.0, **modifiers: Tensor) -> AdapterWeights:
-    """The canonical form of up [out, R] · down [R, in·k] for a layer of (in, *k); alpha = scale · R."""
+    """up [out, R] · down [R, in·k] as AdapterWeights for a layer with inner shape (in, *k); alpha = scale · R."""
     rank, ones = down.shape[0], (1,) * (len(inner) - 1)
     tensors = {"down": down.reshape(rank, *inner), "up": up.reshape(-1, rank, *ones), **modifiers}
     return AdapterWeights("lora", tensors, alpha=scale * rank)
 
 
 def seed_of(seed: int, *names) -> int:
-    """A seed for one module, whatever the order in which modules are worked on."""
+    """A seed for one module, independent of the order in which modules are processed."""
     return int.from_bytes(hashlib.sha256(repr((seed, *names)).encode()).digest()[:7], "big")
+
+
+def alpha_and_rank(weights: AdapterWeights) -> tuple[float, int]:
+    """alpha and rank of a LoRA, which always has both."""
+    alpha, rank = weights.alpha, weights.rank
+    assert alpha is not None and rank is not None
+    return alpha, rank
 
 
 # ---- reports ---------------------------------------------------------------------------------------------------------
 
 class Approximation(NamedTuple):
-    """How near a module's change is to what was asked for. `rank` None: exact, in a kind that has no rank."""
+    """How well a module's result approximates the wanted ΔW. `rank` None: exact, in a kind without a rank."""
 
     rank: int | None
-    norm: float  # ‖ΔW‖ of what was to be held; 0 for a module that is passed on as it is
-    error: float  # ‖ΔW - what is held‖ / ‖ΔW‖
+    norm: float  # ‖ΔW‖; 0 for a module that is copied unchanged
+    error: float  # ‖ΔW - result‖ / ‖ΔW‖
     old_rank: int | None = None
-    rounding: float = 0.0  # ‖rounding of the weights in their file‖ / ‖ΔW‖, where ΔW is a difference of files
+    rounding: float = 0.0  # ‖rounding of the weights in their file‖ / ‖ΔW‖, if ΔW is a difference of files
 
 
 @dataclass
 class Report:
-    """Path -> Approximation, and the errors over all modules together."""
+    """Path -> Approximation, and the errors over all modules."""
 
     modules: dict[str, Approximation] = field(default_factory=dict)
-    stored: float = 0.0  # what the dtype of the file loses, of the whole change
-    skipped: int | None = None  # tensors of the sources that were left out as asked
+    stored: float = 0.0  # relative error of rounding the whole change to the file's dtype
+    skipped: int | None = None  # tensors of the sources left out by `skip`
 
     def _overall(self, name: str) -> float:
         total = math.sqrt(sum(row.norm ** 2 for row in self.modules.values()))
@@ -232,7 +241,7 @@ class Report:
 
     @property
     def error(self) -> float:
-        """‖all that is missing‖ / ‖all that was to be held‖."""
+        """Relative Frobenius error over all modules."""
         return self._overall("error")
 
     @property
@@ -256,9 +265,9 @@ class Report:
 
 def store(state: Mapping[str, AdapterWeights], dtype: torch.dtype | Mapping[str, torch.dtype] | None,
           report: Report) -> dict[str, AdapterWeights]:
-    """`state` as a file of this dtype (or of one for each module) holds it; what that loses goes into `report.stored`.
+    """`state` rounded to the dtype of a file (or to one dtype per module); the error goes into `report.stored`.
 
-    Raises LoRAError for a change that vanishes in the dtype.
+    Raises LoRAError for a change that becomes 0 in the dtype.
     """
     rounded, lost, whole = {}, 0.0, 0.0
     for path, weights in state.items():
@@ -275,7 +284,7 @@ def store(state: Mapping[str, AdapterWeights], dtype: torch.dtype | Mapping[str,
 
 
 def _norms(a: AdapterWeights, b: AdapterWeights, path: str) -> tuple[float, float, float]:
-    """‖ΔWa‖, ‖ΔWb‖, ‖ΔWa - ΔWb‖ of a LoRA or a difference; of kinds that no tool makes, zeros."""
+    """‖ΔWa‖, ‖ΔWb‖, ‖ΔWa - ΔWb‖ of a LoRA or a full difference; zeros for kinds that no tool makes."""
     if a.kind == "full" and "diff" in a.tensors:
         D, E = (w.tensors["diff"].double() for w in (a, b))
         return float(D.norm()), float(E.norm()), float((D - E).norm())
@@ -283,6 +292,7 @@ def _norms(a: AdapterWeights, b: AdapterWeights, path: str) -> tuple[float, floa
         return 0.0, 0.0, 0.0
     (up, down, _), (v, e, _) = (flat_factors(w, path) for w in (a, b))
     up, down, v, e = (t.double() for t in (up, down, v, e))
-    scale = abs(a.alpha / a.rank)
+    alpha, rank = alpha_and_rank(a)
+    scale = abs(alpha / rank)
     both = product_norm(torch.cat([up, -v], 1), torch.cat([down, e]))
     return scale * product_norm(up, down), scale * product_norm(v, e), scale * both

@@ -1,4 +1,4 @@
-"""LoRAs inside a checkpoint: put them in, take them out. Melting them into the weights is merge_lora_into_checkpoint."""
+"""LoRAs inside a checkpoint: embed and extract them. merge_lora_into_checkpoint merges them into the weights instead."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def embed(ckpt_path: str | os.PathLike | None, loras: Mapping[str | os.PathLike,
           **load) -> None:
     """Write one .safetensors: the base in LDM layout, its tensors bit for bit, and every LoRA inside it with its multiplier.
 
-    preload_models_from_standard_weights attaches the LoRAs again. Other programs ignore the keys that they do not know and
-    load the base alone. LoRAs that the base has inside stay; new ones have the names of their files. `load`: further
-    arguments of preload_models_from_standard_weights. Raises as load_lora_weights does, and CheckpointError for a name
-    that occurs twice and for an `out` that it would read from.
+    preload_models_from_standard_weights attaches the LoRAs on loading. Other programs ignore the unknown keys and load the
+    base alone. LoRAs already inside the base are kept; new ones are named after their files. `load`: further arguments of
+    preload_models_from_standard_weights. Raises as load_lora_weights does, and CheckpointError for a name that occurs
+    twice and if `out` is one of the inputs.
     """
     ckpt_path = model_path(ckpt_path)
     if Path(out).suffix.lower() != ".safetensors":
@@ -44,22 +44,22 @@ def embed(ckpt_path: str | os.PathLike | None, loras: Mapping[str | os.PathLike,
         if name in {lora.name for lora in found}:
             raise CheckpointError(f"two LoRAs are named {name!r}; rename one of the files")
         lora = read_lora(path, modules)
-        attach_state(models, lora.state, name, multiplier, os.fspath(path))  # every tensor must fit the base
+        attach_state(models, lora.state, name, multiplier, os.fspath(path))  # checks that every tensor fits the base
         found.append(EmbeddedLoRA(name, float(multiplier), write_kohya(lora.state, modules.names), lora.metadata))
     if not found:
-        raise CheckpointError(f"{out}: there is nothing to embed: no LoRA is named, and the base has none inside")
+        raise CheckpointError(f"{out}: there is nothing to embed: no LoRA is given, and the base has none inside")
     tensors, metadata = embed_keys(found)
-    write_safetensors(out, ldm_tensors(models) | tensors, ldm_metadata(models) | metadata)
+    write_safetensors(Path(out), {**ldm_tensors(models), **tensors}, ldm_metadata(models) | metadata)
 
 
 def take_out(path: str | os.PathLike, folder: str | os.PathLike, *, config: ModelConfig | None = None) -> list[Path]:
     """Write every LoRA inside a checkpoint, ours or lora_wrapper's, as `folder`/<name>.safetensors; returns the files.
 
-    The tensors are those that were embedded, bit for bit, in kohya's spelling, with the metadata of the LoRA's own file.
-    `config` is needed only for a checkpoint of lora_wrapper of no known family. Raises CheckpointError, before it writes
-    anything, for a checkpoint without LoRAs, damaged ones, names that are no file names, and files that exist.
+    The tensors are the embedded ones, bit for bit, under kohya's names, with the metadata of the original LoRA file.
+    `config` is needed only for a lora_wrapper checkpoint of an unknown family. Raises CheckpointError, before anything is
+    written, for a checkpoint without LoRAs, damaged LoRAs, names that cannot be file names, and files that exist.
     """
-    base, inside = split_embedded(read_tensors(path))
+    base, inside = split_embedded(read_tensors(Path(path)))
     if not inside:
         raise CheckpointError(f"{path}: has no LoRA inside it")
     loras = embedded_loras(inside, model_names(config or config_of_file(base)))
@@ -71,7 +71,7 @@ def take_out(path: str | os.PathLike, folder: str | os.PathLike, *, config: Mode
 
 
 def _file_for(name: str, folder: Path, path: str | os.PathLike) -> Path:
-    if not name or set(name) & set('/\\:\0') or not name.strip("."):  # what a file says must not lead out of the folder
+    if not name or set(name) & set('/\\:\0') or not name.strip("."):  # a name from a file must not escape the folder
         raise CheckpointError(f"{path}: the LoRA {name!r} inside it has a name that cannot be that of a file")
     file = folder / f"{name}.safetensors"
     if file.exists():

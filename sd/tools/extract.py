@@ -1,6 +1,6 @@
-"""A LoRA from two checkpoints: what fine-tuning changed, as low ranks, or exactly where a layer has no rank.
+"""Extract a LoRA from two checkpoints: the changes of fine-tuning, at low rank, or exactly for layers without a rank.
 
-Nothing that differs is left out: no threshold on the size of a change, no component skipped in silence, nothing clamped.
+Every difference is extracted: no threshold on the size of a change, no component skipped in silence, nothing clamped.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -32,7 +32,7 @@ VAE = ("encoder.", "decoder.")
 
 
 class Layer(NamedTuple):
-    """One module of both models."""
+    """One module in both models."""
 
     path: str
     base: Tensor
@@ -44,10 +44,10 @@ class Layer(NamedTuple):
 
 @dataclass
 class ExtractReport(Report):
-    """`rounding` tells how much of the difference, and so of the residual, is the rounding of the tuned file's dtype."""
+    """`rounding`: the share of the difference, and so of the error, that is rounding to the tuned file's dtype."""
 
     equal: int = 0  # modules without any difference
-    left_out: list[str] = field(default_factory=list)  # modules of the VAE that differ and were not asked for
+    left_out: list[str] = field(default_factory=list)  # modules of the VAE that differ but were not requested
 
     def __str__(self) -> str:
         vae = f"; {len(self.left_out)} modules of the VAE differ and are left out" if self.left_out else ""
@@ -57,17 +57,18 @@ class ExtractReport(Report):
 
 def extract(layers: Iterable[Layer], rule: RankRule, *, conv_rule: RankRule | None = None, randomized: bool = False,
             seed: int = 0) -> tuple[dict[str, AdapterWeights], ExtractReport]:
-    """The differences tuned - base, taken in fp32 or fp64: low ranks by the rule for all weights that are matrices or
-    kernels (`conv_rule` for kernels above 1x1), exact differences of norms and biases.
+    """The differences tuned - base, taken in fp32 or fp64: by `rule` at low rank for matrices and kernels (by `conv_rule`
+    for kernels larger than 1x1), exactly for norms and biases.
 
     Raises LoRAError for shapes that differ and values that are not finite.
     """
-    state, report = {}, ExtractReport()
+    state: dict[str, AdapterWeights] = {}
+    report = ExtractReport()
     for layer in layers:
         D, bias = _difference(layer.path, layer.base, layer.tuned), None
         if layer.base_bias is not None or layer.tuned_bias is not None:
             bias = _difference(f"{layer.path} (bias)", layer.base_bias, layer.tuned_bias)
-        extra = {} if bias is None else {"diff_b": bias}
+        extra: dict[str, Any] = {} if bias is None else {"diff_b": bias}
         if D is None and bias is None:
             report.equal += 1
         elif D is None:
@@ -76,14 +77,14 @@ def extract(layers: Iterable[Layer], rule: RankRule, *, conv_rule: RankRule | No
         else:
             kernel = D.dim() > 2 and max(D.shape[2:]) > 1
             by = conv_rule if kernel and conv_rule is not None else rule
-            adapter, row = _held(D, layer, by, extra, randomized, seed_of(seed, layer.path))
+            adapter, row = _adapter(D, layer, by, extra, randomized, seed_of(seed, layer.path))
             state[layer.path] = adapter
             report.modules[layer.path] = row._replace(rounding=rounding_norm(layer.tuned) / row.norm)
     return state, report
 
 
 def _difference(what: str, base: Tensor | None, tuned: Tensor | None) -> Tensor | None:
-    """None where the two are equal in every bit that counts."""
+    """tuned - base; None if no value differs."""
     if base is None or tuned is None or base.shape != tuned.shape:
         shapes = ["absent" if t is None else str(list(t.shape)) for t in (base, tuned)]
         raise LoRAError(f"{what} is {shapes[0]} in the base and {shapes[1]} in the tuned model")
@@ -93,18 +94,18 @@ def _difference(what: str, base: Tensor | None, tuned: Tensor | None) -> Tensor 
     return D if D.any() else None
 
 
-def _held(D: Tensor, layer: Layer, rule: RankRule, extra: Mapping[str, Tensor], randomized: bool,
-          seed: int) -> tuple[AdapterWeights, Approximation]:
+def _adapter(D: Tensor, layer: Layer, rule: RankRule, extra: Mapping[str, Any], randomized: bool,
+             seed: int) -> tuple[AdapterWeights, Approximation]:
     if D.dim() == 1:  # a norm
         return AdapterWeights("full", {"diff": D, **extra}), Approximation(None, float(D.double().norm()), 0.0)
     return approximate(D, rule, embedding=layer.embedding, randomized=randomized, seed=seed, **extra)
 
 
 def rounding_norm(W: Tensor) -> float:
-    """The expected norm of the error with which W was rounded to its dtype: ulp / √12 for each value."""
+    """The expected norm of the error of rounding W to its dtype: ulp / √12 for each value."""
     info = torch.finfo(W.dtype)
     exponent = torch.frexp(at_least_fp32(W).abs().clamp(min=info.smallest_normal)).exponent - 1
-    ulp = info.eps * torch.exp2(exponent.double())  # |w| lies from 2^exponent to below twice that
+    ulp = info.eps * torch.exp2(exponent.double())  # 2^exponent <= |w| < 2^(exponent + 1)
     return float(ulp.norm()) / 12 ** 0.5
 
 
@@ -115,12 +116,12 @@ def extract_lora(base: str | os.PathLike | None, tuned: str | os.PathLike, out: 
                  cumulative: float | None = None, frobenius: float | None = None, vae: bool = False, randomized: bool = False,
                  seed: int = 0, format: str = "kohya", dtype: torch.dtype | None = None,
                  metadata: Mapping[str, str] | None = None, progress: bool = True) -> ExtractReport:
-    """Write the LoRA that makes the checkpoint `tuned` of `base` (None: the embedded model): UNet, text encoder, on
-    request the VAE.
+    """Write the LoRA that turns the checkpoint `base` (None: the model that ships) into `tuned`: UNet, text encoder, and
+    on request the VAE.
 
-    `rank` is that of every layer, or, beside one of the other rules of `RankRule`, the upper limit; `conv_rank` is the same
-    for kernels above 1x1. Both files stay mapped. `dtype` None writes fp32. Raises LoRAError for models of different
-    configs, LoRAs inside either, and models without a difference.
+    `rank`: of every layer, or with another rule of `RankRule` the upper limit; `conv_rank`: the same for kernels larger
+    than 1x1. Both files stay mapped. `dtype` None: fp32. Raises LoRAError for models with different configs, LoRAs inside
+    either, and models that do not differ.
     """
     rules = {"ratio": ratio, "threshold": threshold, "cumulative": cumulative, "frobenius": frobenius}
     rule, conv_rule = _rule(rank, rules), None if conv_rank is None else _rule(conv_rank, rules)
@@ -135,7 +136,7 @@ def extract_lora(base: str | os.PathLike | None, tuned: str | os.PathLike, out: 
                             conv_rule=conv_rule, randomized=randomized, seed=seed)
     report.left_out = [] if vae else [layer.path for layer in of_vae if _differs(layer)]
     if not state:
-        vae_only = f"; {len(report.left_out)} modules of the VAE do (vae=True takes them)" if report.left_out else ""
+        vae_only = f"; {len(report.left_out)} modules of the VAE do (vae=True extracts them)" if report.left_out else ""
         raise LoRAError(f"{tuned}: there is nothing to extract: no weight differs from {paths[0]}{vae_only}")
     state = store(state, dtype, report)
     header = lora_metadata(state, models[0].config) | {"ss_sd_model_name": paths[0].name}
@@ -154,23 +155,24 @@ def _check(base: Models, tuned: Models) -> None:
     for models in (base, tuned):
         if adapter_names(models):
             raise LoRAError(f"{models.source}: has the LoRAs {', '.join(map(repr, adapter_names(models)))} inside, which are "
-                            f"no part of its weights; take them out, or merge them into a checkpoint first")
+                            f"no part of its weights; extract them, or merge them into a checkpoint first")
     for field_ in fields(base.config):
         ours, theirs = (getattr(models.config, field_.name) for models in (base, tuned))
         if ours != theirs and field_.name not in ("name", "image_size"):
-            raise LoRAError(f"{base.source} and {tuned.source} are different models, no difference can be taken: their "
+            raise LoRAError(f"{base.source} and {tuned.source} are different models, which have no difference: their "
                             f"{field_.name} is {ours} and {theirs}")
 
 
 def layers_of(base: Models, tuned: Models) -> Iterator[Layer]:
-    """Every layer of two models of the same config, in order."""
-    other = dict(named_layers(tuned))
+    """Every layer of two models with the same config, in order."""
+    other: dict[str, Any] = dict(named_layers(tuned))
     for path, layer in named_layers(base):
-        if getattr(layer, "weight", None) is not None:
+        weight: Tensor | None = getattr(layer, "weight", None)
+        if weight is not None:
             biases = (getattr(layer, "bias", None), getattr(other[path], "bias", None))
-            yield Layer(path, layer.weight, other[path].weight, *biases, isinstance(layer, nn.Embedding))
+            yield Layer(path, weight, other[path].weight, *biases, isinstance(layer, nn.Embedding))
 
 
 def _differs(layer: Layer) -> bool:
     pairs = (layer.base, layer.tuned), (layer.base_bias, layer.tuned_bias)
-    return any(a is not None and bool((at_least_fp32(a) != at_least_fp32(b)).any()) for a, b in pairs)
+    return any(a is not None and b is not None and bool((at_least_fp32(a) != at_least_fp32(b)).any()) for a, b in pairs)

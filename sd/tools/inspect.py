@@ -1,4 +1,4 @@
-"""What a file is: a checkpoint, a LoRA, or a picture with the parameters that made it."""
+"""Describe a file: a checkpoint, a LoRA, an embedding, or a picture with its generation parameters."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,10 +32,10 @@ from sd.prompts.learned_words import EmbeddingError
 from sd.tools.base import Base, fit, load_base, load_lora_file
 
 
-def inspect_file(path: str | os.PathLike, base: str | os.PathLike | None = None, *, verify: bool = False) -> dict:
-    """Facts of a file, a diffusers or a PEFT folder. With `base`, a checkpoint, a LoRA is looked at on its weights.
+def inspect_file(path: str | os.PathLike, base: str | os.PathLike | None = None, *, verify: bool = False) -> dict[str, Any]:
+    """Facts about a file, a diffusers folder or a PEFT folder. `base`: a checkpoint whose weights a LoRA is compared with.
 
-    `verify` raises LoRAFormatError for a LoRA that does not fit its base to the last tensor; without it the facts say why.
+    `verify`: raise LoRAFormatError for a LoRA with a tensor that does not fit its base; otherwise the facts say why.
     Raises CheckpointError, ImageError.
     """
     path = Path(path)
@@ -48,12 +49,12 @@ def inspect_file(path: str | os.PathLike, base: str | os.PathLike | None = None,
     file, inside = split_embedded(file)
     if not inside and looks_like_lora(file):
         return _lora(path, file, None if base is None else load_base(base), verify)
-    if not inside and len(file) < 100:  # more words than anybody learned, fewer tensors than any checkpoint has
+    if not inside and len(file) < 100:  # an embedding file never has as many, and a checkpoint always more
         with suppress(EmbeddingError):
             words = _words(words_in(file, path.stem, str(path)))
             return {"kind": "embedding", **_tensors(file), "words": words, **_metadata(file)}
     if verify:
-        raise LoRAFormatError(f"{path}: is no LoRA ({guess_checkpoint(file)}); only a LoRA can be verified")
+        raise LoRAFormatError(f"{path}: is not a LoRA ({guess_checkpoint(file)}); only a LoRA can be verified")
     facts = {"kind": "checkpoint", **_tensors(file), "hash": model_hash(path)}
     if CONFIG_KEY in file.metadata:
         facts["config"] = config_of_file(file).to_dict()
@@ -76,8 +77,8 @@ def _is_lora_folder(path: Path) -> bool:
         return False
 
 
-def _lora(path: Path, file: TensorFile, base: Base | None, verify: bool) -> dict:
-    facts = {"kind": "LoRA", **_tensors(file), **({} if path.is_dir() else {"hash": lora_hash(path)})}
+def _lora(path: Path, file: TensorFile, base: Base | None, verify: bool) -> dict[str, Any]:
+    facts: dict[str, Any] = {"kind": "LoRA", **_tensors(file), **({} if path.is_dir() else {"hash": lora_hash(path)})}
     try:
         lora, base = load_lora_file(path, base, words=True)
     except LoRAFormatError as error:
@@ -100,9 +101,9 @@ def _lora(path: Path, file: TensorFile, base: Base | None, verify: bool) -> dict
 
 
 def block_norms(lora: LoRAFile, base: Base) -> dict[str, dict[str, float]]:
-    """Block -> the Frobenius norm of ΔW over it and, where the base's weights are known, its share of theirs.
+    """Block -> Frobenius norm of its ΔW and, if the base's weights are known, the ratio to the weights' norm.
 
-    A kind whose ΔW depends on the weights is left out without them, and counted under "modules without weights".
+    Without them, modules whose ΔW depends on the weights are left out and counted as "modules without weights".
     """
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     left_out: Counter[str] = Counter()
@@ -140,7 +141,7 @@ def _block_order(block: str) -> tuple:
 
 
 def _target(path: str) -> str:
-    """The part of a module's path that says which layer of its block it is: "attn1.q_proj", "ff.fc1", "resnets.conv1"."""
+    """The part of a module's path that names the layer within its block: "attn1.q_proj", "ff.fc1", "resnets.conv1"."""
     parts = [part for part in path.split(".")[1:] if not part.isdigit()]
     return ".".join(parts[-2:])
 
@@ -150,14 +151,14 @@ def _counts(values) -> dict[str, int]:
     return dict(sorted(found.items(), key=lambda item: float(item[0])))
 
 
-def _tensors(file: TensorFile) -> dict:
+def _tensors(file: TensorFile) -> dict[str, Any]:
     dtypes = Counter(str(t.dtype).removeprefix("torch.") for t in file.values())
     bad = sum(not all_finite(t) for t in file.values())
     return {"tensors": len(file), "parameters": sum(math.prod(s) for s in file.shapes.values()), "dtypes": dict(dtypes),
             **({"tensors with NaN or infinity": bad} if bad else {})}
 
 
-def _metadata(file: TensorFile) -> dict:
+def _metadata(file: TensorFile) -> dict[str, Any]:
     shown = {k: v if len(v) <= 300 else f"{v[:300]}... ({len(v)} characters)" for k, v in file.metadata.items()}
     for ours in (CONFIG_KEY, EMBEDDED):
         shown.pop(ours, None)
@@ -165,7 +166,7 @@ def _metadata(file: TensorFile) -> dict:
 
 
 def as_text(path: str | os.PathLike, facts: Mapping) -> str:
-    """The facts for people: one line for each, counts in a row, norms as bars."""
+    """Format the facts for reading: one line each, counts in a row, norms as bars."""
     lines = [f"{path}: {facts['kind']}"]
     for key, value in facts.items():
         if key == "norms":

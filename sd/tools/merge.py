@@ -1,6 +1,6 @@
-"""Several LoRAs to one: Σ wᵢ ΔWᵢ exactly, its best approximation by a rank, or TIES, DARE and magnitude pruning.
+"""Merge several LoRAs into one: Σ wᵢ ΔWᵢ exactly, its best low-rank approximation, or TIES, DARE and magnitude pruning.
 
-Everything is done on the weight changes ΔW = alpha / R · up · down, or exactly equal to that; factors are never summed.
+All methods work on the weight changes ΔW = alpha / R · up · down, or are exactly equal to that; factors are never summed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from sd.tools.decompose import (
     Approximation,
     RankRule,
     Report,
+    alpha_and_rank,
     approximate,
     flat_factors,
     lora_weights,
@@ -41,9 +42,9 @@ METHODS = ("concat", "svd", "full", "ties", "dare", "magnitude")
 
 
 class Part(NamedTuple):
-    """What one file says of one module."""
+    """One file's adapter for one module."""
 
-    file: int  # its place among the states given
+    file: int  # index of the file
     weight: float
     adapter: AdapterWeights
 
@@ -53,7 +54,7 @@ class Part(NamedTuple):
 
     @property
     def plain(self) -> str | None:
-        """The kind, where ΔW needs neither the base weight nor the layer's shape."""
+        """The kind, if ΔW needs neither the base weight nor the layer's shape; else None."""
         return self.adapter.kind if self.adapter.kind in ("lora", "full") and "magnitude" not in self.adapter.tensors else None
 
     def __str__(self) -> str:
@@ -64,15 +65,15 @@ def merge_loras(states: Sequence[Mapping[str, AdapterWeights]], weights: Sequenc
                 method: str = "concat", *, rank: int | None = None, density: float = 0.5, seed: int = 0,
                 shapes: Mapping[str, LayerShape] | None = None, base_weight: Callable[[str], Tensor] | None = None,
                 randomized: bool = False) -> tuple[dict[str, AdapterWeights], Report]:
-    """One LoRA for Σ wᵢ ΔWᵢ of several, in fp32 (fp64 from fp64), and what of it each module misses.
+    """One LoRA for Σ wᵢ ΔWᵢ, in fp32 (fp64 if the inputs are), and a report with the error of each module.
 
-    concat: exact, a LoRA of rank ΣR; differences and biases are summed. svd: the best approximation by `rank`. full: exact,
-    as differences. On ΔW, then by `rank` or, with None, as differences: ties (Yadav et al. 2023), dare (Yu et al. 2024;
-    drawn from `seed`), magnitude; each keeps the share `density` of every file's values, and biases are treated as
-    weights are. A weight is a number or {path: number}; it may be negative, and 0 leaves the file, or module, out.
-    `shapes`: path -> LayerShape; concat, and svd of plain LoRAs, do without. `base_weight`: path -> W, called only for a
-    kind or a DoRA magnitude that depends on it. The report's error is against the same method without the rank.
-    Raises LoRAError where a module cannot be held, with its name, its kinds and the methods that can.
+    concat: exact, a LoRA of rank ΣR; differences and biases are summed. svd: the best approximation of `rank`. full: exact,
+    as differences. ties (Yadav et al. 2023), dare (Yu et al. 2024; drawn from `seed`) and magnitude keep the fraction
+    `density` of each file's ΔW values; the sum is approximated at `rank`, or kept as differences if that is None, and
+    biases are treated like weights. A weight is a number or {path: number}; it may be negative, and 0 leaves the file or
+    module out. `shapes`: path -> LayerShape; not needed by concat, nor by svd of plain LoRAs. `base_weight`: path -> W,
+    called only for kinds and DoRA magnitudes that depend on it. The report's error is relative to the same method without
+    a rank. Raises LoRAError for a module that the method cannot merge, with its kinds and the methods that can.
     """
     _check(method, rank, density)
     if len(states) != len(weights):
@@ -89,7 +90,8 @@ def merge_loras(states: Sequence[Mapping[str, AdapterWeights]], weights: Sequenc
         raise LoRAError("there is nothing to merge: " + ("every weight is 0" if any(states) else "no LoRA is given"))
     shapes = shapes or {}
     order = {path: i for i, path in enumerate(shapes)}
-    merged, report = {}, Report()
+    merged: dict[str, AdapterWeights] = {}
+    report = Report()
     for path in sorted(parts, key=lambda path: order.get(path, len(order))):
         module = _Module(path, method, rank, density, seed, shapes.get(path), base_weight, randomized)
         merged[path], row = module.merge(parts[path])
@@ -106,14 +108,14 @@ def _check(method: str, rank: int | None, density: float) -> None:
     if method in ("concat", "full") and rank is not None:
         raise LoRAError(f"the method {method} is exact and takes no rank, given: {rank}; the method svd does")
     if rank is not None:
-        RankRule(rank)  # refuses what is no rank
+        RankRule(rank)  # checks it
     if not 0 < density <= 1:
         raise LoRAError(f"density is {density}; allowed: 0 < density <= 1")
 
 
 @dataclass(frozen=True)
 class _Module:
-    """How one module is merged."""
+    """Merges one module."""
 
     path: str
     method: str
@@ -125,9 +127,9 @@ class _Module:
     randomized: bool
 
     def merge(self, parts: list[Part]) -> tuple[AdapterWeights, Approximation | None]:
-        """The merged adapter; no row where only a bias changes."""
+        """The merged adapter and its row of the report; None where only a bias changes."""
         biases = [(p, at_least_fp32(p.adapter.tensors["diff_b"])) for p in parts if "diff_b" in p.adapter.tensors]
-        extra = {"diff_b": self.combine(biases, "bias")} if biases else {}
+        extra: dict[str, Any] = {"diff_b": self.combine(biases, "bias")} if biases else {}
         parts = [p for p in parts if p.changes_weight]
         if not parts:
             return AdapterWeights("full", extra), None
@@ -135,7 +137,7 @@ class _Module:
         if self.method in ("concat", "svd") and kinds == {"lora"}:
             return self.factors(parts, extra)
         if self.method == "concat" and kinds != {"full"}:
-            if len(parts) == 1 and parts[0].weight == 1:  # nothing is added to it: any kind stays what it is
+            if len(parts) == 1 and parts[0].weight == 1:  # a single LoRA of any kind is kept as it is
                 adapter = parts[0].adapter
                 row = Approximation(adapter.rank, 0.0, 0.0, adapter.rank)
                 return replace(adapter, tensors={**adapter.tensors, **extra}), row
@@ -150,12 +152,13 @@ class _Module:
         return approximate(D, RankRule(rank=self.rank), embedding=self.shape.embedding, randomized=self.randomized,
                            seed=seed_of(self.seed, self.path), **extra)
 
-    def factors(self, parts: list[Part], extra: dict[str, Tensor]) -> tuple[AdapterWeights, Approximation]:
-        """Plain LoRAs stacked: [w₁ s₁ up₁, w₂ s₂ up₂, ...] · [down₁; down₂; ...] is Σ wᵢ ΔWᵢ, whatever the ranks."""
+    def factors(self, parts: list[Part], extra: dict[str, Any]) -> tuple[AdapterWeights, Approximation]:
+        """Plain LoRAs stacked: [w₁ s₁ up₁, w₂ s₂ up₂, ...] · [down₁; down₂; ...] is Σ wᵢ ΔWᵢ, for any ranks."""
         ups, downs, inners = [], [], []
         for p in parts:
             up, down, inner = by_group(p.adapter, self.path)
-            ups.append(up * (p.weight * p.adapter.alpha / p.adapter.rank))
+            alpha, R = alpha_and_rank(p.adapter)
+            ups.append(up * (p.weight * alpha / R))
             downs.append(down)
             inners.append(inner)
         layer = self.layer and (self.layer.weight[::-1] if self.layer.embedding else self.layer.weight)
@@ -164,7 +167,7 @@ class _Module:
         if len(groups) > 1:
             raise LoRAError(f"{self.path}: LoRAs of {' and '.join(map(str, sorted(groups)))} groups meet; they are for "
                             f"different models")
-        up, down = torch.cat(ups, 1), torch.cat(downs, 1)  # each group keeps its ranks
+        up, down = torch.cat(ups, 1), torch.cat(downs, 1)  # stacked within each group
         rank = len(down) * down.shape[1]
         if len(down) > 1:
             if self.method == "svd":
@@ -190,7 +193,7 @@ class _Module:
         return self.layer
 
     def common(self, shapes: list[tuple[int, ...]], layer: tuple[int, ...] | None) -> tuple[int, ...]:
-        """The one shape that all these are, the layer's: some write a 1x1 convolution as [a, b], others as [a, b, 1, 1]."""
+        """The one shape of all changes, the layer's; a 1x1 convolution may be stored as [a, b] or as [a, b, 1, 1]."""
         all_shapes = shapes if layer is None else [*shapes, layer]
         found = {shape[:2] if set(shape[2:]) == {1} else shape for shape in all_shapes}
         if len(found) > 1:
@@ -205,7 +208,8 @@ class _Module:
             return at_least_fp32(tensors["diff"])
         if part.plain == "lora" and self.shape.groups == 1:
             up, down, inner = flat_factors(adapter, self.path)
-            D = (up @ down) * (adapter.alpha / adapter.rank)
+            alpha, rank = alpha_and_rank(adapter)
+            D = (up @ down) * (alpha / rank)
             return D.T if self.shape.embedding else D.view(-1, *inner)
         W = torch.zeros(()).expand(self.shape.weight)
         if needs_base(adapter):
@@ -221,7 +225,7 @@ class _Module:
             return built.effective_delta(W)
 
     def combine(self, changes: list[tuple[Part, Tensor]], what: str) -> Tensor:
-        """Σ wᵢ ΔWᵢ, each pruned first in the method's way."""
+        """Σ wᵢ ΔWᵢ, each ΔW pruned first as the method says."""
         layer = self.layer.weight if self.layer and what == "weight" else None
         shape = self.common([tuple(D.shape) for _, D in changes], layer)
         changes = [(p, D.reshape(shape)) for p, D in changes]
@@ -238,7 +242,7 @@ class _Module:
 
 
 def by_group(weights: AdapterWeights, path: str) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """As `flat_factors`, also of a grouped convolution: up [out, R/g], down [g, R/g, in/g·k], (in/g, *k)."""
+    """Like `flat_factors`, but also for grouped convolutions: up [out, R/g], down [g, R/g, in/g·k], (in/g, *k)."""
     up, down = (at_least_fp32(weights.tensors[name]) for name in ("up", "down"))
     if down.dim() < 3 or "mid" in weights.tensors or up.shape[1] == down.shape[0] or down.shape[0] % up.shape[1]:
         up, down, inner = flat_factors(weights, path)
@@ -247,22 +251,22 @@ def by_group(weights: AdapterWeights, path: str) -> tuple[Tensor, Tensor, tuple[
 
 
 def keep_largest(D: Tensor, density: float) -> Tensor:
-    """D with all but the share `density` of its values, those of largest |D|, set to 0 (at least one stays)."""
+    """D with only the fraction `density` of its values that is largest in |D| (at least one), the others set to 0."""
     kept = D.abs().flatten().topk(max(1, int(density * D.numel()))).indices
     mask = torch.zeros(D.numel(), dtype=torch.bool, device=D.device).index_fill_(0, kept, True)
     return D.where(mask.view(D.shape), 0.0)
 
 
 def dare_mask(shape: Sequence[int], density: float, seed: int, *names) -> Tensor:
-    """Which values DARE keeps: each with probability `density`, the same for the same seed, file and module."""
+    """Which values DARE keeps: each with probability `density`, reproducible by seed, file and module."""
     generator = torch.Generator().manual_seed(seed_of(seed, *names))
     return torch.rand(tuple(shape), generator=generator) < density
 
 
 def ties(deltas: Sequence[Tensor], weights: Sequence[float], density: float) -> Tensor:
-    """TIES (Yadav et al. 2023): trim by `density`, elect each value's sign by the sum, average what agrees with it.
+    """TIES (Yadav et al. 2023): trim to `density`, elect each value's sign by the sum, average the values that agree.
 
-    The sum that elects is not weighted, as in PEFT; a negative weight turns its ΔW round first.
+    The electing sum is unweighted, as in PEFT; a negative weight flips the sign of its ΔW first.
     """
     turned = torch.stack([keep_largest(D, density) * math.copysign(1, w) for D, w in zip(deltas, weights)])
     sign = torch.where(turned.sum(0) >= 0, 1.0, -1.0)
@@ -277,30 +281,32 @@ def merge_lora_files(loras: Mapping[str | os.PathLike, float], out: str | os.Pat
                      rank: int | None = None, density: float = 0.5, seed: int = 0, randomized: bool = False,
                      base: str | os.PathLike | None = None, block_weights: Mapping | None = None, skip: str | None = None,
                      format: str = "kohya", dtype: torch.dtype | None = None) -> Report:
-    """`merge_loras` on files of any program: {file: its weight} written as one LoRA; `dtype` None is fp32.
+    """`merge_loras` on files of any program, {file: weight}, written as one LoRA; `dtype` None: fp32.
 
-    `base`: the checkpoint, needed for kinds whose ΔW depends on its weights. `block_weights`: file -> what
-    `sd.lora_files.block_weights` reads, over the file's weight. Raises as `merge_loras` and `read_lora` do.
+    `base`: the checkpoint, needed for kinds whose ΔW depends on its weights. `block_weights`: file -> block weights
+    (`sd.lora_files.block_weights`), which multiply the file's weight. Raises as `merge_loras` and `read_lora` do.
     """
     _check(method, rank, density)  # before anything is read
     keep_sources(out, *loras)
     if stray := [path for path in block_weights or {} if path not in loras]:
-        raise LoRAError(f"block weights are given for {os.fspath(stray[0])!r}, which is not one of the LoRAs to merge")
+        raise LoRAError(f"block weights are given for {os.fspath(stray[0])!r}, which is not among the LoRAs to merge")
     model = None if base is None else load_base(base)
     states, weights, headers, skipped = [], [], [], 0
     for path, weight in loras.items():
-        file, model = load_lora_file(path, model, skip=skip)  # without a base, the first file tells it
+        file, model = load_lora_file(path, model, skip=skip)  # without a base, the first file decides it
         blocks = block_multipliers((block_weights or {}).get(path), model.modules)
         states.append(file.state)
         headers.append(file.metadata)
         skipped += len(file.skipped)
         weights.append({module: weight * (1.0 if blocks is None else blocks.of(module)) for module in file.state})
     state, report = merge_loras(states, weights, method, rank=rank, density=density, seed=seed, randomized=randomized,
-                                shapes=model and model.layers, base_weight=None if base is None else model.weight)
+                                shapes=None if model is None else model.layers,
+                                base_weight=None if base is None or model is None else model.weight)
+    assert model is not None  # merge_loras refuses to merge nothing
     report.skipped = None if skip is None else skipped
     state = store(state, dtype, report)
-    names = [[Path(path).name, float(weight)] for path, weight in loras.items()]
-    made = {"method": method, "weights": names} | ({} if rank is None else {"rank": rank})
+    names = [(Path(path).name, float(weight)) for path, weight in loras.items()]
+    made: dict[str, Any] = {"method": method, "weights": names} | ({} if rank is None else {"rank": rank})
     made |= {"density": density} if method in ("ties", "dare", "magnitude") else {}
     made |= {"seed": seed} if method == "dare" else {}
     metadata = shared_metadata(headers) | lora_metadata(state, model.config) | {
@@ -310,7 +316,7 @@ def merge_lora_files(loras: Mapping[str | os.PathLike, float], out: str | os.Pat
 
 
 def shared_metadata(headers: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """What is true of a sum of LoRAs: of one, all; of several, the base and the licence on which they agree, all words."""
+    """Metadata that holds for the merged LoRA: of one file, all; of several, base and licence if equal, all trigger words."""
     first = headers[0]
     if len(headers) == 1:
         return {key: value for key, value in first.items() if not key.startswith("ss_network_")}

@@ -230,7 +230,7 @@ def test_a_damaged_file_is_one_sentence(run, files, kind, sentence, flag):
      "values that are not finite in float16, so the model is not written"),
     (("inspect",), "nothing to inspect"),
     (("inspect", "@ink.safetensors", "--verify", "--model", str(data_dir() / "digits.safetensors")), "are unknown to this"),
-    (("inspect", "@tiny.safetensors", "--verify"), "is no LoRA"),
+    (("inspect", "@tiny.safetensors", "--verify"), "is not a LoRA"),
     (("merge", "m.safetensors", "--model", "@tiny.safetensors", "--lora", "@ink.safetensors", "--rank", "3"),
      "--rank and --randomized are for --into lora"),
     (("merge", "m.safetensors", "--into", "lora", "--lora", "@ink.safetensors", "--method", "svd"), "svd needs a rank"),
@@ -360,10 +360,10 @@ def test_a_character_of_code_0_is_refused(run, words):
 
 
 @pytest.mark.parametrize("change, sentence", [
-    ({"spacing": [1]}, "spacing [1] is not possible"), ({"lora": 3}, "what it says of its LoRAs is damaged"),
-    ({"lora": {"ink": 1.0}, "lora_blocks": [2]}, "what it says of its LoRAs is damaged"), ({"eta": "x"}, "eta is 'x'"),
+    ({"spacing": [1]}, "spacing [1] is not possible"), ({"lora": 3}, "its record of LoRAs is damaged"),
+    ({"lora": {"ink": 1.0}, "lora_blocks": [2]}, "its record of LoRAs is damaged"), ({"eta": "x"}, "eta is 'x'"),
     ({"lora": {"ink": "x"}}, "the multiplier of 'ink' is 'x'"), ({"seed": -1}, "seed -1 is not allowed"),
-    ({"seed": "1"}, "has no seed that is a int"), ({"strength": 0.5}, "name it with --input"),
+    ({"seed": "1"}, "records no seed of type int"), ({"strength": 0.5}, "name it with --input"),
 ])
 def test_a_picture_that_says_nonsense_of_itself_is_not_made_again(run, change, sentence):
     about = {"prompt": "x", "uncond_prompt": "", "n_inference_steps": 2, "sampler_name": "euler", "cfg_scale": 3.0, "seed": 1,

@@ -57,7 +57,7 @@ def test_a_rule_keeps_at_least_one_value_also_of_nothing(rule):
 @pytest.mark.parametrize("rule, message", [
     ({}, "give exactly one of rank, ratio, threshold, cumulative, frobenius; given: none"),
     ({"rank": 4, "ratio": 2}, "give exactly one of .*; given: rank = 4, ratio = 2"),
-    ({"max_rank": 4}, "given: none"), ({"rank": 5, "max_rank": 2}, "max_rank is 2 beside rank 5"),
+    ({"max_rank": 4}, "given: none"), ({"rank": 5, "max_rank": 2}, "max_rank is 2 and rank 5"),
     ({"rank": 0}, "rank is 0; allowed: whole numbers from 1"), ({"rank": 2.5}, "rank is 2.5"),
     ({"ratio": 0.5}, "ratio is 0.5"), ({"ratio": float("inf")}, "ratio is inf"), ({"threshold": 1}, "threshold is 1"),
     ({"cumulative": 0}, "cumulative is 0"), ({"frobenius": 1.1}, "frobenius is 1.1"),

@@ -140,7 +140,7 @@ def test_a_damaged_file_is_told_and_made_again_with_the_same_bits(models, folder
     rows = counted(monkeypatch, models["encoder"])
     with caplog.at_level(logging.WARNING, "sd"):
         after = everything(Posteriors(models, data, cache), data)
-    assert [r.getMessage() for r in caplog.records if str(path) in r.getMessage() and "it is made again" in r.getMessage()]
+    assert [r.getMessage() for r in caplog.records if str(path) in r.getMessage() and "rebuilding it" in r.getMessage()]
     assert len(caplog.records) == 1 and rows["rows"] == 1
     assert all(torch.equal(a, b) for a, b in zip(before, after)) and path.read_bytes() == content
 

@@ -22,7 +22,7 @@ def open_pictures(config, models, dataset=None, held_out=None) -> tuple[PictureD
     given = None if held_out is None else as_picture_data(held_out)
     if dataset is not None:
         if given is None and (config.validation or config.validation_data):
-            raise TrainError("validation chooses among pictures from files; with a dataset of your own, give held_out as well")
+            raise TrainError("validation chooses among pictures from files; with a dataset of your own give held_out as well")
         return as_picture_data(dataset), given
     pictures, chosen = _open_files(config, models)
     return pictures, chosen if given is None else given

@@ -114,7 +114,7 @@ class PictureSet(PictureData):
 
     def __init__(self, pictures: Tensor, captions: Sequence[Sequence[str]]):
         if len(pictures) != len(captions):
-            raise DataError(f"{len(pictures)} pictures were given with {len(captions)} captions")
+            raise DataError(f"{len(pictures)} pictures are given with {len(captions)} captions")
         self.pictures, self.captions = pictures, [(c,) if isinstance(c, str) else tuple(c) for c in captions]
 
     def picture(self, i: int, variant: int = 0) -> Tensor:

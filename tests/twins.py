@@ -51,7 +51,7 @@ def peer_clip(c: CLIPConfig) -> CLIPTextModel:
 
 
 def copy_from_peer(ours: torch.nn.Module, peer: torch.nn.Module, folder: str) -> torch.nn.Module:
-    """The peer's weights into our network, through the table of names; strict."""
+    """Load the peer's weights into our network, through the table of names; every key must match."""
     source = {modern_key(k, folder): v for k, v in peer.state_dict().items()}
     state = {}
     for name in component_names(ours.component, ours.config):
@@ -63,7 +63,7 @@ def copy_from_peer(ours: torch.nn.Module, peer: torch.nn.Module, folder: str) ->
 
 
 def twins(config: ModelConfig, dtype=torch.float32, seed: int = 0):
-    """(our networks by component, the peer's networks by folder), equal weights."""
+    """(our networks by component, the peer's networks by folder), with equal weights."""
     peers = {"unet": peer_unet(config.unet), "vae": peer_vae(config.vae), "text_encoder": peer_clip(config.clip)}
     for i, peer in enumerate(peers.values()):
         randomize(peer, seed + i).to(dtype)

@@ -2,9 +2,9 @@
 
     python -m recipes.digits.learning        # about half an hour on one core; finished runs are skipped
 
-200 digits with thick strokes to learn from and 200 others to measure with. Each run is one that the command line can make
-(its config.json lies in its folder below out/digits/learning). All LoRAs have one learning rate, full fine-tuning a tenth of
-it; none was tuned. loha and lokr have the rank at which their number of parameters is nearest to that of rank 4.
+Each run learns 200 digits with thick strokes and is measured on 200 others; the command line can repeat it (its config.json
+is in its folder below out/digits/learning). All LoRAs have the same learning rate, full fine-tuning a tenth of it; none was
+tuned. loha and lokr have the rank at which their number of parameters is nearest to that of a LoRA of rank 4.
 """
 
 from __future__ import annotations

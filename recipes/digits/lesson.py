@@ -145,7 +145,7 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     found.add_argument("--config", required=True, metavar="YAML", help="the lesson")
     found.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="changes, such as lora.rank=16")
-    found.add_argument("--multipliers", type=float, nargs="+", default=[1.0], help="of the LoRA that is drawn with")
+    found.add_argument("--multipliers", type=float, nargs="+", default=[1.0], help="multipliers of the LoRA to draw with")
     return found
 
 

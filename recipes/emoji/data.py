@@ -169,7 +169,7 @@ class Row:
 
     @property
     def split(self) -> str:
-        """"concept" or "pair" if it is held out, else "train", as heldout.json says."""
+        """"concept" or "pair" if heldout.json holds it out, else "train"."""
         if self.code in HELD_OUT["concepts"]:
             return "concept"
         return "pair" if [self.code, self.style] in HELD_OUT["pairs"] else "train"

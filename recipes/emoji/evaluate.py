@@ -1,7 +1,7 @@
 """Evaluate the emoji model and its LoRAs; writes contact sheets to out/emoji/sheets/.
 
     python -m recipes.emoji.evaluate                       # everything
-    python -m recipes.emoji.evaluate --part base --each 60 # some of it, with fewer pictures of each split
+    python -m recipes.emoji.evaluate --part base --each 60 # some of it, with fewer pictures from each split
 """
 
 from __future__ import annotations
@@ -167,10 +167,10 @@ def draw_free(models: Models) -> None:
 def judge_style(models: Models, pictures: Tensor, rows: list[Row], path: Path, each: int) -> None:
     judge = style_classifier(pictures, rows)
     labels = torch.tensor([list(STYLES).index(row.style) for row in rows])
-    held = [row.index for row in rows if row.split != "train"]
+    held_out = [row.index for row in rows if row.split != "train"]
     with torch.no_grad():
-        right = (judge(halved(pictures[held])).argmax(1) == labels[held]).float().mean()
-    print(f"style classifier: {right:.1%} of {len(held)} held-out pictures are right")
+        right = (judge(halved(pictures[held_out])).argmax(1) == labels[held_out]).float().mean()
+    print(f"style classifier: {right:.1%} of {len(held_out)} held-out pictures are right")
 
     asked = pick([row for row in rows if row.style == HIGH_CONTRAST and row.split == "concept"], each)
     prompts = [caption(row) for row in asked]
@@ -208,7 +208,7 @@ def main() -> None:
     parser.add_argument("--loras", type=Path, default=LORAS)
     parser.add_argument("--part", nargs="+", choices=("vae", "base", "free", "style", "concept"),
                         default=("vae", "base", "free", "style", "concept"))
-    parser.add_argument("--each", type=int, default=10_000, help="at most so many pictures of each split")
+    parser.add_argument("--each", type=int, default=10_000, help="largest number of pictures from each split")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -1,8 +1,8 @@
 """Train the emoji model's text encoder from scratch, to predict what a picture looks like, before there is a UNet.
 
-Stable Diffusion's text encoder was trained on pictures before the UNet. A UNet trained together with a new text encoder learns
-for a long time what pictures look like, and hardly anything of what words mean. Here a small network regresses the latents of
-a picture from its caption in one step. The prediction is a blurred mean over all pictures of a caption, but cheap to train.
+Stable Diffusion's text encoder was trained on pictures before the UNet. A UNet trained together with a new text encoder spends
+a long time on the look of pictures, and hardly learns the meaning of words. Here a small network regresses the latents of a
+picture from its caption in one step. It predicts a blurred mean of all pictures with that caption, but is cheap to train.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def train_text(config: TrainConfig, models: Models, dataset) -> Drawer:
                 print(f"step {step + 1} of {config.steps}, loss {sum(losses) / len(losses):.4f}", flush=True)
                 losses.clear()
             if stopping:
-                raise KeyboardInterrupt(f"stopped after {step + 1} of {config.steps} steps; the same command goes on")
+                raise KeyboardInterrupt(f"stopped after {step + 1} of {config.steps} steps; the same command resumes")
     for network in networks.values():
         network.eval().requires_grad_(False)
     return drawer

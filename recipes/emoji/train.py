@@ -242,13 +242,13 @@ def main() -> None:
     parser.add_argument("stage", choices=("vae", "text", "unet", "finish", "export", "style", "concept"))
     parser.add_argument("--run", help="vae, text, unet, finish, export: folder of the training in out/emoji "
                                       "(default: the stage; export: finish)")
-    parser.add_argument("--start", type=Path, help="vae, unet: checkpoint that a new run starts from; the same for the finish "
-                                                   "and the export of that run")
-    parser.add_argument("--begun", default="unet", help="finish: the run that it ends (default unet)")
+    parser.add_argument("--start", type=Path, help="vae, unet: checkpoint that a new run starts from; finish, export: the same "
+                                                   "one for that run")
+    parser.add_argument("--begun", default="unet", help="finish: the run to finish (default unet)")
     parser.add_argument("--model", type=Path, default=MODEL, help=f"style, concept: the base (default {MODEL})")
     parser.add_argument("--to", type=Path, help=f"export: the file (default {MODEL}); LoRAs: the folder (default {LORAS})")
-    parser.add_argument("--threads", type=int, default=1, help="of the same run always as many: sums of several differ in "
-                                                               "the last bit")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; use the same number throughout a run, since it "
+                                                               "changes the last bit of sums")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     match args.stage:

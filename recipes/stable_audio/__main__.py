@@ -76,7 +76,7 @@ def _prepared(config: Path, out: Path, section: str, *sources: Path, **given) ->
     _ready(out, config, *sources)
     options = read_config(config)
     if not isinstance(options.get(section, {}), dict):
-        raise ValueError(f"{config}: the section `{section}` is {options[section]!r}; names with values are needed")
+        raise ValueError(f"{config}: the section `{section}` is {options[section]!r}; it needs names with values")
     options[section] = options.get(section, {}) | {key: value for key, value in given.items() if value is not None}
     return options
 

@@ -27,7 +27,7 @@ HEADER = "stable_audio"
 
 
 class DiffusersAudio(nn.Module):
-    """diffusers' StableAudioDiTModel, under the name it has in pipelines: `transformer`."""
+    """diffusers' StableAudioDiTModel, under its name in pipelines, `transformer`."""
 
     def __init__(self, **options):
         super().__init__()
@@ -93,7 +93,7 @@ def load_model(path: str | os.PathLike) -> nn.Module:
     """Load a model that `save_model` wrote, frozen. Raises CheckpointError for any other file."""
     file = read_tensors(path)
     if HEADER not in file.metadata:
-        raise CheckpointError(f"{path}: is no model of this recipe; `python -m recipes.stable_audio base` makes one")
+        raise CheckpointError(f"{path}: is not a model of this recipe; `python -m recipes.stable_audio base` makes one")
     model = new_model(json.loads(file.metadata[HEADER]))
     model.load_state_dict(dict(file), strict=True)
     return model
@@ -142,7 +142,7 @@ def load_lora(model: nn.Module, path: str | os.PathLike, name: str = "default", 
     file, _ = open_lora(path)
     if not all("/" in key for key in file):
         if scale != 1:
-            raise ValueError(f"scale is {scale}, but {file.path.name} is no file of LoRAW and says its own; allowed: 1")
+            raise ValueError(f"scale is {scale}, but {file.path.name} is not a LoRAW file and has its own; allowed: 1")
         return load_lora_weights(model, path, name, multiplier)
     tensors = {}
     for key, tensor in file.items():

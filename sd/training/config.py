@@ -14,9 +14,9 @@ class TrainConfig:
     """Train a LoRA, or the whole model, on a folder of pictures with captions; the same command again resumes."""
 
     data: str = ""
-    """Folder of pictures with captions, a .toml of several, or hf: and the name or path of a dataset (docs/training.md)."""
+    """Folder of pictures with captions, a .toml that lists several, or hf: and a dataset's name or path (docs/training.md)."""
     buckets: bool = False
-    """Keep the pictures' aspect ratios: crop each to the nearest size of at most size x size pixels."""
+    """Keep aspect ratios: crop each picture to the size with the nearest ratio and at most size x size pixels."""
     bucket_min: int | None = None
     """Shortest side of a bucket; none: half of size."""
     bucket_max: int | None = None
@@ -24,13 +24,13 @@ class TrainConfig:
     bucket_step: int = 64
     """Bucket sides are multiples of this."""
     upscale: bool = True
-    """Enlarge pictures that are smaller than their bucket; otherwise they go into a smaller one."""
+    """Enlarge pictures that are smaller than their bucket; if off, they go into a smaller bucket."""
     crop: Literal["center", "random"] = "center"
     """Where pictures are cropped."""
     flip: bool = False
-    """Show pictures mirrored half of the time."""
+    """Mirror pictures half of the time."""
     variants: int = 1
-    """Random crops of each picture; flip doubles the number."""
+    """Number of random crops of each picture; flip doubles it."""
     shuffle_tags: bool = False
     """Shuffle the tags of a caption each time it is used."""
     keep_tokens: int = 0
@@ -44,27 +44,27 @@ class TrainConfig:
     trigger: str = ""
     """Word added as the first tag of captions that lack it."""
     wildcards: bool = False
-    """Replace {a|b|c} in a caption by one of a, b, c, drawn anew each time."""
+    """Replace {a|b|c} in a caption with a, b or c, drawn anew each time."""
     reg_data: str | None = None
-    """Regularisation pictures (prior preservation), used as often as the pictures of data."""
+    """Regularisation pictures (prior preservation), given like data and used as often."""
     prior_weight: float = 1.0
     """Weight of the loss of regularisation pictures."""
     masks: bool = False
-    """Weight the loss by masks, which are bright where to learn: a-mask.png or masks/a.png for a.png."""
+    """Weight the loss by masks, bright where the model should learn: a-mask.png or masks/a.png for a.png."""
     cache: str | None = None
-    """Folder that keeps latents and text encoder outputs for other runs; none: in memory only."""
+    """Folder in which latents and text encoder outputs are kept for other runs; none: in memory only."""
     out: str = "out/train"
-    """Output folder: state, metrics, loss curve and result. The same command with the same folder resumes."""
+    """Output folder for state, metrics, loss curve and result. The same command with the same folder resumes."""
     model: str | None = None
     """Checkpoint or diffusers folder to start from, or the name of a model in data/; none: emoji."""
     train: Literal["lora", "full", "vae", "words"] = "lora"
-    """Train a LoRA, all weights of UNet and/or text encoder, the autoencoder, or new words alone (textual inversion)."""
+    """Train a LoRA, all weights of UNet and/or text encoder, the autoencoder, or only new words (textual inversion)."""
     unet: bool = True
     """Train the UNet (its LoRA, or all of it)."""
     text_encoder: bool = False
     """Train the text encoder (its LoRA, or all of it)."""
     new_words: tuple[str, ...] = ()
-    """Words to learn as well, each as WORD=initial text or WORD:VECTORS=initial text."""
+    """New words to learn, each as WORD=initial text or WORD:VECTORS=initial text."""
 
     name: str = "lora"
     """Name of the LoRA and of its file in the out folder."""
@@ -75,25 +75,25 @@ class TrainConfig:
     alpha: float = 4.0
     """The LoRA is scaled by alpha / rank."""
     rslora: bool = False
-    """Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023); files hold alpha times sqrt(rank)."""
+    """Scale by alpha / sqrt(rank) instead (rsLoRA, Kalajdzievski 2023); files store alpha times sqrt(rank)."""
     block_ranks: tuple[str, ...] = ()
-    """Ranks of single blocks, such as mid_block=8; 0 leaves a block without a LoRA. alpha is adapted to keep the scale the
-    same everywhere (with rslora, alpha / sqrt of the block's rank)."""
+    """Ranks of individual blocks, such as mid_block=8; 0 leaves a block without a LoRA. alpha is adjusted to keep the scale
+    the same everywhere (with rslora, alpha / sqrt of the block's rank)."""
     init: Literal["default", "pissa"] = "default"
-    """Initial factors: random with a change of 0, or the principal part of the weight with a frozen copy subtracted
-    (PiSSA, Meng et al. 2024), which gives a file of twice the rank. Weight decay acts on the principal part too."""
+    """Initial factors. default: a change of 0. pissa (Meng et al. 2024): the principal components of the weight, minus a
+    frozen copy of them; the file has twice the rank, and weight decay acts on the principal components too."""
     from_lora: str | None = None
-    """LoRA file or folder, of any program, to start from; kind, rank, alpha, targets and magnitudes are the file's."""
+    """LoRA file or folder, in any program's format, to start from; it determines kind, rank, alpha, targets and magnitudes."""
     relora_every: int = 0
-    """Every so many steps, move the LoRA's change into a frozen one and restart the LoRA (ReLoRA); 0: never."""
+    """Steps between restarts (ReLoRA), each of which moves the LoRA's change into a frozen one; 0: never."""
     relora_warmup: int = 10
     """Warm-up steps of the learning rate after each restart."""
     relora_save: Literal["full", "svd"] = "full"
-    """Save the sum of all changes in full, or as a LoRA, its best approximation of a rank."""
+    """Save the sum of all changes in full, or its best low-rank approximation as a LoRA."""
     relora_rank: int | None = None
     """Rank of that LoRA; none: rank times the number of starts, which is exact for plain LoRAs."""
     quantize: Literal["none", "nf4", "nf4-double", "int8", "fp8"] = "none"
-    """Quantise the frozen UNet and text encoder (QLoRA) to 4.5, 4.1 or 8 bits a value."""
+    """Quantise the frozen UNet and text encoder (QLoRA) to 4.5, 4.1 or 8 bits per value."""
     dropout: float = 0.0
     """Dropout on the inputs of the LoRA."""
     rank_dropout: float = 0.0
@@ -110,13 +110,13 @@ class TrainConfig:
     batch_size: int = 4
     """Pictures in a micro-batch."""
     accumulate: int = 1
-    """Micro-batches per optimizer step, over all processes."""
+    """Micro-batches per optimizer step, in all processes together."""
     size: int | None = None
     """Scale and crop pictures to size x size pixels; none: the model's native size."""
     caption_dropout: float = 0.1
-    """Probability of replacing a caption by the empty one, which classifier-free guidance needs."""
+    """Probability of replacing a caption with the empty one, which classifier-free guidance needs."""
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "lion", "prodigy", "schedule_free"] = "adamw"
-    """Optimizer; all except adamw and adafactor need packages of the extra `optimizers`."""
+    """Optimizer; all except adamw and adafactor need the packages of the extra `optimizers`."""
     learning_rate: float = 1e-3
     """Learning rate; 1 with prodigy, which estimates its own."""
     text_learning_rate: float | None = None
@@ -132,7 +132,7 @@ class TrainConfig:
     lora_plus: float = 1.0
     """Ratio of the learning rates of `up` and `down` (LoRA+; 16 is typical)."""
     block_rates: tuple[str, ...] = ()
-    """Learning rate factors of single blocks, such as mid_block=0.5; 0 freezes a block."""
+    """Learning rate factors of individual blocks, such as mid_block=0.5; 0 freezes a block."""
     max_norm: float = 0.0
     """Maximum norm of a layer's weight change; 0: no limit."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -150,7 +150,7 @@ class TrainConfig:
     kl_weight: float = 1e-3
     """Weight of the KL term in the autoencoder's loss."""
     loss: Literal["mse", "huber", "smooth_l1"] = "mse"
-    """Loss of each element; huber and smooth_l1 are less sensitive to outliers."""
+    """Elementwise loss; huber and smooth_l1 are less sensitive to outliers."""
     huber_delta: float = 0.1
     """Error at which huber and smooth_l1 change from squared to absolute."""
     weighting: Literal["none", "min_snr", "debiased", "p2"] = "none"
@@ -166,11 +166,11 @@ class TrainConfig:
     timestep_bias: float = 1.0
     """Above 1 favours small timesteps (details), below 1 large ones (composition)."""
     noise_offset: float = 0.0
-    """Strength of extra noise that is constant over each channel of an image: for darker and brighter pictures."""
+    """Strength of extra noise that is constant over each channel of an image, for darker and brighter pictures."""
     pyramid_noise: float = 0.0
     """Discount per level of added coarser noise (multi-resolution noise); 0: none."""
     input_perturbation: float = 0.0
-    """Strength of extra noise that is in the input but not in the target."""
+    """Strength of extra noise added to the input but not to the target."""
     checkpointing: bool = False
     """Gradient checkpointing: recompute the UNet's activations in the backward pass; less memory, a third more time."""
     compile: bool = False
@@ -180,7 +180,7 @@ class TrainConfig:
     shard: bool = False
     """Shard the trained networks over the processes that torchrun started (FSDP2)."""
     seed: int = 0
-    """Seed of everything random."""
+    """Seed of all random numbers."""
     save_every: int = 500
     """Steps between saves of the state."""
     progress: bool = True
@@ -188,21 +188,21 @@ class TrainConfig:
     validation: float = 0.0
     """Fraction of the pictures to hold out for the validation loss, each chosen by its content alone."""
     validation_data: str | None = None
-    """Held-out pictures with captions to use instead, given like data."""
+    """Pictures with captions for the validation loss instead, given like data."""
     validate_every: int = 500
     """Steps between measurements of the validation loss."""
     sample_prompts: tuple[str, ...] = ()
-    """Prompts of sample pictures; samples.png shows a row for the base and one for each time."""
+    """Prompts for sample pictures; samples.png has a row for the base and one for each time."""
     sample_every: int = 500
-    """Steps between rows of samples."""
+    """Steps between rows of sample pictures."""
     sample_seed: int = 0
-    """Seed of the first sample in each row, counted up along the row."""
+    """Seed of the first picture in each row; it increases by 1 along the row."""
     sample_steps: int = 25
     """Sampler steps of the samples."""
     sample_cfg: float = 7.5
     """Guidance scale of the samples."""
     log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Show metrics and samples in TensorBoard (the folder tensorboard in out) or wandb as well."""
+    """Also log metrics and samples to TensorBoard (the folder tensorboard in out) or wandb."""
     dry_run: bool = False
     """Only show pictures, captions, trained parameters, memory and time; write nothing."""
 

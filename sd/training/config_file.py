@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
-from typing import Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from sd.errors import SDError
 from sd.training.config import TrainConfig
@@ -44,7 +44,7 @@ def train_options(values: Mapping[str, object], where: str | Path) -> dict[str, 
     for name, value in values.items():
         if name not in kinds:
             near = get_close_matches(name, kinds, n=1)
-            raise TrainError(f"{where}: {name!r} is no option of a training" + (f"; is it {near[0]!r}?" if near else ""))
+            raise TrainError(f"{where}: {name!r} is not a training option" + (f"; did you mean {near[0]!r}?" if near else ""))
         found[name] = _of_kind(value, kinds[name], f"{where}: {name}")
     return found
 
@@ -64,9 +64,9 @@ def config_flags(values: Mapping[str, object]) -> list[str]:
 
 
 def parse(path: str | Path) -> dict[str, object]:
-    """Name -> value of a TOML, JSON or YAML file, as its ending says. Raises TrainError that names file and fault."""
+    """Name -> value of a TOML, JSON or YAML file, by its extension. Raises TrainError, which names the file and the fault."""
     path = Path(path)
-    readers = {".toml": _toml, ".json": json.loads, ".yaml": _yaml, ".yml": _yaml}
+    readers: dict[str, Callable[[str], object]] = {".toml": _toml, ".json": json.loads, ".yaml": _yaml, ".yml": _yaml}
     if path.suffix.lower() not in readers:
         raise TrainError(f"{path}: a config is a {', '.join(readers)} file")
     try:
@@ -76,7 +76,7 @@ def parse(path: str | Path) -> dict[str, object]:
     except ValueError as error:
         raise TrainError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
-        raise TrainError(f"{path}: holds no names with values")
+        raise TrainError(f"{path}: has no names with values")
     return found
 
 
@@ -108,7 +108,7 @@ def _from_loraw(section: dict[str, object], path: str | Path) -> dict[str, objec
     return found
 
 
-def _of_kind(value: object, kind, where: str) -> object:
+def _of_kind(value: Any, kind, where: str) -> Any:
     """Convert a value to a field's type: lists to tuples, integers to floats. Raises TrainError for any other type."""
     options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     if value is None and type(None) in options:

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import count
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,12 @@ STEP = timedelta(minutes=30)  # the longest wait of one rank for another within 
 WORK = timedelta(days=2)  # and while a cache is filled or a file is written
 _groups: dict[str, dist.ProcessGroup] = {}  # on the CPU; empty outside of `processes`
 _joined = count()
+
+if TYPE_CHECKING:
+    class Part(nn.Parameter):
+        """This rank's part, a plain tensor, of the sharded parameter (a DTensor) `part_of`."""
+
+        part_of: Any
 
 
 # ---- start and end ---------------------------------------------------------------------------------------------------
@@ -47,7 +54,7 @@ def processes() -> Iterator[None]:
         if ours:
             _join()
         _groups.update(step=dist.new_group(backend="gloo", timeout=STEP), work=dist.new_group(backend="gloo", timeout=WORK))
-        if threading.current_thread() is threading.main_thread():  # torchrun sends it when a process was lost
+        if threading.current_thread() is threading.main_thread():  # torchrun sends it when a process is lost
             former = signal.signal(signal.SIGTERM, _on_sigterm)
         yield
         wait()
@@ -67,7 +74,8 @@ def processes() -> Iterator[None]:
 
 
 def _join() -> None:
-    gpus, local, options = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0")), {"backend": "gloo"}
+    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
+    options: dict[str, Any] = {"backend": "gloo"}
     if torch.cuda.is_available():
         if local >= gpus:
             raise ProcessError(f"process {local} of this machine has no GPU of its own; start at most {gpus}: "
@@ -75,7 +83,7 @@ def _join() -> None:
         torch.cuda.set_device(local)
         options = {"backend": "cpu:gloo,cuda:nccl", "device_id": torch.device("cuda", local)}
     store, rank, size = next(dist.rendezvous("env://"))
-    # torchrun's store keeps the addresses of processes that ended: hence a prefix for each start and each group.
+    # torchrun's store keeps the addresses of processes that have ended, so each start and each group gets a prefix.
     store = dist.PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}.{next(_joined)}", store)
     dist.init_process_group(store=store, rank=rank, world_size=size, timeout=STEP, **options)
 
@@ -86,8 +94,8 @@ def _on_sigterm(number, frame):
 
 def _lost() -> ProcessError:
     return ProcessError(f"process {os.environ.get('RANK', '?')} of {os.environ.get('WORLD_SIZE', '?')} ends, because another "
-                        f"one of this training was lost or all were told to end; the same command goes on from the last save, "
-                        f"on any number of processes that divides accumulate")
+                        f"process of this training was lost or all of them were stopped; the same command resumes from the "
+                        f"last save, on any number of processes that divides accumulate")
 
 
 def world() -> int:
@@ -105,7 +113,7 @@ def is_main() -> bool:
 
 
 def is_joined() -> bool:
-    """Whether there is a process group, be it of a single process."""
+    """Whether there is a process group, even one of a single process."""
     return bool(_groups)
 
 
@@ -134,10 +142,10 @@ def check_accumulate(accumulate: int) -> None:
     n = world()
     if accumulate % n:
         raise ProcessError(f"accumulate is {accumulate} with {n} processes; it is the number of micro-batches in an optimizer "
-                           f"step, of all processes together, so allowed are {n}, {2 * n}, {3 * n}, ..")
+                           f"step, over all processes, so allowed are {n}, {2 * n}, {3 * n}, ..")
 
 
-def check_same(parameters: Mapping[str, nn.Parameter], **facts: object) -> None:
+def check_same(parameters: Mapping[str, Tensor], **facts: object) -> None:
     """Raises ProcessError, on all ranks, if a fact (as JSON) or the trained weights differ between ranks."""
     if not _groups:
         return
@@ -181,8 +189,9 @@ def all_reduce(parameters: Iterable[nn.Parameter], loss: Tensor, stop: bool) -> 
         return loss, stop
     parameters = list(parameters)
     parts = [p for p in parameters if is_sharded(p)]
-    for p in parts:  # FSDP has averaged them
-        p.grad, p.part_of.grad = None if p.part_of.grad is None else p.part_of.grad.to_local().mul_(world()), None
+    for part in parts:  # FSDP has averaged them
+        whole = part.part_of
+        part.grad, whole.grad = None if whole.grad is None else whole.grad.to_local().mul_(world()), None
     parameters = [p for p in parameters if not is_sharded(p)]
     # First a reduction on the CPU: no device has to wait for it, and a lost process is noticed at once.
     flags = torch.tensor([stop, *(p.grad is not None for p in parameters)], dtype=torch.int32)
@@ -192,7 +201,7 @@ def all_reduce(parameters: Iterable[nn.Parameter], loss: Tensor, stop: bool) -> 
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    grads = [p.grad for p in parameters]
+    grads = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([loss.float().reshape(1), *(grad.reshape(-1).float() for grad in grads)])
     dist.all_reduce(flat)
     total, *pieces = flat.split([1, *(grad.numel() for grad in grads)])
@@ -214,6 +223,6 @@ def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
     return norm
 
 
-def is_sharded(p: Tensor) -> bool:
+def is_sharded(p: Tensor) -> TypeGuard[Part]:
     """Whether p is this rank's part, a plain tensor, of the sharded parameter `p.part_of`."""
     return hasattr(p, "part_of")

@@ -14,8 +14,8 @@ from sd.training.dist import world
 def asked_to_stop() -> Iterator[Callable[[], bool]]:
     """Inside the block, the yielded function returns True after the first Ctrl-C or SIGTERM; a second one raises at once.
 
-    With several processes a second signal is ignored, since both Slurm and torchrun send one to each. Outside of the main
-    thread, where Python allows no handlers, the function stays False.
+    With several processes a second signal is ignored, since both Slurm and torchrun send one to each. Outside the main
+    thread, where Python allows no handlers, the function always returns False.
     """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():

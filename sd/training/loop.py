@@ -62,7 +62,7 @@ MAX_LOSS = 1000.0  # a network that answers 0 has a loss of 1
 MAX_SKIPPED = 20  # bad steps in a row, then the training stops
 READ_EVERY = 10  # steps between readings of the losses: a reading waits for the device
 
-# What may differ when a run is resumed: where files are, and what changes no bit of the result.
+# Options that may differ when a run is resumed: where files are, and those that change no bit of the result.
 FREE = ("data", "reg_data", "cache", "out", "model", "save_every", "progress", "checkpointing", "shard",
         *MONITOR_FIELDS)
 
@@ -73,8 +73,8 @@ def train(config: TrainConfig, models: Models | None = None, dataset=None, *, he
     """Train `models` (none: `config.model`) on `dataset` (none: `config.data`), in place; returns the models.
 
     The result is written to `config.out` as `<name>.safetensors` or model.safetensors. A LoRA is left attached and active;
-    with `quantize` the base stays quantised. `held_out` is a data set for the validation loss (none: as `config.validation`
-    or `config.validation_data` say). `autoencoder_loss` has the arguments of `vae_loss`, which it replaces. Ctrl-C saves
+    with `quantize` the base stays quantised. `held_out` is a data set for the validation loss (none: by `config.validation`
+    or `config.validation_data`). `autoencoder_loss` has the arguments of `vae_loss`, which it replaces. Ctrl-C saves
     after the current step, then raises KeyboardInterrupt. Raises TrainError, DataError or ProcessError, before the first step
     wherever possible.
     """
@@ -86,7 +86,7 @@ def train(config: TrainConfig, models: Models | None = None, dataset=None, *, he
     dataset, held_out = open_pictures(config, models, dataset, held_out)
     if config.quantize != "none" and quantized_kinds(models) != [config.quantize]:
         quantize_base(models, config.quantize)
-    if config.dry_run:
+    if folder is None:  # a dry run
         text = dry_run(config, models, dataset, held_out)
         if is_main():
             print(text)
@@ -96,7 +96,7 @@ def train(config: TrainConfig, models: Models | None = None, dataset=None, *, he
         micro_loss = (vae_batches(config, models, dataset, autoencoder_loss) if config.train == "vae" else
                       diffusion_batches(config, models, dataset))
         watch = Monitor(config, models, folder, run.done.step, held_out, autoencoder_loss)
-        # Until asked_to_stop Ctrl-C ends the program at once: what is cached is kept.
+        # Before asked_to_stop, Ctrl-C ends the program at once; whatever is cached by then is kept.
         with placed(models, idle_networks(config, models, dataset), "cpu"), asked_to_stop() as stop:
             _run_steps(run, config, models, micro_loss, watch, stop)
             watch.close()
@@ -106,14 +106,14 @@ def train(config: TrainConfig, models: Models | None = None, dataset=None, *, he
 
 @dataclass
 class _Run:
-    """What a run consists of, beside config and models."""
+    """The state of a run, apart from config and models."""
 
     folder: Path
     parameters: dict[str, nn.Parameter]  # trained, by name
-    weights: dict[str, Tensor]  # saved: these, and the frozen parts of the LoRA
+    weights: dict[str, Tensor]  # the same and the frozen parts of the LoRA: what is saved
     optimizer: torch.optim.Optimizer
     ema: dict[str, Tensor]
-    facts: dict[str, object]  # on which a resumed run must agree
+    facts: dict[str, object]  # that a resumed run must share
     done: Progress
 
 
@@ -142,7 +142,7 @@ def _start_or_resume(config: TrainConfig, models: Models, folder: Path, dataset,
 
 def _run_steps(run: _Run, config: TrainConfig, models: Models, micro_loss: Callable[[int], Tensor], watch: Monitor,
                stop: Callable[[], bool]) -> None:
-    """From the last save to the last step. Saves and samples come before a step, so the loop runs once more at the end."""
+    """Run from the last save to the last step. Saves and samples come before a step, so the loop runs once more at the end."""
     parameters, optimizer, ema, done = run.parameters, run.optimizer, run.ema, run.done
     device = next(iter(parameters.values())).device
     layers = lora_layers(models) if config.max_norm else {}

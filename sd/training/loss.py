@@ -5,7 +5,9 @@ B images, C channels, H, W height and width of latents or pictures, L tokens, D 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,9 @@ from sd.errors import SDError
 from sd.sampling.noise import LOG_SNR, add_noise, alphas_cumprod, cosine_angle, velocity, zero_terminal
 from sd.training.errors import TrainError
 from sd.vae import sample_posterior
+
+if TYPE_CHECKING:
+    from sd.training.config import TrainConfig
 
 
 def _pseudo_huber(out: Tensor, target: Tensor, delta: float) -> Tensor:
@@ -33,7 +38,7 @@ LOSSES = {
 
 # Weights of the error in x0, by SNR = abar / (1 - abar). The squared error in eps is SNR times, in v SNR + 1 times that in x0
 # (Salimans and Ho 2022), so these weights are divided by that factor; for eps this gives the weights of the papers.
-WEIGHTINGS = {
+WEIGHTINGS: dict[str, Callable[[Tensor, float], Tensor] | None] = {
     "none": None,
     "min_snr": lambda snr, gamma: snr.clamp(max=gamma),  # Hang et al. 2023, section 3.4
     "debiased": lambda snr, gamma: snr.sqrt(),  # Yu et al. 2023: 1 / sqrt(SNR) for eps
@@ -55,8 +60,9 @@ class Objective:
 PLAIN = Objective()
 
 
-def diffusion_loss(models, latents: Tensor, context: Tensor, t: Tensor, noise: Tensor, *, objective: Objective = PLAIN,
-                   input_noise: Tensor | None = None, weights: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+def diffusion_loss(models, latents: Tensor, context: Tensor, t: Tensor, noise: Tensor, *,
+                   objective: Objective | TrainConfig = PLAIN, input_noise: Tensor | None = None,
+                   weights: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
     """Mean error of the UNet's prediction (eps or v) at x_t, Ho et al. 2020, equation 14, with `objective`; a scalar in fp32.
 
     latents: [B, C, H, W] in the UNet's scale (VAE latents times `config.vae.scale`), noise: the same shape,
@@ -107,11 +113,12 @@ def noise_levels(config, zero_terminal_snr: bool = False) -> Tensor:
     return zero_terminal(alphas_cumprod(config))
 
 
-def snr_weights(abar: Tensor, prediction: str, objective: Objective) -> Tensor:
+def snr_weights(abar: Tensor, prediction: str, objective: Objective | TrainConfig) -> Tensor:
     """The loss weight of each timestep, [T] in fp64, from alphas_cumprod [T]; see WEIGHTINGS."""
     snr = abar / (1 - abar)
-    weight = WEIGHTINGS[objective.weighting](snr, objective.snr_gamma)
-    return weight / (snr if prediction == "eps" else snr + 1)
+    weigh = WEIGHTINGS[objective.weighting]
+    assert weigh is not None, "weighting none needs no table"
+    return weigh(snr, objective.snr_gamma) / (snr if prediction == "eps" else snr + 1)
 
 
 def check_objective(config, model_config) -> None:

@@ -16,7 +16,7 @@ from sd.training.dataset.batches import picture_options
 from sd.training.dataset.captions import seen_caption
 from sd.training.dataset.randomness import torch_rng
 from sd.training.errors import TrainError
-from sd.training.rules import NewWord, parse_word
+from sd.training.rules import NewWord, words_of
 
 
 def new_words(config, models) -> dict[str, nn.Parameter]:
@@ -24,8 +24,9 @@ def new_words(config, models) -> dict[str, nn.Parameter]:
 
     A word without initial text starts at random. A word that is already loaded is trained further. Raises TrainError.
     """
-    clip, found = models["clip"], {}
-    for new in map(parse_word, config.new_words):
+    clip = models["clip"]
+    found: dict[str, nn.Parameter] = {}
+    for new in words_of(config):
         try:
             if clip.learned.find(new.word) is None:
                 clip.learn({new.word: start_vectors(config, models, new, len(found))})
@@ -40,13 +41,13 @@ def new_words(config, models) -> dict[str, nn.Parameter]:
 
 def word_files(config) -> dict[str, str]:
     """New word -> name of its result file."""
-    return {word: file_name(word) for word, *_ in map(parse_word, config.new_words)}
+    return {new.word: file_name(new.word) for new in words_of(config)}
 
 
 def start_vectors(config, models, new: NewWord, number: int) -> Tensor:
     """[k, D] initial vectors: the embeddings of the text's tokens, repeated evenly if k is larger; without text N(0, std²).
 
-    std is that of the vocabulary's embeddings. `number` is that of the word, for its random numbers.
+    std is that of the vocabulary's embeddings. `number` is the word's, and seeds its random numbers.
     """
     clip = models["clip"]
     tokens, _ = tokens_of(models.tokenizer, new.text, clip.words)
@@ -64,7 +65,7 @@ def start_vectors(config, models, new: NewWord, number: int) -> Tensor:
 
 def check_words_shown(config, dataset) -> None:
     """Raises TrainError for a new word that is in no caption, since it would never be trained."""
-    left = {parse_word(text).word for text in config.new_words}
+    left = {new.word for new in words_of(config)}
     for i, texts in enumerate(dataset.captions if left else ()):
         options = picture_options(dataset, config, i)
         for text in texts:  # the raw caption too: the word may be inside a wildcard
@@ -74,5 +75,5 @@ def check_words_shown(config, dataset) -> None:
             return
     if left:
         word = min(left)
-        raise TrainError(f"new_words has {word!r}, which stands in no caption; write it there, or put it before all of them "
+        raise TrainError(f"new_words has {word!r}, which is in no caption; write it there, or add it to all of them "
                          f"(trigger or prefix)")

@@ -1,4 +1,4 @@
-"""Optimizers, learning rates, loss scaling and moving average. Except the optimizers, all are pure functions of the step."""
+"""Optimizers, learning rates, loss scaling and moving average. All but the optimizers are pure functions of the step."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from sd.adapters.layer import LoRALayer
 from sd.lora_files.block_weights import BlockWeightError, block_multipliers
 from sd.lora_files.modules import Modules
 from sd.training.errors import TrainError
@@ -93,13 +94,15 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], config, modules: Modu
 def _rates(parameters: Iterable[str], config, modules: Modules | None) -> dict[str, float]:
     """Parameter name -> learning rate, before the schedule."""
     paths = {name: name.rpartition(".")[0] for name in parameters}
-    blocks = {}
+    blocks: dict[str, float] = {}
     if config.block_rates:
+        assert modules is not None
         trained = Modules(modules.names, {path: shape for path, shape in modules.shapes.items() if path in set(paths.values())})
         try:
-            blocks = block_multipliers(",".join(config.block_rates), trained).table
+            found = block_multipliers(",".join(config.block_rates), trained)
         except BlockWeightError as error:
             raise TrainError(f"block_rates is {config.block_rates!r}; of what is trained: {error}") from None
+        blocks = found.table if found else {}
         if min(blocks.values(), default=0) < 0:
             raise TrainError(f"block_rates is {config.block_rates!r}; allowed: factors of 0 or more")
     if config.lora_plus != 1 and not any(name.endswith(".up") for name in paths):
@@ -117,11 +120,11 @@ def _rates(parameters: Iterable[str], config, modules: Modules | None) -> dict[s
 
 @contextmanager
 def final_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Inside, the trained weights are those that the optimizer would end with; afterwards they are the same bits as before.
+    """Inside the block the trained weights are those the optimizer would end with; afterwards they are restored bit for bit.
 
     Schedule-free takes its gradients at one point and ends at another; for all others this does nothing.
     """
-    if not hasattr(optimizer, "eval"):
+    if not hasattr(optimizer, "train"):
         yield
         return
     kept = [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
@@ -131,12 +134,12 @@ def final_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     finally:
         optimizer.train()
         with torch.no_grad():
-            for p, value in kept:  # the way back rounds
+            for p, value in kept:  # switching back rounds
                 p.copy_(value)
 
 
 def settle(optimizer: torch.optim.Optimizer) -> None:
-    """After the last step: the trained weights become those to keep, see `final_weights`."""
+    """Make the trained weights final after the last step, see `final_weights`."""
     if hasattr(optimizer, "eval"):
         optimizer.eval()
 
@@ -156,8 +159,8 @@ SCHEDULES = {
 def lr_factor(step: int, config) -> float:
     """Factor of the learning rate at a step, from 0 on: linear warm-up, then one of SCHEDULES, which end at 0.
 
-    cosine_restarts falls to 0 `cycles` times (Loshchilov and Hutter 2017), polynomial is (1 - progress)^power. After a
-    restart of ReLoRA there is another warm-up.
+    cosine_restarts falls to 0 `cycles` times (Loshchilov and Hutter 2017), polynomial is (1 - progress)^power. Each
+    restart of ReLoRA adds another warm-up.
     """
     if step < config.warmup:
         return (step + 1) / config.warmup
@@ -208,15 +211,14 @@ def next_loss_scale(state: Tensor, good: Tensor) -> Tensor:
 def step_unless(bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
     """Take an optimizer step unless `bad` (a scalar) is true. Fused optimizers decide on the device, without a sync."""
     if getattr(optimizer, "_step_supports_amp_scaling", False):
-        optimizer.found_inf = bad.float()
+        optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         optimizer.step()
     elif not bad:
         optimizer.step()
 
 
-
 @torch.no_grad()
-def limit_norms(layers: Mapping[str, nn.Module], name: str, max_norm: float) -> None:
+def limit_norms(layers: Mapping[str, LoRALayer], name: str, max_norm: float) -> None:
     """Scale the factors of adapter `name` in each LoRALayer, all alike, so that ΔW has a Frobenius norm of at most `max_norm`.
 
     This is kohya's scale_weight_norms; ΔW is taken before DoRA's magnitude. Weights within the limit keep their bits, and
@@ -229,7 +231,7 @@ def limit_norms(layers: Mapping[str, nn.Module], name: str, max_norm: float) -> 
         if not adapter.is_product:
             raise TrainError(f"max_norm is {max_norm}, which does not go with kind {adapter.kind!r} (on {path}); "
                              f"allowed: {', '.join(sorted(PRODUCTS))}")
-        factors = [p for key, p in adapter.named_parameters() if key not in ("magnitude", "diff_b")]
+        factors: list[Tensor] = [p for key, p in adapter.named_parameters() if key not in ("magnitude", "diff_b")]
         if not factors:  # a difference of the bias alone
             continue
         # Most kinds need only the shape of W: avoid an fp32 copy of a half-precision or quantised weight.

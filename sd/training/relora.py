@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -61,9 +62,9 @@ def restart(step: int, config, models, optimizer: torch.optim.Optimizer) -> None
     with exact():
         for layer, adapter, merged in _pairs(config, models):
             change, bias = _sum(layer, adapter, merged)
-            merged.diff.copy_(change)
-            if bias is not None:
-                merged.diff_b.copy_(bias)
+            for moved, total in ((merged.diff, change), (merged.diff_b, bias)):
+                if moved is not None and total is not None:
+                    moved.copy_(total)
             adapter.restart(layer.lora_shape())
             for p in adapter.parameters():
                 optimizer.state.pop(p, None)  # every optimizer in OPTIMIZERS_THAT_FORGET creates it again
@@ -88,7 +89,8 @@ def fold(config, models) -> None:
     with exact():
         for layer, adapter, merged in _pairs(config, models):
             change, bias = _sum(layer, adapter, merged)
-            path, more = paths[id(layer)], {} if bias is None else {"diff_b": bias}
+            path = paths[id(layer)]
+            more: dict[str, Any] = {} if bias is None else {"diff_b": bias}
             if config.relora_save == "full" or change.dim() < 2:
                 state[path] = AdapterWeights("full", {"diff": change, **more})
             else:
@@ -107,11 +109,17 @@ def _pairs(config, models) -> Iterator[tuple[LoRALayer, Adapter, Full]]:
     name = merged_name(config.name)
     for layer in lora_layers(models).values():
         if name in layer.adapter_names:
-            yield layer, layer.adapter(config.name), layer.adapter(name)
+            merged = layer.adapter(name)
+            assert isinstance(merged, Full)  # see attach_merged
+            yield layer, layer.adapter(config.name), merged
 
 
 def _sum(layer: LoRALayer, adapter: Adapter, merged: Full) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The total change of the weight, and of the bias."""
     W = layer.base_weight()
+    assert merged.diff is not None
     change, bias = adapter.add_to(merged.diff.to(W.dtype), W, 1.0), adapter.bias_delta(layer.base_bias())
-    return change, None if bias is None else bias + at_least_fp32(merged.diff_b)
+    if bias is None:
+        return change, None
+    assert merged.diff_b is not None  # attach_merged adds one beside each bias of a LoRA
+    return change, bias + at_least_fp32(merged.diff_b)

@@ -1,6 +1,6 @@
 """Every rule of a TrainConfig: the values that an option may have, alone and beside the others.
 
-The allowed names of an option stand in its type, a Literal of config.py; nothing here imports the code that implements them.
+The allowed names of an option are in its type, a Literal of config.py; nothing here imports the code that implements them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def check(config) -> None:
 # ---- one option by itself --------------------------------------------------------------------------------------------
 
 def allowed_names(config_class: type) -> dict[str, tuple[str, ...]]:
-    """Field -> the values of its Literal, or of the Literal that each item of its tuple has."""
+    """Field -> the values of its Literal, or of the Literal of its tuple's items."""
     found = {}
     for field, hint in get_type_hints(config_class).items():
         item = get_args(hint)[0] if get_origin(hint) is tuple else hint
@@ -53,13 +53,13 @@ def allowed_names(config_class: type) -> dict[str, tuple[str, ...]]:
 
 
 def names(config) -> Iterator[Rule]:
-    """Options that are one, or several, of a few names."""
+    """Options whose values are one or several of a few names."""
     for field, allowed in allowed_names(type(config)).items():
         value = getattr(config, field)
         yield all(v in allowed for v in (value if isinstance(value, tuple) else (value,))), field, ", ".join(allowed)
 
 
-# fields, whether a value is allowed, and what is
+# (fields, check of a value, what is allowed)
 VALUES = (
     (("steps", "batch_size", "accumulate", "save_every", "rank", "cycles", "validate_every", "sample_every", "sample_steps"),
      lambda v: v >= 1, "1 or more"),
@@ -95,7 +95,7 @@ VALUES = (
 
 
 def values(config) -> Iterator[Rule]:
-    """Options whose values have limits."""
+    """Options with limited values."""
     for fields, is_allowed, allowed in VALUES:
         for field in fields:
             yield is_allowed(getattr(config, field)), field, allowed.format(field=field)
@@ -123,7 +123,7 @@ def optimization(config) -> Iterator[Rule]:
 
 
 class NewWord(NamedTuple):
-    """A word to learn; `vectors` is their number, or None for one for each token of the initial `text`."""
+    """A word to learn, with its number of `vectors`; None: one for each token of the initial `text`."""
 
     word: str
     vectors: int | None
@@ -133,12 +133,18 @@ class NewWord(NamedTuple):
 def parse_word(text: str) -> NewWord | None:
     """Parse WORD=text or WORD:VECTORS=text, where the text is optional; None if it is neither."""
     match = re.fullmatch(r"\s*([^=\s][^=]*?)\s*(?::\s*(\d{1,3}))?\s*(?:=(.*))?", text, re.S)
-    return NewWord(match[1], match[2] and int(match[2]), (match[3] or "").strip()) if match else None
+    return NewWord(match[1], int(match[2]) if match[2] else None, (match[3] or "").strip()) if match else None
+
+
+def words_of(config) -> list[NewWord]:
+    """The words of `new_words` that can be parsed."""
+    return [word for text in config.new_words if (word := parse_word(text))]
 
 
 def new_words(config) -> Iterator[Rule]:
-    words = [parse_word(text) for text in config.new_words]
-    yield None not in words, "new_words", "WORD=text or WORD:VECTORS=text, such as '<toy>=a small toy' or '<toy>:4=toy'"
+    words = words_of(config)
+    yield (len(words) == len(config.new_words), "new_words",
+           "WORD=text or WORD:VECTORS=text, such as '<toy>=a small toy' or '<toy>:4=toy'")
     yield all(word.vectors is None or 1 <= word.vectors <= 75 for word in words), "new_words", "1 to 75 vectors for a word"
     files = [file_name(word.word).lower() for word in words]
     yield len(set(files)) == len(files), "new_words", "words that differ in letters, digits, _, ., + or -"
@@ -206,7 +212,7 @@ CAPTIONS = ("caption_dropout", "shuffle_tags", "prefix", "suffix", "trigger", "w
 DIFFUSION = ("loss", "weighting", "zero_terminal_snr", "min_timestep", "max_timestep", "timestep_bias", "noise_offset",
              "pyramid_noise", "input_perturbation", "masks", "checkpointing", "compile")
 
-# fields, whether they have an effect, and where they have
+# (fields, whether they have an effect, where they have one)
 EFFECTS = (
     (LORA, lambda c: c.train == "lora", "train lora"),
     (("rank",), lambda c: c.kind in SIZED, "a kind that has ranks"),
@@ -233,7 +239,7 @@ EFFECTS = (
 
 
 def effects(config) -> Iterator[Rule]:
-    """An option without effect beside the others must be left at its default, so that none is ignored in silence."""
+    """An option that the others leave without effect must stay at its default, so that none is silently ignored."""
     for fields, has_effect, where in EFFECTS:
         for field in () if has_effect(config) else fields:
             yield is_default(config, field), field, f"{default(config, field)!r}, since it has an effect only with {where}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from sd.adapters.layer import MERGED
 from sd.files.atomic import atomic_write
 from sd.files.hashes import digest, headed
 from sd.files.tensor_file import CheckpointError
@@ -22,11 +24,8 @@ from sd.training.dist import is_main, wait
 from sd.training.errors import TrainError
 from sd.training.shard import own_part, whole
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
-
 
 STATE = "state.safetensors"
 
@@ -59,7 +58,7 @@ def open_folder(path: str | os.PathLike) -> Path:
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Lock the run's folder, so that a second training in it is refused. The lock ends with the process, however that ends."""
-    if fcntl is None or not is_main():
+    if sys.platform == "win32" or not is_main():  # Windows has no such locks
         yield
         return
     lock = os.open(folder, os.O_RDONLY)
@@ -75,14 +74,14 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 # ---- state -----------------------------------------------------------------------------------------------------------
 
-def save_state(folder: Path, progress: Progress, parameters: Mapping[str, nn.Parameter],
+def save_state(folder: Path, progress: Progress, parameters: Mapping[str, Tensor],
                optimizer: torch.optim.Optimizer, ema: Mapping[str, Tensor], facts: Mapping[str, object]) -> None:
     """Write the run's state atomically: weights, optimizer, moving average, progress, facts of the run."""
     tensors = {f"weights/{name}": whole(p, p.detach()) for name, p in parameters.items()}
     tensors |= {f"ema/{name}": whole(parameters[name], value) for name, value in ema.items()}
     for name, p in parameters.items():
         tensors |= {f"optimizer/{name}/{key}": whole(p, v) for key, v in optimizer.state[p].items() if isinstance(v, Tensor)}
-    # Counters and estimates of the optimizer that are not tensors, such as Prodigy's d.
+    # The optimizer's counters and estimates that are not tensors, such as Prodigy's d.
     numbers = {"groups": [_numbers(group) for group in optimizer.param_groups],
                "states": {name: _numbers(optimizer.state[p]) for name, p in parameters.items()}}
     if is_main():
@@ -96,7 +95,7 @@ def _numbers(values: Mapping[str, object]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def load_state(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer,
+def load_state(folder: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer,
                ema: dict[str, Tensor], facts: Mapping[str, object], defaults: Mapping[str, object] | None = None,
                free: Collection[str] = ()) -> Progress:
     """Restore the last save of a run, in place; without one the run starts at step 0.
@@ -125,7 +124,7 @@ def load_state(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: 
     for name, p in parameters.items():
         p.copy_(own_part(p, tensors[f"weights/{name}"]))
         state = {key.rsplit("/", 1)[1]: value for key, value in tensors.items() if key.startswith(f"optimizer/{name}/")}
-        # Copied: what is read is a view of the mapped file.
+        # own_part copies: the tensors read are views of the mapped file.
         optimizer.state[p] = {key: own_part(p, value) for key, value in state.items()}
         optimizer.state[p] |= numbers["states"].get(name, {})
         if name in ema:
@@ -140,10 +139,11 @@ def fingerprint(models: Models, trained: Mapping[str, nn.Parameter]) -> str:
     config = models.config.to_dict()
     if not config["zero_terminal_snr"]:
         del config["zero_terminal_snr"]  # older versions did not have it, and their runs must still resume
-    skip, parts = {id(p) for p in trained.values()}, [json.dumps(config, sort_keys=True)]
+    skip = {id(p) for p in trained.values()}
+    parts: list[str | Tensor] = [json.dumps(config, sort_keys=True)]
     for component in sorted(models):  # quantised weights are buffers
         for name, p in chain(models[component].named_parameters(), models[component].named_buffers()):
-            if id(p) not in skip and ".adapters." not in name and not name.endswith(("merged_weight", "merged_bias")):
+            if id(p) not in skip and ".adapters." not in name and not name.endswith(MERGED):
                 parts += headed(f"{component}.{name}", p)
     return digest(parts)[:16]
 

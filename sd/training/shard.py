@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from copy import deepcopy
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
@@ -13,12 +14,15 @@ from torch import Tensor, nn
 from sd.models import Models
 from sd.training.dist import is_joined, is_main, is_sharded, rank, world
 
+if TYPE_CHECKING:
+    from sd.training.dist import Part
+
 
 def shard(models: Models, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     """Shard the networks that own these parameters, block by block; returns this rank's parts, as plain tensors.
 
     A block is gathered only while it computes. All ranks must call a network equally often, in samples and validation too.
-    Elementwise work on the parts, such as an optimizer's step, needs to know nothing of the sharding.
+    Elementwise work on the parts, such as an optimizer's step, need not know about the sharding.
     """
     if not is_joined():
         return dict(parameters)
@@ -35,16 +39,17 @@ def shard(models: Models, parameters: Mapping[str, nn.Parameter]) -> dict[str, n
                 fully_shard(block, mesh=mesh)
         # Otherwise parameters outside the blocks would stay gathered after a forward without a backward, such as a sample's.
         fully_shard(network, mesh=mesh, reshard_after_forward=True)
-    parts = {}
+    parts: dict[str, nn.Parameter] = {}
     for name in parameters:
         key, _, path = name.partition(".")
         p = models[key].get_parameter(path)
-        parts[name] = nn.Parameter(p.detach().to_local())  # the same memory
-        parts[name].part_of = p
+        part = cast("Part", nn.Parameter(p.detach().to_local()))  # the same memory
+        part.part_of = p
+        parts[name] = part
     return parts
 
 
-def whole(p: nn.Parameter, value: Tensor) -> Tensor:
+def whole(p: Tensor, value: Tensor) -> Tensor:
     """Gather a value of p's shape, such as a moment, on rank 0's CPU; returned as it is if p is not sharded.
 
     All ranks must call it; only rank 0's result is meaningful.
@@ -58,14 +63,14 @@ def whole(p: nn.Parameter, value: Tensor) -> Tensor:
     return torch.cat(parts)[:len(p.part_of)].cpu() if parts else value
 
 
-def own_part(p: nn.Parameter, value: Tensor) -> Tensor:
+def own_part(p: Tensor, value: Tensor) -> Tensor:
     """The inverse of `whole`: a copy of this rank's part on the device of p."""
     if is_sharded(p) and value.shape == p.part_of.shape:
         value = value[rank() * _rows(p):][:_rows(p)]
     return value.to(p.device, copy=True)
 
 
-def _rows(p: nn.Parameter) -> int:
+def _rows(p: Part) -> int:
     return -(-len(p.part_of) // world())  # of a part, as torch.chunk makes them; the last ones have fewer or none
 
 

@@ -96,7 +96,7 @@ def frozen_parts(config, models: Models) -> dict[str, Tensor]:
 
     These are the subtracted start of PiSSA, the moved changes of ReLoRA, and modules of `from_lora` in untrained networks.
     """
-    parts = {}
+    parts: dict[str, Tensor] = {}
     for path, layer in lora_layers(models).items():
         for name in adapters_in_training(config):
             if name in layer.adapter_names:
@@ -133,14 +133,16 @@ def _attach_lora(config, models: Models) -> dict[str, Adapter]:
 
 def _ranks(config, networks: Mapping[str, nn.Module]) -> tuple[dict[str, int], dict[str, float]]:
     """(path -> rank, path -> alpha) of every target, from rank, alpha, rslora and block_ranks."""
-    targets, blocks = find_targets(networks, config.targets), {}
+    targets = find_targets(networks, config.targets)
+    blocks: dict[str, float] = {}
     if config.block_ranks:
         every = modules_of(networks)
         modules = Modules(every.names, {path: shape for path, shape in every.shapes.items() if path in targets})
         try:
-            blocks = block_multipliers(",".join(config.block_ranks), modules).table
+            found = block_multipliers(",".join(config.block_ranks), modules)
         except BlockWeightError as error:
             raise TrainError(f"block_ranks is {config.block_ranks!r}; of the targets: {error}") from None
+        blocks = found.table if found else {}
     for value in blocks.values():
         if value < 0 or value != int(value):
             raise TrainError(f"block_ranks is {config.block_ranks!r}; allowed: whole numbers of 0 or more")
@@ -172,7 +174,7 @@ def start_with_principal(adapter: LowRank, layer: LoRALayer, path: str) -> None:
 
 
 def _attach_file(config, models: Models, networks: Mapping[str, nn.Module]) -> None:
-    """Attach the file `from_lora`. Its modules in untrained networks stay unchanged and are part of the result."""
+    """Attach the file `from_lora`. Its modules in networks that are not trained stay as they are, also in the result."""
     if config.name in adapter_names(models):
         raise TrainError(f"an adapter named {config.name!r} is there already; remove it, or choose another name")
     found = read_lora(config.from_lora, modules_of(models))
@@ -204,7 +206,7 @@ def start_hash(config, models: Models) -> str | None:
     """Hash of the weights of `from_lora`, independent of path and format; None without one. Call before the first step."""
     if config.from_lora is None:
         return None
-    parts = []
+    parts: list[str | Tensor] = []
     for path, weights in sorted(lora_state(models, config.name).items()):
         parts.append(repr((path, weights.kind, weights.alpha)))
         for name, tensor in sorted(weights.tensors.items()):

@@ -153,7 +153,7 @@ def test_a_step_before_its_turn_is_one_sentence(class_room):
 
 
 @pytest.mark.parametrize("change, message", [
-    ("train.stepz=3", "train: 'stepz' is no option of a training; is it 'steps'"),
+    ("train.stepz=3", "train: 'stepz' is not a training option; did you mean 'steps'"),
     ("lora.rank=many", "lora: rank is 'many'; it must be a whole number"),
     ("model.prediction=w", "prediction 'w' is unknown; allowed: 'eps', 'v'"),
     ("model.widths=3", "unknown field 'widths' in the model config; known: .*unet"),

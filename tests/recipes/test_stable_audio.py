@@ -269,7 +269,7 @@ def test_a_file_of_loraw_is_w_plus_scale_up_down_in_diffusers_network(dora, tmp_
     fresh = audio.new_model(CONFIGS)
     audio.load_lora(fresh, tmp_path / "ours.safetensors")
     assert torch.equal(run(fresh), run(model))
-    with pytest.raises(ValueError, match="scale is 2.5, but ours.safetensors is no file of LoRAW"):
+    with pytest.raises(ValueError, match="scale is 2.5, but ours.safetensors is not a LoRAW file"):
         audio.load_lora(fresh, tmp_path / "ours.safetensors", "again", scale=scale)
 
 
@@ -397,7 +397,7 @@ def test_what_cannot_be_trained_is_one_clear_sentence(change, said):
     ("sample --model base.safetensors --seconds 0", "seconds is 0.0; allowed"),
     ("sample --model base.safetensors --out base.safetensors", "is read by this"),
     ("sample --model none.safetensors", "no such file"),
-    ("sample --model lora.safetensors", "is no model of this recipe"),
+    ("sample --model lora.safetensors", "is not a model of this recipe"),
     ("merge --model base.safetensors --lora base.safetensors", "base.safetensors"),
     ("train --config bad.json --model base.safetensors", "section 'lorra' is unknown; allowed: library, model, base"),
     ("train --config base.safetensors --model base.safetensors", "cannot be read"),

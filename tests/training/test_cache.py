@@ -26,7 +26,7 @@ from sd.training.dataset.cache import Posteriors, Store, cached_pictures, networ
 from sd.training.dataset.contexts import Contexts, TextStore
 from sd.training.dataset.open import open_data
 from sd.training.errors import DataError
-from tests.training.test_data import Config
+from tests.training.test_data import config_of
 from tests.training.tiny import SMALL, copy_of, pictures
 
 
@@ -42,7 +42,7 @@ def folder(tmp_path) -> Path:
 
 def opened(folder: Path, known=frozenset(), **options):
     steps = {"bucket_step": 8, "bucket_min": 8} if "buckets" in options else {}
-    return open_data(Config(data=str(folder), **steps, **options), size=16, channels=1, factor=2, known=known)
+    return open_data(config_of(data=str(folder), **steps, **options), size=16, channels=1, factor=2, known=known)
 
 
 def counted(monkeypatch, network) -> Counter:
@@ -140,7 +140,7 @@ def test_a_damaged_file_is_told_and_made_again_with_the_same_bits(models, folder
     rows = counted(monkeypatch, models["encoder"])
     with caplog.at_level(logging.WARNING, "sd"):
         after = everything(Posteriors(models, data, cache), data)
-    assert [r.getMessage() for r in caplog.records if str(path) in r.getMessage() and "it is made again" in r.getMessage()]
+    assert [r.getMessage() for r in caplog.records if str(path) in r.getMessage() and "rebuilding it" in r.getMessage()]
     assert len(caplog.records) == 1 and rows["rows"] == 1
     assert all(torch.equal(a, b) for a, b in zip(before, after)) and path.read_bytes() == content
 
@@ -150,7 +150,7 @@ def test_a_file_that_goes_while_it_is_used_is_a_sentence(models, folder, tmp_pat
     posteriors = Posteriors(models, data, tmp_path / "cache", limit=0)
     for path in cache_files(tmp_path / "cache"):
         path.unlink()
-    with pytest.raises(DataError, match="was changed or removed while it is used; start again"):
+    with pytest.raises(DataError, match="was changed or removed while in use; start again"):
         posteriors([0])
 
 

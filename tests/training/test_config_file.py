@@ -86,7 +86,7 @@ def test_loraws_section_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("name, text, message", [
-    ("a.toml", "rnk = 8", "'rnk' is no option of a training; is it 'rank'?"),
+    ("a.toml", "rnk = 8", "'rnk' is not a training option; did you mean 'rank'?"),
     ("a.toml", "[net]\nrank = 8", "has a section 'net'; allowed: data, model, lora"),
     ("a.toml", "rank = 8\n[lora]\nrank = 4", "rank is given twice"),
     ("a.toml", "rank = 8.5", "rank is 8.5; it must be a whole number"),
@@ -99,7 +99,7 @@ def test_loraws_section_is_read(tmp_path):
     ("a.toml", "[lora]\nmultiplier = 'x'", "multiplier is 'x'; it must be a number"),
     ("a.toml", "[lora]\ncomponent_whitelist = 3", "component_whitelist is 3; it must be a list"),
     ("a.toml", "rank = ", "cannot be read: Invalid value"),
-    ("a.json", "[1]", "holds no names with values"),
+    ("a.json", "[1]", "has no names with values"),
     ("a.yaml", "a: [", "cannot be read: while parsing"),
     ("a.yaml", "!!python/object/apply:os.system ['false']", "cannot be read: could not determine a constructor"),
     ("a.ini", "", "a config is a .toml, .json, .yaml, .yml file"),

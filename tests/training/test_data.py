@@ -89,7 +89,7 @@ def test_an_unquoted_name_ends_at_the_colon_and_the_caption_may_hold_more(tmp_pa
 @pytest.mark.parametrize("name, content, message", [
     ("captions.txt", "a.png: x\nb: c.png: y", "line 2: 'b' is not in the folder"),
     ("captions.txt", "a.png: x\n\nno colon", "line 3: expected `name.png: caption`"),
-    ("captions.txt", "a.png: x\na.png: y", "line 2: 'a.png' is there twice"),
+    ("captions.txt", "a.png: x\na.png: y", "line 2: 'a.png' is listed twice"),
     ("captions.txt", "a.png: x", "1 of 2 pictures have no caption, first: b: c.png"),
     ("metadata.csv", "name,text\na.png,x", r"line 1: expected the columns file_name and text, found \['name', 'text'\]"),
     ("metadata.csv", "", "line 1: expected the columns"),
@@ -122,7 +122,7 @@ def test_numbered_folders_repeat_their_pictures_and_their_name_is_the_caption_th
     assert data.captions == [("dog",), ("sks dog",), ("caption of b: c.png",)]
     assert Counter(data.uses) == {0: 1, 1: 3, 2: 3}
     noise(16, 16).save(tmp_path / "lost.png")
-    with pytest.raises(DataError, match="lost.png: lies beside numbered folders such as 1_dog"):
+    with pytest.raises(DataError, match="lost.png: is beside numbered folders such as 1_dog"):
         read_folder(tmp_path)
     (tmp_path / "lost.png").unlink()
     (tmp_path / "1_dog").rename(tmp_path / "0_dog")
@@ -165,11 +165,11 @@ def test_a_toml_of_sources_has_weights_and_caption_options_of_its_own(tmp_path):
     ("[[source]]\ndata = 'a'\nshuffle_tags = 1", "shuffle_tags is 1; a bool is needed"),
     ("[[source]]\ndata = 'a'\nweight = 1\nrepeats = 2", "weight does not go with repeats"),
     ("[[source]]\ndata = 'a'\n[[source]]\ndata = 'b'\nweight = 2", "some sources have a weight and some have none"),
-    ("[[source]]\ndata = 'a'\n[[source]]\ndata = 'a'", "source 2: data 'a' is there twice; use repeats"),
+    ("[[source]]\ndata = 'a'\n[[source]]\ndata = 'a'", "source 2: data 'a' is listed twice; use repeats"),
     ("[[source]]\ndata = 'x.toml'", "source 1: data is 'x.toml'; allowed: a folder"),
     ("[[source]]\ndata = 'nowhere'", "nowhere: no such folder"),
     ("data = 'a'", "expected \\[\\[source\\]\\] tables and nothing else, found data"),
-    ("", "expected .* found nothing"), ("[[source", "is no TOML")])
+    ("", "expected .* found nothing"), ("[[source", "not valid TOML")])
 def test_a_toml_that_does_not_fit_is_refused(tmp_path, content, message):
     for name in "ab":
         write(tmp_path / name, {"a.png": (16, 16)})

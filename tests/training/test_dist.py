@@ -282,7 +282,7 @@ def test_a_lost_process_and_ctrl_c_end_all_with_a_sentence_and_one_process_finis
 
     done = torchrun(killed_then_interrupted, tmp_path / "run", "--max-restarts", "1")
     assert done.returncode != 0
-    assert done.stderr.count("error: process 0 of 2 ends, because another one of this training was lost") == 1, done.stderr
+    assert done.stderr.count("error: process 0 of 2 ends, because another process of this training was lost") == 1, done.stderr
     ends = (tmp_path / "ends").read_text().splitlines()  # of the first start, torchrun may end what is left before it writes
     assert sorted(ends)[-3:] in ([f"process {r} status {s} step {k}" for r, s, k in of] for of in (
         [(0, 130, 6), (1, 130, 6)], [(0, 130, 6), (0, 2, 2), (1, 130, 6)])), done.stderr

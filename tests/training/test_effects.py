@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from sd.adapters.lycoris import KINDS
+from sd.adapters.kinds import KINDS
 from sd.adapters.quant import FORMATS
 from sd.training import TrainConfig, TrainError
 from sd.training.loss import LOSSES, WEIGHTINGS

@@ -171,8 +171,8 @@ def test_a_picture_that_cannot_be_used_is_named_before_training(tmp_path, models
 @pytest.mark.parametrize("line, message", [
     ("{", "line 1: expected"), ('{"file_name": "a.png"}', "line 1: expected"), ("[1]", "line 1: expected"),
     ('{"file_name": "z.png", "text": "z"}', "'z.png' is not in the folder"),
-    ('{"file_name": "a.png", "text": 5}', "'a.png' has a text that is no string"),
-    ('{"file_name": "a.png", "text": ""}\n{"file_name": "a.png", "text": ""}', "line 2: 'a.png' is there twice"),
+    ('{"file_name": "a.png", "text": 5}', "'a.png' has a text that is not a string"),
+    ('{"file_name": "a.png", "text": ""}\n{"file_name": "a.png", "text": ""}', "line 2: 'a.png' is listed twice"),
     ('{"file_name": "a.png", "text": ""}', "1 of 2 pictures have no caption, first: b.png")])
 def test_a_bad_line_of_metadata_is_named(tmp_path, line, message):
     write(tmp_path, captions=())
@@ -414,7 +414,7 @@ def test_a_bad_value_is_refused_by_name_and_with_what_is_allowed(field, value):
 
 @pytest.mark.parametrize("change, message", [
     ({"data": ""}, "no data: name a folder"), ({"data": "no/such/folder"}, "no such folder"),
-    ({"data": __file__}, "is no folder"),
+    ({"data": __file__}, "not a folder"),
     ({"size": 15}, "size is 15; it must be a multiple of 2, such as 14"),
     ({"out": __file__}, "cannot write there"), ({"out": "/proc/nowhere"}, "cannot write there")])
 def test_what_cannot_be_read_or_written_is_told_before_training(tmp_path, models, change, message):

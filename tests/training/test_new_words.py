@@ -158,7 +158,7 @@ def test_what_cannot_be_is_refused_before_anything_is_read(change, message):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"prefix": ""}, "new_words has '<toy>', which stands in no caption"),
+    ({"prefix": ""}, "new_words has '<toy>', which is in no caption"),
     ({"new_words": ("cat=dog",)}, "new_words: 'cat' cannot be a learned word: the vocabulary has it"),
     ({"new_words": ("<toy>:1=a red cat",)}, "'<toy>' with 1 vectors, and its text 'a red cat' has 3 tokens"),
 ])

@@ -1,13 +1,11 @@
-"""The content of each micro-batch: pictures, captions, crops and noise as pure functions of (seed, its number).
-
-B images.
-"""
+"""The content of each micro-batch: pictures, captions, crops and noise as pure functions of (seed, its number). B images."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,8 +79,8 @@ def batch_captions(dataset: PictureData, indices: list[int], config, number: int
     return texts
 
 
-def picture_options(dataset: PictureData, config, i: int) -> dict[str, object]:
-    """The caption options of picture i: its source's, else the config's."""
+def picture_options(dataset: PictureData, config, i: int) -> dict[str, Any]:
+    """The caption options of picture i: those of its source, else those of the config."""
     return caption_options(config, dataset.options[i])
 
 

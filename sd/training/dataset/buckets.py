@@ -35,8 +35,8 @@ class Buckets:
             if self.upscale or (w <= width and h <= height):
                 return w, h
             size -= self.step
-        raise DataError(f"{name}: has {width} x {height} pixels, less than its smallest bucket; allow upscale, or take the "
-                        f"picture away")
+        raise DataError(f"{name}: has {width} x {height} pixels, less than its smallest bucket; allow upscale, or remove "
+                        f"the picture")
 
 
 @lru_cache(maxsize=256)

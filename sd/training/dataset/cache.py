@@ -26,7 +26,7 @@ from sd.training.errors import DataError
 
 log = logging.getLogger("sd")
 
-FORMAT = 1  # to be increased when the computation changes
+FORMAT = 1  # increase it when the computation changes
 
 
 class Store:
@@ -37,16 +37,16 @@ class Store:
 
     def __init__(self, folder: str | Path, limit: int | None = None):
         self.folder, self.limit = Path(folder), limit
-        self.bytes = None if limit is None else sum(f.stat().st_size for f in self.folder.glob("*/*.safetensors"))
+        self.bytes = 0 if limit is None else sum(f.stat().st_size for f in self.folder.glob("*/*.safetensors"))
 
     def path(self, key: Mapping[str, object]) -> Path:
-        """Path of the file, in a subfolder named by the first two letters of its own name."""
+        """Path of the file, in a subfolder named by the first two letters of its name."""
         own = digest([self._text(key)])[:32]
         name = f"{key['picture']}-{own}" if "picture" in key else own
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def read(self, key: Mapping[str, object]) -> dict[str, Tensor] | None:
-        """Copies of the file's tensors; None if there is no file, or a damaged one, which is logged."""
+        """Copies of the file's tensors; None if it is missing or, with a warning, damaged."""
         path = self.path(key)
         if not path.exists():
             return None
@@ -58,11 +58,11 @@ class Store:
             reason = "its content is not what was written"
         except CheckpointError as error:
             reason = str(error).removeprefix(f"{path}: ")
-        log.warning("%s: damaged (%s); it is made again", path, reason)
+        log.warning("%s: damaged (%s); rebuilding it", path, reason)
         return None
 
     def write(self, key: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
-        """Raises DataError if the disk is full or the folder is not writable."""
+        """Write a file, unless the limit is reached. Raises DataError if the disk is full or the folder is not writable."""
         if self.limit is not None:
             size = sum(tensor.nbytes for tensor in tensors.values())
             if self.bytes + size > self.limit:
@@ -83,7 +83,7 @@ class Store:
 
 def network_hash(network: nn.Module) -> str:
     """Hash of everything that a network's output depends on: its weights, and the active adapters with their multipliers."""
-    parts = []
+    parts: list[str | Tensor] = []
     for name, tensor in network.state_dict().items():
         if ".adapters." not in name:
             parts += headed(name, tensor)
@@ -139,10 +139,11 @@ class Posteriors:
     def _row(self, i: int, variant: int) -> dict[str, Tensor]:
         if (i, variant) in self.kept:
             return self.kept[i, variant]
+        assert self.store is not None  # without one all are kept
         tensors = self.store.read(self._key(i, variant))
         if tensors is None:
-            raise DataError(f"{self.store.path(self._key(i, variant))}: was changed or removed while it is used; start again, "
-                            f"and it will be made anew")
+            raise DataError(f"{self.store.path(self._key(i, variant))}: was changed or removed while in use; start again to "
+                            f"have it rebuilt")
         return tensors
 
     def _keep(self, i: int, variant: int, tensors: dict[str, Tensor]) -> None:
@@ -165,7 +166,7 @@ class Posteriors:
 
 
 def cached_pictures(folder: str | Path | None) -> set[str]:
-    """Hashes of the pictures whose latents a cache holds, and which were therefore read without error before."""
+    """Hashes of the pictures with latents in a cache, which were therefore read without error before."""
     if folder is None:
         return set()
     return {file.name.split("-")[0] for file in Path(folder, "latents").glob("*/*-*.safetensors")}

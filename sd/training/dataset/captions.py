@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
 # Every option with its default. With several sources (sources.py), each may override them.
 CAPTION_OPTIONS = {"caption_dropout": 0.0, "shuffle_tags": False, "keep_tokens": 0, "tag_separator": ",", "prefix": "",
                    "suffix": "", "trigger": "", "wildcards": False}
-_WILDCARD = re.compile(r"\{([^{}]*)\}")  # an innermost one
+_WILDCARD = re.compile(r"\{([^{}]*)\}")  # the innermost
 
 
-def caption_options(config, own: Mapping[str, object] = {}) -> dict[str, object]:  # noqa: B006 (it is only read)
+def caption_options(config, own: Mapping[str, Any] = {}) -> dict[str, Any]:  # noqa: B006 (it is only read)
     """The options in effect: the source's own, else the config's, else the default."""
     return {name: own.get(name, getattr(config, name, default)) for name, default in CAPTION_OPTIONS.items()}
 
 
-def seen_caption(caption: str, options: Mapping[str, object], rng: np.random.Generator) -> str:
+def seen_caption(caption: str, options: Mapping[str, Any], rng: np.random.Generator) -> str:
     """Apply all options except dropout, in this order; with the defaults the caption is returned unchanged.
 
     wildcards: each {a|b|c} becomes one of its parts, innermost first. shuffle_tags: the tags are shuffled, except for the
@@ -43,10 +44,10 @@ def seen_caption(caption: str, options: Mapping[str, object], rng: np.random.Gen
     return text
 
 
-def fixed_captions(captions: Iterable[Iterable[str]], options: Iterable[Mapping[str, object]]) -> list[str] | None:
+def fixed_captions(captions: Iterable[Iterable[str]], options: Iterable[Mapping[str, Any]]) -> list[str] | None:
     """All texts that can occur, sorted; None if wildcards or shuffling make them too many to list.
 
-    captions: those of each picture; options: those of each picture.
+    captions and options: those of each picture.
     """
     seen = set()
     for texts, chosen in zip(captions, options, strict=True):
@@ -59,7 +60,7 @@ def fixed_captions(captions: Iterable[Iterable[str]], options: Iterable[Mapping[
     return sorted(seen)
 
 
-def _varies(text: str, options: Mapping[str, object]) -> bool:
+def _varies(text: str, options: Mapping[str, Any]) -> bool:
     if options["wildcards"] and any("|" in choice for choice in _WILDCARD.findall(text)):
         return True
     return bool(options["shuffle_tags"]) and len(_tags(text, options["tag_separator"])) > options["keep_tokens"] + 1

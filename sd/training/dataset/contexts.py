@@ -1,4 +1,4 @@
-"""Captions to context; only once per caption if the text encoder is frozen."""
+"""Captions to context, encoded only once per caption if the text encoder is frozen."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONTEXT_BYTES = 1 << 30  # of contexts kept in memory
 class Contexts:
     """Captions -> context [B, L, D] on the UNet's device: encoded in each batch if the text encoder is `trained`, else once.
 
-    Contexts of a frozen text encoder are kept on the CPU, up to `limit` bytes, of which the least recently used are dropped,
+    Contexts of a frozen text encoder are kept on the CPU, up to `limit` bytes (the least recently used are dropped first),
     and in `store`, a TextStore, if there is one.
     """
 
@@ -77,8 +77,8 @@ def all_captions(dataset, config) -> list[str] | None:
 class TextStore:
     """Tokens [1, L] -> context [L, D] in a folder, for the `Contexts` of a frozen text encoder.
 
-    The key holds the text encoder's weights and active adapters, its dtype, `clip_skip`, and the tokens. At most `limit`
-    bytes are written, since captions that vary would fill any disk.
+    The key holds the hash of the text encoder's weights and active adapters, its dtype, `clip_skip`, and the tokens. At most
+    `limit` bytes are written, since varying captions would fill any disk.
     """
 
     def __init__(self, folder: str | Path, models, clip_skip: int = 1, limit: int = 2 << 30):

@@ -1,4 +1,4 @@
-"""What a training asks of a data set. C channels, H, W pixels."""
+"""The interface of a data set that can be trained on. C channels, H, W pixels."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from sd.files.hashes import tensor_hash
 class PictureData:
     """Captioned pictures. A subclass has `captions`, `picture`, `fingerprint` and a length; the rest has defaults.
 
-    captions: those of each picture, of which one is drawn at each use. variants: how many crops and mirror images a picture
-    has. masked: whether `mask` is used. names: of the pictures, to show; entries: the sources of pictures from files.
+    captions: those of each picture; one is drawn at each use. variants: number of crops and mirror images of each picture.
+    masked: whether `mask` is used. names: of the pictures, for messages. entries: the sources of pictures from files.
     """
 
     captions: Sequence[Sequence[str]]
@@ -31,7 +31,7 @@ class PictureData:
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """A hash of pictures and captions, by which a resumed run knows its data."""
+        """A hash of pictures and captions, by which a resumed run recognises its data."""
         raise NotImplementedError
 
     def mask(self, i: int, variant: int = 0) -> Tensor:
@@ -48,7 +48,7 @@ class PictureData:
 
     @cached_property
     def uses(self) -> Sequence[int]:
-        """The indices that make up an epoch: a picture may be in it several times."""
+        """The indices that make up an epoch; a picture may occur several times."""
         return range(len(self))
 
     @cached_property
@@ -69,11 +69,11 @@ class PictureData:
     @cached_property
     def sizes(self) -> Sequence[tuple[int, int]]:
         """(width, height) of each picture."""
-        return [tuple(self.picture(i).shape[:0:-1]) for i in range(len(self))]
+        return [(w, h) for _, h, w in (self.picture(i).shape for i in range(len(self)))]
 
 
 class GivenData(PictureData):
-    """A user's own data set: an object with `captions`, `picture(i)`, `fingerprint()` and a length, or more of the above."""
+    """A user's data set: an object with `captions`, `picture(i)`, `fingerprint()`, a length, and possibly more of the above."""
 
     OPTIONAL = ("variants", "masked", "entries", "mask", "made_of", "uses", "bucket_of", "options", "regular", "sizes")
 

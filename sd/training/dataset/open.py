@@ -1,4 +1,4 @@
-"""Opens the pictures that a training learns from, and those that it holds out."""
+"""Opens the pictures to learn from and the held-out ones."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from sd.training.errors import DataError, TrainError
 
 
 def open_pictures(config, models, dataset=None, held_out=None) -> tuple[PictureData, PictureData | None]:
-    """(data set to learn from, held-out data set or None): those that are given, else those of `config`.
+    """(data set to learn from, held-out data set or None): the given ones, else those of `config`.
 
-    A data set that is given has at least captions, picture(i), fingerprint() and a length. Raises TrainError or DataError.
+    A given data set has at least captions, picture(i), fingerprint() and a length. Raises TrainError or DataError.
     """
     given = None if held_out is None else as_picture_data(held_out)
     if dataset is not None:
@@ -58,9 +58,9 @@ def _open_files(config, models) -> tuple[Pictures, Pictures | None]:
 
 
 def is_held_out(entry: Entry, share: float) -> bool:
-    """Whether a picture belongs to the held-out `share`: by the hash of its file alone, so that others have no influence.
+    """Whether a picture belongs to the held-out `share`: decided by the hash of its file alone, whatever the others are.
 
-    Regularisation pictures never do.
+    Regularisation pictures never belong to it.
     """
     digest = hashlib.sha256(b"held out" + entry.content()).digest()
     return not entry.regular and int.from_bytes(digest[:8], "big") < share * 2**64
@@ -85,7 +85,7 @@ def open_data(config, *, size: int, channels: int, factor: int, known: Container
     """The pictures of `config.data` and `config.reg_data` for which `keep` is true, with all options of the config.
 
     size: side in pixels; with buckets, the root of the largest area. factor: pixels of a latent's side. known: hashes of
-    pictures that were read before (`cached_pictures`) and need no check. Raises DataError.
+    pictures (`cached_pictures`) that were read before and need no check. Raises DataError.
     """
     entries = read_sources(config.data, masks=config.masks)
     if config.reg_data:

@@ -1,7 +1,4 @@
-"""Data sets of pictures: from files, or in memory.
-
-C channels, H, W pixels.
-"""
+"""Data sets of pictures, from files or in memory. C channels, H, W pixels."""
 
 from __future__ import annotations
 
@@ -95,10 +92,10 @@ class Pictures(PictureData):
             return image.size[::-1] if turned else image.size
 
     def _cut(self, image: Image.Image, i: int, variant: int, resampling: Image.Resampling) -> Image.Image:
-        centering = (0.5, 0.5)
+        x, y = 0.5, 0.5
         if self.crop == "random":  # a function of picture and crop alone, so that other runs find it in the cache
-            centering = np.random.default_rng([int(self.digest(i), 16), variant // (2 if self.flip else 1)]).random(2)
-        image = ImageOps.fit(image, self.sizes[i], resampling, centering=tuple(centering))
+            x, y = np.random.default_rng([int(self.digest(i), 16), variant // (2 if self.flip else 1)]).random(2)
+        image = ImageOps.fit(image, self.sizes[i], resampling, centering=(x, y))
         return ImageOps.mirror(image) if self._flipped(variant) else image
 
     def _flipped(self, variant: int) -> bool:

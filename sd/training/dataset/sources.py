@@ -1,4 +1,4 @@
-"""Sources of pictures and captions: a folder, kohya's `10_name` folders, a TOML of several sources, Hugging Face.
+"""Sources of pictures and captions: a folder, kohya's `10_name` folders, a TOML that lists several, Hugging Face.
 
 Each is read into a list of `Entry`. Inconsistent data raises a DataError that names the first bad item.
 """
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from io import BytesIO, StringIO
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -29,9 +30,9 @@ MAX_REPEATS = 10_000
 
 @dataclass(frozen=True)
 class Entry:
-    """A picture in its source. `source`: its file, or a function that returns the bytes of one."""
+    """A picture with its captions. `source`: its file, or a function that returns the file's bytes."""
 
-    name: str  # within its source, independent of where that is
+    name: str  # within its source, wherever that is
     source: Path | Callable[[], bytes]
     captions: tuple[str, ...]
     origin: str = ""  # name of the source
@@ -45,7 +46,7 @@ class Entry:
         return str(self.source) if isinstance(self.source, Path) else f"{self.origin}, {self.name}"
 
     def content(self) -> bytes:
-        """The bytes of its file."""
+        """The bytes of the file. Raises DataError."""
         try:
             return self.source.read_bytes() if isinstance(self.source, Path) else self.source()
         except OSError as error:
@@ -72,7 +73,7 @@ def read_image(path: Path, mode: str) -> Image.Image:
 
 
 def read_sources(data: str, *, masks: bool = False) -> list[Entry]:
-    """All pictures of `data`: a folder, a .toml of several sources, or "hf:" with the name or path of a dataset.
+    """All pictures of `data`: a folder, a .toml that lists several sources, or "hf:" and the name or path of a dataset.
 
     Raises DataError for missing, inconsistent or duplicate items.
     """
@@ -87,22 +88,22 @@ def read_sources(data: str, *, masks: bool = False) -> list[Entry]:
 # ---- folders ---------------------------------------------------------------------------------------------------------
 
 def read_folder(folder: str | Path, *, masks: bool = False) -> list[Entry]:
-    """The pictures of a folder, sorted by name; or those of its subfolders `10_some words`, each repeated 10 times.
+    """The pictures of a folder, sorted by name, or those of its subfolders such as `10_some words`, repeated 10 times.
 
     Captions are in one of metadata.jsonl, metadata.csv (columns file_name, text) and captions.txt (lines `name: caption`,
-    with a name in quotes if it has a colon), else in a .txt beside each picture. In a numbered folder, its words are the
-    caption of pictures without one. With `masks`, the mask of a.png is a-mask.png or masks/a.png. Raises DataError.
+    names with a colon in quotes), else in a .txt beside each picture. The words of a numbered folder are the caption of
+    its pictures that have none. With `masks`, the mask of a.png is a-mask.png or masks/a.png. Raises DataError.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f"{folder}: {'is no folder' if folder.exists() else 'no such folder'}")
+        raise DataError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
     numbered = sorted(d for d in folder.iterdir() if d.is_dir() and re.fullmatch(r"\d+_.+", d.name) and _pictures(d))
     if not numbered:
         return _read_flat(folder, masks)
     stray = [*_pictures(folder), *folder.glob("*.txt"), *(folder / name for name in LISTS if (folder / name).exists())]
     if stray:
-        raise DataError(f"{stray[0]}: lies beside numbered folders such as {numbered[0].name}, so it would not be used; move "
-                        f"it into one of them")
+        raise DataError(f"{stray[0]}: is beside numbered folders such as {numbered[0].name}, where it would not be used; "
+                        f"move it into one of them")
     entries = []
     for part in numbered:
         repeats, words = part.name.split("_", 1)
@@ -129,7 +130,7 @@ def _read_flat(folder: Path, masks: bool, default: str | None = None) -> list[En
     without = [f.name for f in files if f.name not in captions]
     if without and default is None:
         raise DataError(f"{folder}: {len(without)} of {len(files)} pictures have no caption, first: {without[0]}")
-    return [Entry(f.name, f, (captions.get(f.name, default),), str(folder), mask=mask_of.get(f.name)) for f in files]
+    return [Entry(f.name, f, (captions.get(f.name, default or ""),), str(folder), mask=mask_of.get(f.name)) for f in files]
 
 
 def _texts(folder: Path, files: list[Path]) -> dict[str, str]:
@@ -168,15 +169,15 @@ def _masks(folder: Path, files: list[Path]) -> tuple[list[Path], dict[str, Path]
 def _listed(path: Path, files: list[Path]) -> dict[str, str]:
     names, captions = {f.name for f in files}, {}
     for number, name, text in LISTS[path.name](path):
-        wrong = ("is not in the folder" if name not in names else "is there twice" if name in captions
-                 else "has a text that is no string" if not isinstance(text, str) else None)
+        wrong = ("is not in the folder" if name not in names else "is listed twice" if name in captions
+                 else "has a text that is not a string" if not isinstance(text, str) else None)
         if wrong:
             raise DataError(f"{path}, line {number}: {name!r} {wrong}")
         captions[name] = text.strip()
     return captions
 
 
-def _jsonl(path: Path) -> Iterator[tuple[int, str, object]]:
+def _jsonl(path: Path) -> Iterator[tuple[int, str, Any]]:
     for number, line in enumerate(_read_text(path).split("\n"), 1):
         if not line.strip():
             continue
@@ -196,7 +197,7 @@ def _csv(path: Path) -> Iterator[tuple[int, str, object]]:
         for row in reader:
             if None in row or None in row.values():
                 raise DataError(f"{path}, line {reader.reader.line_num}: has {'more' if None in row else 'fewer'} values than "
-                                f"the first line has columns; a text with ',' stands in quotes")
+                                f"the first line has columns; quote a text that contains ','")
             yield reader.reader.line_num, row["file_name"], row["text"]
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.reader.line_num}: {error}") from None
@@ -208,7 +209,7 @@ def _colon_lines(path: Path) -> Iterator[tuple[int, str, object]]:
             continue
         found = re.fullmatch(r'\s*(?:"([^"]+)"|([^":]+?))\s*:(.*)', line)
         if not found:
-            raise DataError(f"{path}, line {number}: expected `name.png: caption`, with a name that holds ':' in quotes, "
+            raise DataError(f"{path}, line {number}: expected `name.png: caption`, names with ':' in quotes, "
                             f"found {line[:80]!r}")
         yield number, found[1] or found[2], found[3]
 
@@ -231,13 +232,13 @@ _SOURCE_KEYS = {"data": "", "repeats": 1, "weight": 1.0, "reg": False} | CAPTION
 
 
 def _toml(path: Path, masks: bool) -> list[Entry]:
-    """Read [[source]] tables with `data` (a path, relative to the file), optionally repeats or weight, reg = true for prior
-    preservation, and caption options.
+    """Read [[source]] tables: `data` (relative to the file) and, optionally, repeats or weight, reg (prior preservation) and
+    caption options.
     """
     try:
         content = tomllib.loads(_read_text(path)) if path.exists() else None
     except tomllib.TOMLDecodeError as error:
-        raise DataError(f"{path}: is no TOML ({error})") from None
+        raise DataError(f"{path}: not valid TOML ({error})") from None
     if content is None:
         raise DataError(f"{path}: no such file")
     rows = content.get("source")
@@ -248,13 +249,13 @@ def _toml(path: Path, masks: bool) -> list[Entry]:
     places = [row["data"] if row["data"].startswith("hf:") else str(path.parent / row["data"]) for row in rows]
     for number, place in enumerate(places, 1):
         if place in places[:number - 1]:
-            raise DataError(f"{path}, source {number}: data {rows[number - 1]['data']!r} is there twice; use repeats")
+            raise DataError(f"{path}, source {number}: data {rows[number - 1]['data']!r} is listed twice; use repeats")
         if place.lower().endswith(".toml"):
             raise DataError(f"{path}, source {number}: data is {rows[number - 1]['data']!r}; allowed: a folder or hf:name")
     groups = [read_sources(place, masks=masks) for place in places]
     weighted = ["weight" in row for row in rows if not row.get("reg")]
     if any(weighted) and not all(weighted):
-        raise DataError(f"{path}: some sources have a weight and some have none; give all or none of them one")
+        raise DataError(f"{path}: some sources have a weight and some have none; give one to all or to none")
     repeats = [row.get("repeats", 1) for row in rows]
     if any(weighted):
         chosen = [i for i, row in enumerate(rows) if not row.get("reg")]
@@ -269,7 +270,7 @@ def _toml(path: Path, masks: bool) -> list[Entry]:
     return entries
 
 
-def _check_source(where: str, row: Mapping[str, object]) -> None:
+def _check_source(where: str, row: Mapping[str, Any]) -> None:
     if unknown := [key for key in row if key not in _SOURCE_KEYS]:
         raise DataError(f"{where}: {unknown[0]!r} is unknown; allowed: {', '.join(_SOURCE_KEYS)}")
     for key, value in row.items():
@@ -288,7 +289,7 @@ def _check_source(where: str, row: Mapping[str, object]) -> None:
 
 
 def whole_repeats(wanted: list[float], error: float = 0.05, most: int = 1000) -> list[int]:
-    """The smallest integers in the proportions of `wanted`, each within 5 %. Raises DataError above `most`."""
+    """The smallest integers in the proportions of `wanted`, each within `error`. Raises DataError if there are none."""
     unit = min(wanted)
     for k in range(1, most + 1):
         exact = [k * w / unit for w in wanted]
@@ -302,7 +303,7 @@ def whole_repeats(wanted: list[float], error: float = 0.05, most: int = 1000) ->
 
 def regularisation(entries: list[Entry]) -> list[Entry]:
     """The same entries as regularisation pictures, without the prefix, suffix and trigger of the learned subject."""
-    return [replace(e, regular=True, options={"prefix": "", "suffix": "", "trigger": ""} | e.options) for e in entries]
+    return [replace(e, regular=True, options={"prefix": "", "suffix": "", "trigger": "", **e.options}) for e in entries]
 
 
 def balanced(entries: list[Entry]) -> list[Entry]:
@@ -314,7 +315,7 @@ def balanced(entries: list[Entry]) -> list[Entry]:
     if not regular:
         return entries
     if not others:
-        raise DataError("all pictures are for regularisation; some to learn from are needed")
+        raise DataError("all pictures are for regularisation; add some to learn from")
     wanted, present = sum(e.repeats for e in others), sum(e.repeats for e in regular)
     times = math.ceil(present / wanted)
     others = [replace(e, repeats=e.repeats * times) for e in others]

@@ -1,4 +1,4 @@
-"""Text about a training before it starts: its data, the trained parameters, the options."""
+"""Describes a training before it starts: its data, trained parameters and options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAMES = {"diffusion": "UNet", "clip": "text encoder", "encoder": "VAE encoder", 
 
 
 def describe_data(dataset: PictureData, config, n: int = 8) -> str:
-    """Counts, buckets and their sizes, and the first n captions as they will be seen."""
+    """Numbers of pictures by source and size, and the first n captions as the text encoder will see them."""
     batches, uses = Batches(dataset, config), len(dataset.uses)
     lines = [f"{len(dataset)} pictures, {uses} uses and about {uses / config.batch_size:.1f} batches of {config.batch_size} an "
              f"epoch; {config.steps} steps are {config.steps * config.accumulate * config.batch_size / uses:.1f} epochs"]
@@ -34,7 +34,8 @@ def describe_data(dataset: PictureData, config, n: int = 8) -> str:
     pictures, used = Counter(dataset.sizes), Counter(dataset.sizes[i] for i in dataset.uses)
     lines += ["width x height:", *(f"  {w} x {h}: {pictures[w, h]} pictures, {used[w, h]} uses" for w, h in sorted(pictures))]
     lines.append("captions as they will be seen:")
-    shown, number = [], 0
+    shown: list[tuple[int, str]] = []
+    number = 0
     while len(shown) < n:
         indices = batches(number)
         shown += zip(indices, batch_captions(dataset, indices, config, number))
@@ -61,7 +62,7 @@ def describe_held_out(held_out: PictureData) -> str:
 
 
 def describe_config(config) -> str:
-    """Every field that differs from its default, with the default."""
+    """Every option that differs from its default, with the default."""
     rows = [(f.name, getattr(config, f.name), f.default) for f in fields(config)]
     rows = [(name, value, default) for name, value, default in rows if default is not MISSING and value != default]
     width = max((len(name) for name, _, _ in rows), default=0)

@@ -1,4 +1,4 @@
-"""What a training will cost: bytes counted on tensors without data, seconds measured on one micro-batch.
+"""The cost of a training: memory counted on tensors without data, time measured on one micro-batch.
 
 B images, C channels, H, W pixels, h, w latents, L tokens, D context width.
 """
@@ -37,17 +37,17 @@ log = logging.getLogger("sd")
 
 @dataclass(frozen=True)
 class Estimate:
-    """Peak bytes of a step and of the encoding before it, and seconds of a step."""
+    """Memory of a training in bytes, by part, and seconds per step."""
 
     weights: int
-    idle: int  # of these, what leaves the device before the first step
+    idle: int  # the part of them that leaves the device before the first step
     gradients: int
     optimizer: int
     average: int  # moving average of the weights
-    activations: int  # peak of forward and backward, beside the gradients
+    activations: int  # peak of forward and backward, without the gradients
     encoding: int  # peak of encoding the pictures, before the first step
     checkpointing: bool
-    other_activations: int | None  # with checkpointing the other way
+    other_activations: int | None  # with checkpointing off if it is on, and vice versa
     seconds: float
     steps: int
 
@@ -78,8 +78,8 @@ def estimate(config: TrainConfig, models, dataset: PictureData, parameters: Mapp
              compare: bool = True) -> Estimate:
     """The cost of `steps` steps that train `parameters` (inside `training`) on pictures of the sizes in `dataset`.
 
-    Bytes are those of the largest pictures. Seconds are those of forward and backward, without saves, samples and validation.
-    `compare`: also count activations with checkpointing the other way. Changes only torch's random state.
+    Bytes are counted for the largest pictures. Seconds are those of forward and backward, without saves, samples and
+    validation. `compare`: also fill in `other_activations`. Changes only torch's random state.
     """
     sizes, used = dataset.sizes, dataset.uses
     largest = max(sizes, key=lambda size: size[0] * size[1])
@@ -133,10 +133,10 @@ def _encode(models, size: tuple[int, int], n: int) -> Callable[[], None]:
 
 
 def peak_bytes(models, step: Callable[[], None], *, checkpointing: bool = False) -> int:
-    """Peak bytes of `step` beside the networks' weights, gradients included.
+    """Peak bytes of `step`, with gradients but without the networks' weights.
 
-    Runs on tensors without data (torch's FakeTensorMode), which choose the same kernels as real ones: within 3 % of what the
-    allocator reports. Workspaces of kernels are not counted (oneDNN's on the CPU is 0.5 GB for SD 1.5).
+    Runs on tensors without data (torch's FakeTensorMode), which select the same kernels as real ones; the result is within
+    3 % of what the allocator reports. Workspaces of kernels are not counted (oneDNN's on the CPU is 0.5 GB for SD 1.5).
     """
     networks, unet = _Networks(models, step), models["diffusion"]
     before, unet.checkpointing = unet.checkpointing, checkpointing
@@ -229,7 +229,7 @@ def free_memory(device: torch.device) -> int | None:
 # ---- time ------------------------------------------------------------------------------------------------------------
 
 def _seconds(config: TrainConfig, models, parameters: Mapping[str, nn.Parameter], size: tuple[int, int]) -> float:
-    """Seconds of a micro-batch: the second one, or the first if that took long."""
+    """Seconds of a micro-batch, measured on the second, or on the first if that took long."""
     step, device = one_step(config, models, size), models.device
     for _ in range(2):
         start = time.perf_counter()
@@ -245,7 +245,7 @@ def _seconds(config: TrainConfig, models, parameters: Mapping[str, nn.Parameter]
 
 
 def duration(seconds: float) -> str:
-    """Two figures, such as 0.42 s, 12 s, 3.5 min or 2.1 h."""
+    """Two digits and a unit, such as 0.42 s, 12 s, 3.5 min or 2.1 h."""
     for unit, size in (("s", 1), ("min", 60), ("h", 3600), ("days", 86400)):
         value = seconds / size
         if value < {"s": 100, "min": 100, "h": 48}.get(unit, float("inf")):
@@ -264,7 +264,7 @@ def announce(config: TrainConfig, models, dataset: PictureData, parameters: Mapp
 
 
 def dry_run(config: TrainConfig, models, dataset: PictureData, held_out: PictureData | None = None) -> str:
-    """A description of the training, as text; writes no file and leaves the models as they were (quantised, if asked for)."""
+    """Describe the training in a text, without writing a file or changing the models."""
     before = adapter_names(models)
     with torch.random.fork_rng(devices()):
         with training(config, models) as parameters:
@@ -281,9 +281,9 @@ def dry_run(config: TrainConfig, models, dataset: PictureData, held_out: Picture
 
 
 def short_of_memory(about: Estimate, device: torch.device) -> str | None:
-    """A warning if more memory is needed than is free; the weights are in memory already. Else None."""
+    """A warning if more memory is needed, besides the weights, which are there already, than is free; else None."""
     free, needed = free_memory(device), about.peak - about.weights
     if free is None or needed <= free:
         return None
-    return (f"{size_text(needed)} are needed beside the weights, and {size_text(free)} are free: try checkpointing, a smaller "
+    return (f"{size_text(needed)} are needed besides the weights, and {size_text(free)} are free: try checkpointing, a smaller "
             f"batch_size with accumulate, precision bf16, or quantize")

@@ -1,4 +1,4 @@
-"""Output of a run: bar, metrics.jsonl, loss.png, samples.png, timing.jsonl, TensorBoard and wandb.
+"""Output of a run: progress bar, metrics.jsonl, loss.png, samples.png, timing.jsonl, TensorBoard and wandb.
 
 All except the bar and timing.jsonl are pure functions of the run, and therefore the same after a kill and a resume.
 """
@@ -31,11 +31,8 @@ from sd.training.optim import final_weights
 from sd.training.watch.samples import Samples
 from sd.training.watch.validation import Validation
 
-try:
+if sys.platform != "win32":
     import resource
-except ImportError:  # Windows
-    resource = None
-
 
 # Fields of a config that may change when a run is resumed, since they do not affect the trained weights.
 MONITOR_FIELDS = ("validation_data", "validate_every", "sample_prompts", "sample_every", "sample_seed",
@@ -46,7 +43,7 @@ class Monitor:
     """Progress bar, files and logs of a run from `step` on, with validation on `held_out` and samples.
 
     timing.jsonl has a line for each save: seconds since the start of the process, average steps and images per second
-    (including saves, samples and validation), and peak memory in bytes. Steps repeated after a kill are in it twice.
+    (including saves, samples and validation), and peak memory in bytes. Steps repeated after a kill are listed twice.
     """
 
     def __init__(self, config, models, folder: Path, step: int, held_out=None, autoencoder_loss=vae_loss):
@@ -60,22 +57,20 @@ class Monitor:
 
     def due(self, step: int) -> bool:
         """Whether validation or samples are due before step number `step`."""
-        return self._validates(step) or self._samples(step)
+        return (self.validation is not None and self._at(step, self.config.validate_every)
+                or self.samples is not None and self._at(step, self.config.sample_every))
 
     def look(self, step: int) -> None:
         """Run validation and samples, if due; call inside `as_result`."""
-        if self._validates(step):
+        if self.validation is not None and self._at(step, self.config.validate_every):
             self.add(step=step, validation=finite(self.validation()))
-        if self._samples(step):
+        if self.samples is not None and self._at(step, self.config.sample_every):
             sheet = self.samples.take(step)
             for log in self.logs:
                 log.picture(step, sheet)
 
-    def _validates(self, step: int) -> bool:
-        return self.validation is not None and (step % self.config.validate_every == 0 or step == self.config.steps)
-
-    def _samples(self, step: int) -> bool:
-        return self.samples is not None and (step % self.config.sample_every == 0 or step == self.config.steps)
+    def _at(self, step: int, every: int) -> bool:
+        return step % every == 0 or step == self.config.steps
 
     def add(self, **row: float | int | None) -> None:
         """Add a line to metrics.jsonl, and a point to the logs."""
@@ -116,7 +111,7 @@ class Monitor:
 
 @contextmanager
 def as_result(models, parameters: Mapping[str, nn.Parameter], optimizer, ema: dict[str, Tensor]) -> Iterator[None]:
-    """Put the networks into their final form inside the block: moving average, no dropout, no gradients.
+    """Bring the networks into their final form inside the block: moving average, no dropout, no gradients.
 
     Afterwards everything is restored bit by bit.
     """
@@ -157,7 +152,7 @@ class Metrics:
                     break
                 self.rows.append(row)
         except (ValueError, TypeError, KeyError):
-            pass  # a line cut short by a kill is after the last save; any other is missed below
+            pass  # a line cut short by a kill is after the last save; any other bad one is detected below
         if [row["step"] for row in self.rows if "loss" in row] != list(range(step)):
             raise TrainError(f"{self.path}: its lines are not the steps 0 to {step - 1}; it was changed or removed after "
                              f"the run; put it back, or choose another out folder")
@@ -235,20 +230,20 @@ class Wandb:
                               config=asdict(config), resume="allow")
 
     def add(self, row: Mapping[str, object]) -> None:
-        if row["step"] >= self.run.step:  # the first step without values in a resumed run
+        if row["step"] >= self.run.step:  # wandb's first step without values, in a resumed run
             self.run.log({name: value for name, value in row.items() if name != "step" and value is not None}, step=row["step"])
 
     def picture(self, step: int, path: Path) -> None:
         self.add({"step": step, "samples": self.image(str(path))})
 
     def flush(self) -> None:
-        """Nothing to do: wandb's own process, which outlives this one, has the values."""
+        """Nothing to do: wandb's process, which outlives this one, has the values already."""
 
     def close(self) -> None:
         self.run.finish()
 
 
-LOGS = {"tensorboard": TensorBoard, "wandb": Wandb}
+LOGS: dict[str, type[TensorBoard] | type[Wandb]] = {"tensorboard": TensorBoard, "wandb": Wandb}
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
@@ -257,13 +252,13 @@ def peak_memory(device: torch.device) -> int | None:
     """Peak bytes of CUDA's allocator, else of the process (maximum resident set size); None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if resource is None:
+    if sys.platform == "win32":
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def size_text(n: float) -> str:
-    """Bytes in decimal units, with three digits."""
+    """Bytes in decimal units, to three digits."""
     for unit in ("B", "kB", "MB"):
         if n < 999.5:
             return f"{n:.3g} {unit}"

@@ -1,7 +1,7 @@
-"""Pictures of the same prompts and seeds as the training goes on: a contact sheet with a row for the base and for each time.
+"""Pictures of the same prompts and seeds in the course of a training, in a sheet with a row for the base and for each time.
 
-They are a pure function of the run. The pictures lie in samples/, each with what made it; the sheet, samples.png, is made of
-them.
+They are a pure function of the run. The pictures are in samples/, each with its settings; the sheet, samples.png, is made
+from them.
 """
 
 from __future__ import annotations
@@ -27,36 +27,36 @@ from sd.training.relora import adapters_in_training
 
 log = logging.getLogger("sd")
 
-SAMPLER, LARGEST, MOST_ROWS = "dpmpp_2m", 256, 40  # the sheet's pictures are scaled down to it, and its rows thinned out
-# What the file of a sample says of its request, in this order. A hash of it is in the file's name, so it must stay as it is.
+SAMPLER, LARGEST, MOST_ROWS = "dpmpp_2m", 256, 40  # LARGEST: side of a picture in the sheet; MOST_ROWS: more are thinned out
+# The fields of its request that a sample's file records. Their hash is in the file's name, so this must not change.
 SAVED = ("prompt", "seed", "n_inference_steps", "cfg_scale", "sampler_name", "width", "height")
 
 
 class Samples:
-    """The samples of a run that goes on at `step`: those of later steps, of a run that was killed, are removed.
+    """The samples of a run that starts or resumes at `step`; those of later steps, from before a kill, are removed.
 
-    All processes draw them, since a sharded network needs all, and the is_main writes.
+    All ranks draw them, since a sharded network needs every rank; rank 0 writes them.
     """
 
     def __init__(self, config, models, folder: Path, step: int):
         self.config, self.models, self.folder, self.sheet = config, models, folder / "samples", folder / "samples.png"
         size = config.size or models.config.image_size
-        of_all = Request("", n_inference_steps=config.sample_steps, cfg_scale=config.sample_cfg, sampler_name=SAMPLER,
+        common = Request("", n_inference_steps=config.sample_steps, cfg_scale=config.sample_cfg, sampler_name=SAMPLER,
                          width=size, height=size, merged=False)
-        self.requests = [replace(of_all, prompt=prompt, seed=config.sample_seed + column)
+        self.requests = [replace(common, prompt=prompt, seed=config.sample_seed + column)
                          for column, prompt in enumerate(config.sample_prompts)]
         if not is_main():
             return
         self.folder.mkdir(exist_ok=True)
         for file in self.folder.glob("*.png"):
-            of = _step_of(file)
-            if step == 0 or of is not None and of > step:
+            taken = _step_of(file)
+            if step == 0 or taken is not None and taken > step:
                 file.unlink()
 
     def take(self, step: int) -> Path:
-        """Make the pictures of this step, and the sheet anew; returns its path.
+        """Draw the pictures of this step and redraw the sheet; returns the sheet's path.
 
-        The base is made where it is missing: of a LoRA by leaving it off, of whole networks only before their first step.
+        Missing pictures of the base are drawn too: with the LoRA off or, for whole networks, only before the first step.
         """
         lora = self.config.train == "lora"
         trained = {"lora": dict.fromkeys(adapters_in_training(self.config), 1.0)} if lora else {}
@@ -70,7 +70,7 @@ class Samples:
         return self.sheet
 
     def _make(self, row: str, column: int, which: dict, step: int) -> None:
-        """One at a time: a picture must not depend on the other prompts, and decoding many takes more than training."""
+        """One at a time: a picture must not depend on the other prompts, and decoding many takes more memory than training."""
         request = replace(self.requests[column], **which)
         # Half precision would overflow in the autoencoder of many models.
         precision = "bf16" if self.config.precision == "bf16" else "fp32"
@@ -87,14 +87,14 @@ class Samples:
         return {name: getattr(self.requests[column], name) for name in SAVED}
 
     def _file(self, row: str, column: int) -> Path:
-        """Another prompt, seed or setting is another file, so a changed one leaves a gap, and no false neighbours."""
+        """Named by prompt, seed and settings, so that after a change of these the sheet has gaps instead of old pictures."""
         settings = hashlib.sha256(json.dumps(self._saved(column), sort_keys=True).encode()).hexdigest()[:8]
         return self.folder / f"{row}-{settings}.png"
 
     def _draw_sheet(self) -> None:
         columns = range(len(self.config.sample_prompts))
-        names = {file.name.split("-")[0] for file in self.folder.glob("*-*.png")}
-        names = [name for name in sorted(names, key=lambda name: (name != "base", name))
+        found = {file.name.split("-")[0] for file in self.folder.glob("*-*.png")}
+        names = [name for name in sorted(found, key=lambda name: (name != "base", name))
                  if any(self._file(name, c).exists() for c in columns)]
         if len(names) > MOST_ROWS:
             names = [names[i] for i in np.linspace(0, len(names) - 1, MOST_ROWS).round().astype(int)]
@@ -105,7 +105,7 @@ class Samples:
 
 
 def _step_of(file: Path) -> int | None:
-    """None for the base, and for what is not ours."""
+    """The step that a sample was taken at; None for the base and for foreign files."""
     row = file.name.split("-")[0]
     return int(row) if row.isdecimal() else None
 

@@ -26,7 +26,7 @@ TIMESTEPS = 8  # per picture: one from each eighth of the trained range
 class Validation:
     """() -> mean squared error on the held-out pictures, with noise and timesteps that depend on each picture alone.
 
-    It is therefore comparable between runs, whatever their seed, batch size (up to rounding), weighting and other pictures.
+    Runs can therefore be compared, whatever their seed, batch size (up to rounding), weighting and other pictures.
     Each picture has its first caption, its first crop and T timesteps spread evenly over the trained range. For the
     autoencoder it is `autoencoder_loss`.
     """
@@ -43,7 +43,7 @@ class Validation:
 
     @torch.no_grad()
     def __call__(self) -> float:
-        """Reads from the device only once."""
+        """The loss; reads from the device only once."""
         loss = self._autoencoder if self.config.train == "vae" else self._diffusion
         device = self.models.device
         total, count = torch.zeros((), device=device), 0
@@ -54,7 +54,7 @@ class Validation:
         return total.item() / count
 
     def _batches(self, times: int) -> Iterator[list[tuple[int, int]]]:
-        """(picture, number of its timestep), as many as in a training batch, all from one bucket."""
+        """Batches of (picture, number of its timestep), as large as in training, each from one bucket."""
         buckets = self.pictures.bucket_of
         for bucket in sorted(set(buckets)):
             rows = [(i, k) for i, own in enumerate(buckets) if own == bucket for k in range(times)]

@@ -1,4 +1,4 @@
-"""Attention with LoRA in it: the projections are LoRALinear, in the UNet, the text encoder and the VAE alike."""
+"""The attention of UNet, text encoder and VAE; its projections are LoRALinear."""
 
 from __future__ import annotations
 

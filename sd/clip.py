@@ -27,14 +27,14 @@ class CLIP(nn.Module):
         self.position_embedding = nn.Embedding(config.max_tokens, config.width)
         self.layers = nn.ModuleList(CLIPLayer(config) for _ in range(config.layers))
         self.final_norm = nn.LayerNorm(config.width)
-        self.learned = LearnedWords(config)  # empty it adds no keys
+        self.learned = LearnedWords(config)  # adds no keys while it is empty
 
     def forward(self, tokens: Tensor, clip_skip: int = 1) -> Tensor:
-        """`clip_skip` 1 takes the last layer, 2 the one before, ...; then the final norm. Raises ValueError."""
+        """`clip_skip` 1 takes the last layer's output, 2 that of the layer before, ...; then the final norm. Raises SDError."""
         if not 1 <= clip_skip <= len(self.layers):
             raise SDError(f"clip_skip is {clip_skip}; allowed: 1 (last layer) to {len(self.layers)}")
         if tokens.shape[1] > self.config.max_tokens:
-            raise SDError(f"{tokens.shape[1]} tokens are given, the text encoder takes {self.config.max_tokens}")
+            raise SDError(f"got {tokens.shape[1]} tokens; the text encoder takes at most {self.config.max_tokens}")
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)  # a row for each image
         x = self.embed(tokens) + self.position_embedding(positions)  # [B, L, D]
         for layer in self.layers[: len(self.layers) - clip_skip + 1]:
@@ -43,15 +43,15 @@ class CLIP(nn.Module):
 
     @property
     def words(self) -> dict[str, range]:
-        """Learned words -> the token ids, after the vocabulary's, for which their vectors stand."""
+        """Learned word -> its token ids, which follow those of the vocabulary."""
         return self.learned.ids
 
     def learn(self, words: Mapping[str, Tensor]) -> list[str]:
-        """Add words for prompts; see LearnedWords.learn."""
+        """Add words that prompts can use; see LearnedWords.learn."""
         return self.learned.learn(words, self.final_norm.weight.device)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """[B, L, D] of token ids, those of learned words included, without positions."""
+        """Embed token ids, learned words included, without positions; returns [B, L, D]."""
         if not self.learned:
             return self.token_embedding(tokens)
         x, row = self.token_embedding(tokens.clamp(max=self.config.vocab_size - 1)), tokens - self.config.vocab_size

@@ -1,4 +1,4 @@
-"""What a model is: widths, depths, heads, schedule. The networks are built from these and from nothing else."""
+"""Model configurations: widths, depths, heads, schedule. Networks are built from these alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sd.errors import SDError
 
 
 class ConfigError(SDError):
-    """A configuration that cannot be: the message names the field, its value and what is allowed."""
+    """An invalid configuration; the message names the field, its value and what is allowed."""
 
 
 def _require(ok: bool, message: str) -> None:
@@ -36,9 +36,9 @@ class CLIPConfig:
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """KL autoencoder; the defaults are KL-f8 of SD 1.x. One width a resolution, so the factor is 2^(len(widths) - 1).
+    """KL autoencoder; the defaults are KL-f8 of SD 1.x. One width per resolution, so the factor is 2^(len(widths) - 1).
 
-    Without widths there is none, and the UNet's latents are the pixels: see `pixels`.
+    Without widths there is no autoencoder, and the UNet works on pixels: see `pixels`.
     """
 
     image_channels: int = 3
@@ -51,7 +51,7 @@ class VAEConfig:
     def __post_init__(self):
         _require(self.image_channels in (1, 3), f"image_channels is {self.image_channels}; allowed: 1 (grey), 3 (RGB)")
         _require(bool(self.widths) or self.latent_channels == self.image_channels,
-                 f"without widths latents are the {self.image_channels} channels of images, not {self.latent_channels}")
+                 f"without widths, latents are the {self.image_channels} channels of images, not {self.latent_channels}")
         _check_groups("VAE", self.widths, self.norm_groups)
 
     @classmethod
@@ -61,13 +61,13 @@ class VAEConfig:
 
     @property
     def factor(self) -> int:
-        """Pixels a latent, on each side."""
+        """Pixels per latent, on each side."""
         return 2 ** max(len(self.widths) - 1, 0)
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Denoising UNet; the defaults are SD 1.x. `attention[i]`: whether block i (down i, and its mirror up) has transformers."""
+    """Denoising UNet; the defaults are SD 1.x. `attention[i]`: whether down block i, and its mirror, have transformers."""
 
     in_channels: int = 4
     out_channels: int = 4
@@ -96,8 +96,8 @@ def _check_groups(name: str, widths: tuple[int, ...], groups: int) -> None:
 class ModelConfig:
     """A whole Stable Diffusion model. `prediction`: what the UNet returns, "eps" or "v".
 
-    `beta_schedule` "cosine" is continuous (sd/noise.py: cosine_angle) and has no use for the betas. `zero_terminal_snr`: the
-    betas are rescaled so that the last timestep is nothing but noise (Lin et al. 2024).
+    `beta_schedule` "cosine" is continuous (sampling/noise.py: cosine_angle) and ignores the betas. `zero_terminal_snr`: the
+    betas are rescaled so that the last timestep is pure noise (Lin et al. 2024).
     """
 
     name: str = "sd15"
@@ -110,7 +110,7 @@ class ModelConfig:
     beta_end: float = 0.012
     train_timesteps: int = 1000
     zero_terminal_snr: bool = False
-    image_size: int = 512  # what generate() makes when no size is asked for, pixels
+    image_size: int = 512  # pixels, the default of generate()
 
     def __post_init__(self):
         _require(self.prediction in ("eps", "v"), f"prediction {self.prediction!r} is unknown; allowed: 'eps', 'v'")
@@ -121,11 +121,11 @@ class ModelConfig:
         _require(self.clip.width == self.unet.context_width,
                  f"the UNet expects a context of width {self.unet.context_width}, the text encoder gives {self.clip.width}")
         _require(self.vae.latent_channels == self.unet.out_channels,
-                 f"the UNet gives {self.unet.out_channels} channels, the VAE has {self.vae.latent_channels} latent channels")
+                 f"the UNet outputs {self.unet.out_channels} channels, the VAE has {self.vae.latent_channels} latent channels")
 
     @property
     def largest_size(self) -> int:
-        """Pixels on a side beyond which a request is a typing error that would eat all memory, not a picture."""
+        """Largest accepted side in pixels: more is taken for a typing error, since it would exhaust the memory."""
         return 8 * self.image_size
 
     def to_dict(self) -> dict:
@@ -149,7 +149,7 @@ def _build(cls, values: dict, where: str):
 
 SD15 = ModelConfig()
 
-# The topology of SD 1.5 at a size that a test can run in milliseconds.
+# The topology of SD 1.5, small enough for a test to run in milliseconds.
 TINY = ModelConfig(
     name="tiny",
     clip=CLIPConfig(vocab_size=49408, width=32, layers=2, heads=4, mlp_width=64),
@@ -167,5 +167,5 @@ DIGITS = ModelConfig(
     image_size=32,
 )
 
-CONFIG_KEY = "sdlora.config"  # where our own files keep their ModelConfig, as JSON
+CONFIG_KEY = "sdlora.config"  # where our own files store their ModelConfig, as JSON
 PRESETS = {config.name: config for config in (SD15, TINY, DIGITS)}

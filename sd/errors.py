@@ -1,12 +1,12 @@
-"""The base of every error that a user's mistake raises, and the one of numbers that are not finite."""
+"""The base class of errors caused by bad input, and the error for results that are not finite."""
 
 
 class SDError(ValueError):
-    """A mistake in what was given: one sentence that names the thing, its value and what is allowed.
+    """Bad input: one sentence that names the thing, its value and what is allowed.
 
-    The command line shows it without a traceback; anything else that is raised is a fault of the program.
+    The command line prints it without a traceback; any other ValueError is a bug.
     """
 
 
 class NotFiniteError(RuntimeError):
-    """A picture of NaN: the message says whether weights or an overflow are to blame."""
+    """A picture came out as NaN; the message says whether the weights or an overflow are to blame."""

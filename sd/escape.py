@@ -1,4 +1,4 @@
-"""Names that people choose, spelled so that they may stand in keys whose parts are joined by dots."""
+"""Escape names chosen by users for keys whose parts are joined by dots."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from urllib.parse import quote, unquote
 
 
 def escaped(name: str) -> str:
-    """Any text without dots, slashes and spaces: percent-encoded UTF-8. Different names never meet."""
+    """Percent-encode `name` as UTF-8, dots, slashes and spaces included; different names stay different."""
     return quote(name, safe="").replace(".", "%2E")
 
 

@@ -26,13 +26,13 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
-        self.checkpointing = False  # recompute each block's activations in the backward: less memory, a third more time
+        self.checkpointing = False  # recompute each block's activations in backward: less memory, a third more time
         widths, n = config.widths, config.layers_per_block
         emb = 4 * widths[0]
         self.time_embedding = TimeEmbedding(widths[0], emb)
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
 
-        skips = [widths[0]]  # channels of what the down path leaves for the up path
+        skips = [widths[0]]  # channels of the skip connections
         self.down_blocks = nn.ModuleList()
         for i, width in enumerate(widths):
             last = i == len(widths) - 1
@@ -55,7 +55,7 @@ class UNet(nn.Module):
         emb = self.time_embedding(t, x.dtype)
         x = self.conv_in(x)
         skips = [x]
-        block: Any  # a ModuleList's items are to torch's stubs any nn.Module
+        block: Any  # in torch's stubs, a ModuleList yields plain Modules
         for block in self.down_blocks:
             x, left = self.run(block, x, emb, context)
             skips += left
@@ -63,7 +63,7 @@ class UNet(nn.Module):
         for block in self.up_blocks:
             n = len(block.resnets)
             left, skips = skips[-n:], skips[:-n]
-            size = skips[-1].shape[2:] if skips else None  # odd sizes: upsample to what the next block joins
+            size = skips[-1].shape[2:] if skips else None  # upsample to the next skip, whose size may be odd
             x = self.run(block, x, emb, context, left, size)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
@@ -81,7 +81,7 @@ class TimeEmbedding(nn.Module):
         self.linear_2 = nn.Linear(emb, emb)
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """Sinusoids of t: [B], cosines first, in fp32 whatever the network's dtype; returns [B, 4 · width]."""
+        """Embed the sinusoids of t: [B], cosines first, in fp32 whatever the network's dtype; returns [B, 4 · width]."""
         half = self.width // 2
         frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
         angles = t.float()[:, None] * frequencies  # [B, width / 2]
@@ -107,7 +107,7 @@ class ResNet(nn.Module):
 
 
 class Transformer(nn.Module):
-    """One transformer block over the places of the picture, between two 1x1 convolutions."""
+    """One transformer block over all spatial positions, between two 1x1 convolutions."""
 
     def __init__(self, channels: int, config: UNetConfig):
         super().__init__()

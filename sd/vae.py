@@ -1,4 +1,4 @@
-"""The KL autoencoder, or none: pictures to latents and back.
+"""The KL autoencoder, from pictures to latents and back, and the identity for models without one.
 
 Legend: B batch, C channels, H, W pixels; latents are [B, 4, H/f, W/f] with f = config.factor.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from sd.attention import SelfAttention
 from sd.config import VAEConfig
 
-EPS = 1e-6  # of every norm in the VAE, as LDM has it; torch's default is 1e-5
+EPS = 1e-6  # for every norm in the VAE, as in LDM; torch's default is 1e-5
 
 
 class VAEEncoder(nn.Module):
@@ -88,7 +88,7 @@ class ResNet(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all places of the picture, with one head."""
+    """Self-attention with one head over all spatial positions."""
 
     def __init__(self, channels: int, config: VAEConfig):
         super().__init__()
@@ -155,7 +155,7 @@ class Upsampler(nn.Module):
 
 
 class PixelEncoder(nn.Module):
-    """Stands for the encoder where there is no autoencoder: latents are pixels, exactly."""
+    """The encoder of a model without an autoencoder: its latents are exactly the pixels."""
 
     component = "encoder"
 
@@ -168,7 +168,7 @@ class PixelEncoder(nn.Module):
 
 
 class PixelDecoder(nn.Module):
-    """Stands for the decoder where there is no autoencoder."""
+    """The decoder of a model without an autoencoder."""
 
     component = "decoder"
 
@@ -181,11 +181,11 @@ class PixelDecoder(nn.Module):
 
 
 def build_vae(config: VAEConfig) -> dict[str, nn.Module]:
-    """The networks "encoder" and "decoder"."""
+    """Build the networks "encoder" and "decoder"."""
     encoder, decoder = (VAEEncoder, VAEDecoder) if config.widths else (PixelEncoder, PixelDecoder)
     return {"encoder": encoder(config), "decoder": decoder(config)}
 
 
 def sample_posterior(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
-    """mean + exp(logvar / 2) · noise; in this form fp16 does not underflow."""
+    """Return mean + exp(logvar / 2) · noise, a form in which fp16 does not underflow."""
     return mean + torch.exp(0.5 * logvar) * noise

@@ -1,4 +1,4 @@
-"""Which adapters are on: the active set, as plain numbers."""
+"""The active set: which adapters are on, as plain numbers."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class ActiveSet:
         return hash((frozenset(self.multipliers.items()), self.rows))
 
     def only(self, names: Iterable[str]) -> ActiveSet:
-        """The part of it that concerns a layer with these adapters, in an order that does not depend on loading."""
+        """Restrict the set to a layer's adapters, sorted by name, so that the order of loading does not matter."""
         names = tuple(names)
         return self if self._sorted and self.multipliers.keys() <= set(names) else _part(self, names)
 
     def times(self, factors: Mapping[str, float]) -> ActiveSet:
-        """Every multiplier times its adapter's factor; what has the factor 0 is not on at all."""
+        """Scale every multiplier by its adapter's factor; a factor of 0 turns the adapter off."""
         if all(factor == 1 for factor in factors.values()):
             return self
         return ActiveSet({n: tuple(v * factors[n] for v in m) if isinstance(m, tuple) else m * factors[n]
@@ -39,7 +39,7 @@ class ActiveSet:
 
     @cached_property
     def fingerprint(self) -> int:
-        """63 bits that differ where the sets do; Python's own hash is the same for -1.0 and -2.0."""
+        """A hash of 63 bits; Python's own is the same for -1.0 and -2.0."""
         digest = blake2b(repr((self.multipliers, self.rows)).encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") >> 1
 
@@ -49,7 +49,7 @@ class ActiveSet:
 
     @cached_property
     def _table(self) -> list[tuple[float, ...]]:
-        """Where images differ: for each row the multipliers in order of the names."""
+        """For each row the multipliers in order of names; only where they differ by image."""
         images = max(len(m) for m in self.multipliers.values() if isinstance(m, tuple))
         by_image = list(zip(*(m if isinstance(m, tuple) else (m,) * images for m in self.multipliers.values())))
         return by_image if self.rows is None else [by_image[row] for row in self.rows]
@@ -60,13 +60,13 @@ class ActiveSet:
 
     @cached_property
     def routes(self) -> list[int] | None:
-        """For each row the number of the one name that is on for it (0 where none is); None where images share or mix."""
+        """For each row the index of its only active name (0 if it has none); None where rows share a set or mix adapters."""
         if not self.per_image or any(sum(map(bool, row)) > 1 for row in self._table):
             return None
         return [next((i for i, m in enumerate(row) if m), 0) for row in self._table]
 
 
-@lru_cache(maxsize=64)  # the layers of a model have few different lists of adapters, and a set comes to all of them in a row
+@lru_cache(maxsize=64)  # a model's layers have few distinct lists of adapters, and each set goes to all layers in turn
 def _part(whole: ActiveSet, names: tuple[str, ...]) -> ActiveSet:
     return ActiveSet({n: whole.multipliers[n] for n in sorted(whole.multipliers) if n in names}, whole.rows)
 

@@ -1,4 +1,4 @@
-"""What every kind of adapter shares, and the two simplest kinds, LowRank and Full: one weight change ΔW for one layer.
+"""The base class of all kinds of adapter: one weight change ΔW for one layer.
 
 Legend: R rank, `in`, `out` widths, k kernel, g groups. W is the base weight in its own layout: Linear [out, in],
 ConvNd [out, in/g, *k], Embedding [num, dim], norms [C].
@@ -18,60 +18,60 @@ from torch import Tensor
 from sd.adapters.weights import AdapterWeights, LayerShape, LoRAFormatError
 from sd.errors import SDError
 
-MODIFIERS = ("magnitude", "diff_b")  # tensors that any kind may have beside its own
+MODIFIERS = ("magnitude", "diff_b")  # tensors that any kind may have in addition to its own
 
 
 class Adapter(nn.Module):
-    """One weight change for one layer; knows no names, multipliers or other adapters.
+    """One weight change for one layer; it does not know names, multipliers or other adapters.
 
-    A kind defines its parameters in the constructor (zero change at the start), `delta`, and `_like`, states its facts in
-    the attributes below, and has a row in KINDS. `magnitude` and `diff_b` are modifiers that any kind may have.
+    A kind creates its parameters in the constructor (zero change at the start), defines `delta` and `_like`, sets the
+    attributes below, and has a row in KINDS. `magnitude` and `diff_b` are modifiers that any kind may have.
     """
 
     kind: str
     alpha: float | None = None
     rank: int | None = None
     block_multiplier = 1.0  # the user's factor for this one layer; written by LoRALayer.set_block_multiplier
-    options: tuple[str, ...] = ()  # what the constructor takes beside rank, alpha and dropouts
+    options: tuple[str, ...] = ()  # arguments of the constructor besides rank, alpha and dropouts
     fits_norms = fits_embeddings = drops_ranks = takes_dora = False
-    of_weight = False  # whether ΔW is made from W
-    low_rank = False  # whether a rank above min(in, out) is a mistake
+    of_weight = False  # whether ΔW depends on W
+    low_rank = False  # whether a rank above min(in, out) is an error
 
     # How it is trained.
-    sized = True  # whether the constructor's rank chooses a size
+    sized = True  # whether the rank sets the number of parameters
     scaled = False  # whether ΔW has the factor alpha / rank
-    bounded = False  # whether alpha limits the change instead
-    adds = False  # whether sums of its changes are meant, as ReLoRA makes them
+    bounded = False  # whether alpha bounds the change instead
+    adds = False  # whether changes can be summed, as ReLoRA does
     is_product = False  # whether ΔW is a product of all its matrices, so that scaling each of n by s scales ΔW by sⁿ
 
-    # How files hold it.
-    keys: Mapping[str, str] = {}  # name of a tensor in files (kohya's or LyCORIS's) -> our own
-    flags: tuple[str, ...] = ()  # tensors that are not parameters: one bool, the attribute of that name
-    needed: tuple[str, ...] = ()  # tensors without which a file holds half an adapter
+    # How files store it.
+    keys: Mapping[str, str] = {}  # name of a tensor in files (kohya's or LyCORIS's) -> our name
+    flags: tuple[str, ...] = ()  # tensors of one bool, which is an attribute and not a parameter
+    needed: tuple[str, ...] = ()  # tensors that a complete adapter must have
     cores: tuple[str, ...] = ()  # tensors that are Tucker cores
-    only_beside: Mapping[str, str] = {}  # name in files that any tensor may have -> the name that must stand beside it
+    only_beside: Mapping[str, str] = {}  # ambiguous name in files -> the name that must accompany it
     held_by: Mapping[str, tuple[str, ...]] = {}  # format other than kohya's -> the tensors that its programs read
-    lycoris_name: str | None = None  # `algo` in the header; None: LyCORIS does not know the kind
-    no_alpha: float | None = None  # written where there is no alpha: LyCORIS loads no module of some kinds without one
-    peft_type: str | None = None  # in PEFT's adapter_config.json; None: not read
-    peft_alpha = "alpha"  # alpha's name there
-    peft_fields: Mapping[str, str] = {}  # field of that config -> name in files of the flag that it stands for
+    lycoris_name: str | None = None  # `algo` in the header; None: LyCORIS lacks the kind
+    no_alpha: float | None = None  # alpha to write where there is none: LyCORIS requires one of some kinds
+    peft_type: str | None = None  # in PEFT's adapter_config.json; None: cannot be read
+    peft_alpha = "alpha"  # name of alpha there
+    peft_fields: Mapping[str, str] = {}  # field of that config -> name in files of the flag that it sets
 
     def __init__(self, shape: LayerShape, *, dropout: float = 0.0, rank_dropout: float = 0.0, module_dropout: float = 0.0):
         super().__init__()
         if shape.embedding and not self.fits_embeddings:
             raise SDError(f"kind {self.kind!r} does not fit an embedding; allowed: {_kinds_that('fits_embeddings')}")
         if len(shape.weight) < 2 and not self.fits_norms:
-            raise SDError(f"kind {self.kind!r} does not fit a norm, whose weight {list(shape.weight)} is no matrix; "
+            raise SDError(f"kind {self.kind!r} does not fit a norm, whose weight {list(shape.weight)} is not a matrix; "
                           f"allowed: {_kinds_that('fits_norms')}")
         self.embedding = shape.embedding
         self.magnitude: nn.Parameter | None = None
         self.diff_b: nn.Parameter | None = None
-        self.from_file = False  # loaded adapters are not what get_lora_parameters() trains by default
+        self.from_file = False  # get_lora_parameters() leaves loaded adapters out by default
         self.set_dropouts(dropout, rank_dropout, module_dropout)
 
     def set_dropouts(self, dropout: float = 0.0, rank_dropout: float = 0.0, module_dropout: float = 0.0) -> None:
-        """With what probability training drops each input, each rank, and the whole adapter. Raises ValueError."""
+        """Set the probabilities with which training drops an input, a rank, and the whole adapter. Raises SDError."""
         for what, p in (("dropout", dropout), ("rank_dropout", rank_dropout), ("module_dropout", module_dropout)):
             if not 0.0 <= p < 1.0:
                 raise SDError(f"{what} is {p}; allowed: 0 <= {what} < 1")
@@ -83,24 +83,24 @@ class Adapter(nn.Module):
 
     @property
     def scale(self) -> float:
-        """alpha / rank, where a kind has them."""
+        """alpha / rank; 1 for kinds without them."""
         return 1.0 if self.alpha is None or self.rank is None else self.alpha / self.rank
 
     @property
     def drops(self) -> bool:
-        """Whether some dropout is at work: in training mode only, with and without gradients, as nn.Dropout."""
+        """Whether any dropout applies: in training mode only, with or without gradients, as in nn.Dropout."""
         return self.training and bool(self.dropout or self.rank_dropout or self.module_dropout)
 
     def delta(self, W: Tensor) -> Tensor:
-        """ΔW, scale alpha / rank included, in the shape and dtype of W: the base weight in fp32 (of an fp64 model, fp64)."""
+        """Return ΔW, times alpha / rank, in the shape and dtype of W, the base weight in fp32 (fp64 in an fp64 model)."""
         raise NotImplementedError
 
     def bias_delta(self, b: Tensor | None) -> Tensor | None:
-        """Δb in the dtype of b (fp32 without one), or None where the adapter leaves the bias alone."""
+        """Return Δb in the dtype of b (fp32 without b), or None if the adapter does not change the bias."""
         return None if self.diff_b is None else self.diff_b.to(torch.float32 if b is None else b.dtype)
 
     def start_magnitude(self, W: Tensor, *, output_axis: bool = True) -> None:
-        """Make this a DoRA adapter (Liu et al. 2024): a trained norm for each output row of W, or each input column."""
+        """Make this a DoRA adapter (Liu et al. 2024), with a trained norm for each output row of W, or each input column."""
         keep = int(output_axis == self.embedding)  # Embedding is [num, dim]: its output axis is the last
         shape = [n if i == keep else 1 for i, n in enumerate(W.shape)]
         self.magnitude = nn.Parameter(norm_like(W, shape).detach())
@@ -108,16 +108,16 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def restart(self, shape: LayerShape) -> None:
-        """Begin anew, in place: the values of a new adapter of this form, drawn on the CPU, which changes nothing.
+        """Reinitialise in place as a new adapter of this form, which changes nothing; values are drawn on the CPU.
 
-        Not for DoRA, whose new magnitude would be the norm of a weight.
+        Not for DoRA, whose new magnitude would need the weight's norm.
         """
         new = dict(self._like(self.weights(), shape).named_parameters())
         for name, p in self.named_parameters():
-            p.copy_(new[name]) if name in new else p.zero_()  # a new adapter has no change of the bias
+            p.copy_(new[name]) if name in new else p.zero_()  # a new adapter does not change the bias
 
     def effective_delta(self, W: Tensor) -> Tensor:
-        """W' - W. With magnitude m, W' = m (W + ΔW) / ‖W + ΔW‖ (DoRA, eq. 5); the norm is a constant in training (4.3)."""
+        """Return W' - W. With magnitude m, W' = m (W + ΔW) / ‖W + ΔW‖ (DoRA, eq. 5), the norm detached (section 4.3)."""
         delta = self.delta(W)
         if self.magnitude is None:
             return delta
@@ -127,11 +127,11 @@ class Adapter(nn.Module):
         return W * s + delta * s - W  # in this order it is exactly 0 while ΔW = 0, since then s = 1
 
     def add_to(self, total: Tensor, W: Tensor, multiplier: float, out: Tensor | None = None) -> Tensor:
-        """total + multiplier · (W' - W) in fp32, as a new tensor or in `out`, which total may be but W may not."""
+        """Return total + multiplier · (W' - W) in fp32, in a new tensor or in `out`, which may be total but not W."""
         return total + multiplier * self.effective_delta(W)
 
     def forward(self, x: Tensor, layer) -> Tensor:
-        """What the adapter adds to `layer(x)` at multiplier 1. Exact for every kind: layers are linear in (weight, bias)."""
+        """Compute what the adapter adds to `layer(x)` at multiplier 1; exact, since layers are linear in (weight, bias)."""
         dtype = layer.compute_dtype(x)
         delta = self.effective_delta(layer.base_weight())
         bias = self.bias_delta(layer.base_bias())
@@ -139,7 +139,7 @@ class Adapter(nn.Module):
         return self.drop_module(out)
 
     def drop(self, x: Tensor) -> Tensor:
-        """Dropout on the layer's input, in training only."""
+        """Apply dropout to the layer's input, in training only."""
         return F.dropout(x, self.dropout, self.training) if self.dropout and x.is_floating_point() else x
 
     def drop_module(self, change: Tensor) -> Tensor:
@@ -149,52 +149,52 @@ class Adapter(nn.Module):
         return change
 
     def _apply(self, fn, recurse=True):
-        """Adapters follow their layer's device but stay fp32 when the model becomes half: they are cast at use."""
+        """Follow the layer's device but keep fp32 when the model is cast to half precision: adapters are cast at use."""
         def keep_dtype(t):
             moved = fn(t)
             return moved if moved.dtype == t.dtype else t.to(moved.device)
         return super()._apply(keep_dtype, recurse)
 
     def why_not_trained(self) -> str | None:
-        """Why an adapter of a file cannot be trained, and what can; None where it can."""
+        """Why an adapter from a file cannot be trained, and what can; None if it can."""
         return None
 
     # ---- files: `tensors` are those of one layer, under our own names ------------------------------------------------
 
     @classmethod
     def rank_of(cls, tensors: Mapping[str, Tensor]) -> int | None:
-        """What alpha is divided by; None where the change has no such scale."""
+        """The rank that alpha is divided by; None if the change has no such scale."""
         return None
 
     @classmethod
     def kind_of(cls, tensors: Mapping[str, Tensor]) -> str:
-        """This kind, or another one whose files have the same names."""
+        """This kind, or another kind whose files use the same names."""
         return cls.kind
 
     @classmethod
     def missing(cls, tensors: Mapping[str, Tensor]) -> list[str]:
-        """The tensors that these need beside them."""
+        """Names of required tensors that are absent."""
         return [name for name in cls.needed if name not in tensors]
 
     @classmethod
     def multiplied(cls, tensors: Mapping[str, Tensor], factor: float) -> dict[str, Tensor] | None:
-        """The tensors of `factor` times the change, for a change without alpha / rank; None where they cannot hold it."""
+        """Tensors for `factor` · ΔW where ΔW has no alpha / rank; None if the kind cannot express it."""
         return None
 
     @classmethod
     def spelling(cls, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-        """Our name -> the name in files, for all that the kind may have; inverse of `keys`."""
+        """Our name -> the name in files, for every tensor of the kind; inverse of `keys`."""
         return {name: key for key, name in cls.keys.items()}
 
     def weights(self) -> AdapterWeights:
-        """Everything that a file must hold, detached."""
+        """Everything that a file must contain, detached."""
         tensors = {name: p.detach() for name, p in self.named_parameters()}
         flags = {name: torch.tensor(getattr(self, name)) for name in self.flags}
         return AdapterWeights(self.kind, tensors | flags, alpha=self.alpha)
 
     @classmethod
     def from_weights(cls, weights: AdapterWeights, shape: LayerShape) -> Self:
-        """Inverse of `weights`. Raises LoRAFormatError when a tensor is missing, not known, or does not fit the layer."""
+        """Inverse of `weights`. Raises LoRAFormatError if a tensor is missing, unknown, or does not fit the layer."""
         try:
             with torch.device("meta"):
                 adapter = cls._like(weights, shape)
@@ -203,7 +203,7 @@ class Adapter(nn.Module):
         given = {name: tensor for name, tensor in weights.tensors.items() if name not in cls.flags}
         for name, empty in list(adapter.named_parameters()):
             if name not in given:
-                raise LoRAFormatError(f"it has no {name}, which kind {cls.kind!r} needs beside {', '.join(given)}")
+                raise LoRAFormatError(f"it has no {name}, which kind {cls.kind!r} needs besides {', '.join(given)}")
             setattr(adapter, name, _fitting(name, given.pop(name), empty.shape, shape))
         if "magnitude" in given:
             adapter.magnitude = _fitting_magnitude(given.pop("magnitude"), shape)
@@ -216,38 +216,38 @@ class Adapter(nn.Module):
 
     @classmethod
     def _like(cls, weights: AdapterWeights, shape: LayerShape) -> Self:
-        """A new adapter of the form (rank, Tucker core, ...) that the tensors of a file have."""
+        """Create an adapter with the form (rank, Tucker core, ...) of a file's tensors."""
         raise NotImplementedError
 
 
 def _kinds_that(fact: str) -> str:
-    from sd.adapters.kinds import KINDS  # the kinds are built on this file
+    from sd.adapters.kinds import KINDS  # here, since the kinds import this file
     return ", ".join(name for name, kind in KINDS.items() if getattr(kind, fact))
 
 
 def at_least_fp32(tensor: Tensor) -> Tensor:
-    """Half precision to fp32, in which changes are summed; fp64 stays what it is."""
+    """Cast half precision to fp32, in which changes are summed; fp64 stays fp64."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def check_rank(kind: str, rank: int) -> None:
-    """Raises SDError for what is not a rank of any layer."""
+    """Raise SDError unless the rank is a whole number from 1."""
     if not (isinstance(rank, int) and rank >= 1):
         raise SDError(f"rank {rank} does not go with kind {kind!r}; allowed: whole numbers from 1")
 
 
 def size_of(weights: AdapterWeights, name: str, axis: int = 0) -> int:
-    """Length of an axis of one tensor; a file may lack the tensor, or the axis."""
+    """Length of one axis of a tensor. Raises LoRAFormatError if the file lacks the tensor or the axis."""
     tensor = weights.tensors.get(name)
     if tensor is None:
-        raise LoRAFormatError(f"it has no {name}, which kind {weights.kind!r} needs beside {', '.join(weights.tensors)}")
+        raise LoRAFormatError(f"it has no {name}, which kind {weights.kind!r} needs besides {', '.join(weights.tensors)}")
     if tensor.dim() <= axis or not tensor.numel():
         raise LoRAFormatError(f"{name} has shape {list(tensor.shape)}, which fits no layer")
     return tensor.shape[axis]
 
 
 def flag_of(weights: AdapterWeights, name: str, what: str) -> bool:
-    """The value of a flag, which says `what`; a file may lack it."""
+    """Value of a flag; `what` is its meaning, for the message. Raises LoRAFormatError if the file lacks it."""
     flag = weights.tensors.get(name)
     if flag is None or flag.numel() != 1:
         raise LoRAFormatError(f"it has no {name} of one value, which says {what}")
@@ -255,12 +255,12 @@ def flag_of(weights: AdapterWeights, name: str, what: str) -> bool:
 
 
 def _own(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor.to(torch.float32, copy=True))  # a file may be mapped; an adapter outlives it
+    return nn.Parameter(tensor.to(torch.float32, copy=True))  # the file may be memory-mapped, and the adapter outlives it
 
 
 def _fitting(name: str, given: Tensor, want, shape: LayerShape) -> nn.Parameter:
-    """A tensor of a file as a parameter. Writers disagree whether a 1x1 convolution and its factors are [a, b] or
-    [a, b, 1, 1], and whether a matrix that stands for a kernel is flat."""
+    """Turn a tensor of a file into a parameter. Writers disagree on whether a 1x1 convolution and its factors are [a, b] or
+    [a, b, 1, 1], and on whether a kernel's factor is flattened to a matrix."""
     same = [n for n in given.shape if n != 1] == [n for n in want if n != 1]
     flat = len(want) == 2 < given.dim() and given.flatten(1).shape == tuple(want)
     if given.numel() != math.prod(want) or not (same or flat):
@@ -271,7 +271,7 @@ def _fitting(name: str, given: Tensor, want, shape: LayerShape) -> nn.Parameter:
 
 def _fitting_magnitude(m: Tensor, shape: LayerShape) -> nn.Parameter:
     dims = len(shape.weight)
-    m = m.reshape(*m.shape, *(1,) * (dims - m.dim()))  # that of a 1x1 convolution may be [out, 1]
+    m = m.reshape(*m.shape, *(1,) * (dims - m.dim()))  # a 1x1 convolution's may be [out, 1]
     axes = [i for i, n in enumerate(m.shape) if n != 1]
     no_axis = not axes and 1 not in shape.weight[:2]
     if m.dim() > dims or len(axes) > 1 or no_axis or any(i > 1 or m.shape[i] != shape.weight[i] for i in axes):
@@ -286,14 +286,14 @@ def norm_like(W: Tensor, shape) -> Tensor:
 
 
 def rebuild(a: Tensor, b: Tensor, core: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """a [out, r] · b [r, in·k] as a matrix; with a Tucker core [r, r, *k]: a [r, out], b [r, in] -> [out, in, *k]."""
+    """Multiply a [out, r] · b [r, in·k]; with a Tucker core [r, r, *k]: a [r, out], b [r, in] -> [out, in, *k]."""
     a, b = a.to(dtype), b.to(dtype)
     return a @ b if core is None else torch.einsum("ij...,ip,jq->pq...", core.to(dtype), a, b)
 
 
 def uniform(tensor: Tensor) -> Tensor:
-    """Filled as torch fills the weight of a Linear or ConvNd: uniform within 1 / sqrt(fan in)."""
-    if tensor.is_meta:  # a file brings the values, and torch takes a millisecond to fill nothing
+    """Fill as torch initialises the weight of a Linear or ConvNd: uniform within ±1 / sqrt(fan in)."""
+    if tensor.is_meta:  # values will come from a file, and torch takes a millisecond to fill a meta tensor
         return tensor
     bound = 1 / math.sqrt(tensor[0].numel())
     return nn.init.uniform_(tensor, -bound, bound)

@@ -1,6 +1,6 @@
-"""Adapters on whole models: attach and remove them by name, and choose the active set.
+"""Attach adapters to whole models, remove them by name, and read their weights.
 
-`models` everywhere below is an nn.Module (the whole of it, or one network) or the Models that a loader returns.
+`models` below is an nn.Module (a whole model, or one network) or the Models that a loader returns.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from sd.errors import SDError
 # ---- adding and removing ---------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode(False)  # whatever the caller is in, what is attached can be trained
+@torch.inference_mode(False)  # adapters that are attached in inference mode can be trained too
 def apply_lora_to_model(models, rank: int | Mapping[str, int] = 4, alpha: float | Mapping[str, float] = 1.0,
                         dropout: float = 0.0, target_modules=None, name: str = "default", *, kind: str = "lora",
                         dora: bool = False, rank_dropout: float = 0.0, module_dropout: float = 0.0, **options):
-    """Attach a new, trainable adapter to every target layer, active at multiplier 1; no output changes by a bit.
+    """Attach a new, trainable adapter to every target layer, active at multiplier 1; outputs stay bit-identical.
 
-    Of kind "lora", ΔW = alpha / rank · up · down, with up = 0 at the start; the other kinds and their options (such as
-    `tucker` or `factor`) stand in KINDS. Norms, which have no low rank, get a full difference. `rank` bounds the rows of
-    a block of oft and boft, whose constraint is `alpha`; ia3 and full have neither. Either may be a table {path: value},
-    which has one for every target; a layer of rank 0 gets none. `dora` adds a trained magnitude.
+    Kind "lora" is ΔW = alpha / rank · up · down, with up = 0 at the start; the other kinds and their options (such as
+    `tucker` or `factor`) are in KINDS. Norms, which have no low rank, get a full difference. For oft and boft, `rank`
+    bounds the rows of a block and `alpha` the change; ia3 and full ignore both. Either may be a table {path: value} with
+    a value for every target; a layer of rank 0 gets no adapter. `dora` adds a trained magnitude.
     Returns `models`. Raises LoRAError, before anything changes, for a name in use, a rank below 1 or above
     min(in, out) of a layer, a target that matches nothing, or a layer without a LoRA form or without one of this kind.
     """
@@ -51,7 +51,7 @@ def apply_lora_to_model(models, rank: int | Mapping[str, int] = 4, alpha: float 
     ranks, alphas = _by_path(rank, targets), _by_path(alpha, targets)
     targets = {path: layer for path, layer in targets.items() if not isinstance(rank, Mapping) or ranks[path] != 0}
     if name in adapter_names(models):
-        raise LoRAError(f"an adapter named {name!r} is there already; remove_lora it first, or choose another name")
+        raise LoRAError(f"an adapter named {name!r} already exists; remove_lora it first, or choose another name")
     _refuse_bypassed(models, targets)
     new: dict[str, Adapter] = {}
     make: Callable[..., Adapter] = KINDS[kind]
@@ -62,7 +62,7 @@ def apply_lora_to_model(models, rank: int | Mapping[str, int] = 4, alpha: float 
         if not _is_finite(alphas[path]):
             raise LoRAError(f"alpha is {alphas[path]!r}; a finite number is needed")
         try:
-            if norm:  # it has no ranks to drop
+            if norm:  # without rank_dropout: it has no ranks
                 new[path] = Full(shape, dropout=dropout, module_dropout=module_dropout)
             else:
                 new[path] = make(shape, ranks[path], alphas[path], dropout=dropout, rank_dropout=rank_dropout,
@@ -94,7 +94,7 @@ def _is_finite(value: Any) -> bool:
 
 def attach_adapters(models, layers: Mapping[str, nn.Module], adapters: Mapping[str, Adapter], name: str,
                     multiplier: float) -> None:
-    """Put the adapters on the layers of the same paths, as `name`, active; one of that name is replaced."""
+    """Attach adapters to the layers of the same paths as `name`, active, replacing any adapter of that name."""
     _check_name(name)
     with exclusive(models), torch.inference_mode(False):
         enabled = all(layer.lora_enabled for layer in lora_layers(models).values())
@@ -104,7 +104,7 @@ def attach_adapters(models, layers: Mapping[str, nn.Module], adapters: Mapping[s
             as_lora_layer(layers[path], path).add_adapter(name, adapter, multiplier)
         for network in components(models).values():
             convert_hosts(network)
-        set_lora_enabled(models, enabled)  # also on layers that had no adapter when it was switched
+        set_lora_enabled(models, enabled)  # also on layers that had no adapter when LoRA was switched
 
 
 def _refuse_bypassed(models, targets: Iterable[str]) -> None:
@@ -114,7 +114,7 @@ def _refuse_bypassed(models, targets: Iterable[str]) -> None:
 
 
 def remove_lora(models, name: str | None = None) -> None:
-    """Take an adapter (None: all) off; the weights were never changed. Converted foreign layers become plain again."""
+    """Remove an adapter (None: all); base weights were never changed. Converted foreign layers become plain again."""
     with exclusive(models):
         layers = lora_layers(models).values()
         if name is not None:
@@ -131,7 +131,7 @@ def remove_lora(models, name: str | None = None) -> None:
 
 
 def get_lora_parameters(models, name: str | None = None) -> list[nn.Parameter]:
-    """Parameters of one adapter; None: of all that were created here, not of those loaded from files."""
+    """Parameters of one adapter; None: of all that were created here rather than loaded from files."""
     layers = lora_layers(models).values()
     if name is not None:
         check_known(layers, [name])
@@ -140,7 +140,7 @@ def get_lora_parameters(models, name: str | None = None) -> list[nn.Parameter]:
 
 
 def unreached_layers(models, run: Callable[[], object]) -> list[str]:
-    """Adapted layers that a probe forward `run()`, with all adapters on, does not call: they would be ignored in silence."""
+    """Adapted layers that `run()`, a probe forward with all adapters on, does not call: their LoRA is silently ignored."""
     layers, reached = lora_layers(models), set()
     hooks = [layer.register_forward_pre_hook(lambda module, args, path=path: reached.add(path))
              for path, layer in layers.items()]
@@ -153,11 +153,11 @@ def unreached_layers(models, run: Callable[[], object]) -> list[str]:
     return [path for path in layers if path not in reached]
 
 
-# ---- the active set --------------------------------------------------------------------------------------------------
+# ---- weights of adapters ---------------------------------------------------------------------------------------------
 
 
 def lora_state(models, name: str | None = None) -> dict[str, AdapterWeights]:
-    """{canonical module path: weights} of one adapter; None: the only one there is."""
+    """{canonical module path: weights} of one adapter; None: the only one."""
     layers = lora_layers(models)
     names = names_on(layers.values())
     if name is None:
@@ -171,7 +171,7 @@ def lora_state(models, name: str | None = None) -> dict[str, AdapterWeights]:
 @torch.inference_mode(False)
 def attach_state(models, state: Mapping[str, AdapterWeights], name: str, multiplier: float = 1.0,
                  where: str = "the LoRA") -> None:
-    """Attach loaded weights as adapter `name`, active; one of that name is replaced. Raises before it changes."""
+    """Attach loaded weights as `name`, active, replacing any adapter of that name. Raises before anything changes."""
     if not math.isfinite(multiplier):
         raise LoRAError(f"the multiplier of {name!r} is {multiplier}; a finite number is needed")
     by_path = adaptable_layers(models)
@@ -189,7 +189,7 @@ def attach_state(models, state: Mapping[str, AdapterWeights], name: str, multipl
 
 
 def loaded_adapter(weights: AdapterWeights, layer: nn.Module, path: str) -> Adapter:
-    """A frozen adapter for the layer. Raises ValueError, such as LoRAFormatError, where the weights do not fit it."""
+    """Build a frozen adapter for the layer. Raises SDError, such as LoRAFormatError, if the weights do not fit it."""
     shape = shape_of(layer, path)
     adapter = KINDS[weights.kind].from_weights(weights, shape)
     bias = getattr(layer, "bias", None)

@@ -1,4 +1,4 @@
-"""What a layer keeps beside its parameters, fused and merged weights, and when it is stale."""
+"""The fused and merged weights that a layer caches, and when they are stale."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SETS_KEPT = 8
 
 
 class Stamp(NamedTuple):
-    """What derived weights were made from. Any write to an adapter or to the base makes another stamp."""
+    """What derived weights were made from. Any write to an adapter or to the base changes the stamp."""
 
     fingerprint: int  # of the active set
     versions: list[tuple[int, int]] | None  # address and version counter of each tensor; None: not settled
@@ -24,14 +24,14 @@ class Stamp(NamedTuple):
     @classmethod
     def of(cls, layer) -> Stamp:
         tensors = layer.sources()
-        # Between backward and step: a fused optimizer may write next, and raises no counter. Inference tensors have none.
+        # Not settled between backward and step: a fused optimizer writes without a new version. Inference tensors have none.
         versions = [(p.data_ptr(), p._version) for p in tensors if p.grad is None and not p.is_inference()]
         scales = [(adapter.alpha, adapter.rank) for adapter in layer.derived.on]
         return cls(layer.effective.fingerprint, versions if len(versions) == len(tensors) else None, scales)
 
     @property
     def settled(self) -> bool:
-        """False while a gradient waits for its step: nothing derived is kept then."""
+        """False while a gradient awaits its step: nothing derived is cached then."""
         return self.versions is not None
 
     def still_valid(self, layer) -> bool:
@@ -47,23 +47,23 @@ class Kept(NamedTuple):
 
 
 class Derived:
-    """All that follows from a layer's base, adapters and active set.
+    """Everything computed from a layer's base, adapters and active set.
 
-    It does not know its layer, which would be a cycle that only the garbage collector frees: methods take it.
-    The two bools are plain attributes of their own, since compiled code is guarded by them alone: values and names of the
-    active set change without recompiling.
+    Methods take the layer: a reference to it would be a cycle that only the garbage collector frees.
+    The two bools are plain attributes because compiled code guards on them alone: names and values of the active set
+    change without recompiling.
     """
 
     def __init__(self) -> None:
-        self.on: list[Adapter] = []  # the adapters that are on, in order of their names
+        self.on: list[Adapter] = []  # the active adapters, in order of names
         self.any_on = False
-        self.kept: dict[int, Kept] = {}  # fused weights of the last sets, by fingerprint, since tasks come back
-        self.present: Kept | None = None  # of the present set
-        self.merged: Stamp | None = None  # of what is in the layer's merged buffers
-        self.merged_on = False  # whether that was made for the present set
+        self.kept: dict[int, Kept] = {}  # fused weights of the last sets, by fingerprint, since tasks recur
+        self.present: Kept | None = None  # those of the present set
+        self.merged: Stamp | None = None  # of the layer's merged buffers
+        self.merged_on = False  # whether they were made for the present set
 
     def follow(self, layer, on: list[Adapter]) -> None:
-        """Adopt the layer's active set, and the adapters that are on in it."""
+        """Switch to the layer's present active set, whose adapters are `on`."""
         self.on, self.any_on = on, bool(on)
         fingerprint = layer.effective.fingerprint
         self.merged_on = self.merged is not None and self.merged.fingerprint == fingerprint
@@ -71,7 +71,7 @@ class Derived:
         self.present = kept if kept is not None and kept.stamp.still_valid(layer) else None
 
     def drop(self) -> None:
-        """Forget everything. The merged buffers stay, to be rewritten in place."""
+        """Invalidate everything. The merged buffers stay allocated, to be rewritten in place."""
         self.present, self.kept = None, {}
         self.drop_merged()
 
@@ -79,13 +79,13 @@ class Derived:
         self.merged, self.merged_on = None, False
 
     def forward(self, x: Tensor, layer) -> Tensor:
-        """layer(x) with what is on, for inference: by the merged weight, or base + fused."""
+        """Compute layer(x) with the active adapters, for inference: by the merged weight, or base + fused."""
         if self.is_merged(layer):
             return layer.op(x, layer.merged_weight, layer.bias if layer.merged_bias is None else layer.merged_bias)
         return self.fused(layer, layer.compute_dtype(x)).add_to(layer.base_forward(x), x, layer)
 
     def fused(self, layer, dtype: torch.dtype) -> Fused:
-        """One pair of products for all low ranks that are on, made at the first call with the present set."""
+        """The active adapters fused, made at the first call with the present set."""
         kept = self.present
         if kept is None or not (torch.compiler.is_compiling() or kept.dtype == dtype and kept.stamp.still_valid(layer)):
             stamp = Stamp.of(layer)
@@ -109,8 +109,8 @@ class Derived:
         with exact():
             if layer.merged_weight is None:
                 layer.merged_weight = torch.empty_like(layer.plain_weight(), requires_grad=False)
-            self.drop_merged()  # until it is written whole
-            direct = layer.weight.dtype.itemsize >= 4 and layer.merged_weight.is_contiguous()  # no rounding, so no copy
+            self.drop_merged()  # until it is completely written
+            direct = layer.weight.dtype.itemsize >= 4 and layer.merged_weight.is_contiguous()  # nothing to round, so no copy
             weight, bias = layer.merged_sum(out=layer.merged_weight if direct else None)
             if weight is not layer.merged_weight:
                 layer.merged_weight.copy_(weight)
@@ -123,7 +123,7 @@ class Derived:
 
 @contextmanager
 def exact():
-    """Derived weights are made once and used everywhere: outside inference mode, autograd and autocast."""
+    """Leave inference mode, autograd and autocast: derived weights are made once and used inside any of them."""
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
         for device in ("cpu", "cuda", "mps"):
             stack.enter_context(torch.autocast(device, enabled=False))

@@ -1,6 +1,6 @@
-"""The adapters of one layer that are on, as one pair of products: base + up((down x) · m).
+"""The active adapters of one layer as one pair of products: base + up((down x) · m).
 
-Legend: A adapters, R rank, ΣR the ranks of all, g groups of a convolution; rows of a network call, each of one image.
+Legend: A adapters, R rank, ΣR the ranks of all, g groups of a convolution; rows of a network call, each belonging to one image.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Shared:
 
 @dataclass
 class Mixed:
-    """Low ranks of which each row has its own mixture."""
+    """Low ranks, mixed differently for each row."""
 
     down: Tensor  # as in Shared
     up: Tensor  # [out, ΣR/g, ...], alpha / R folded in
@@ -52,7 +52,7 @@ class Mixed:
 
 @dataclass
 class Routed:
-    """Low ranks of equal size, at most one of them for each row: each row is multiplied by its own alone."""
+    """Low ranks of equal size, at most one per row: each row is multiplied by its own alone."""
 
     down: Tensor  # [A, R, in]
     up: Tensor  # [A, out, R], alpha / R folded in
@@ -70,11 +70,11 @@ class Routed:
 
 @dataclass
 class Delta:
-    """What an adapter of another kind changes, as a whole weight."""
+    """The change of any other adapter, as a full weight."""
 
     weight: Tensor  # ΔW
     bias: Tensor | None  # Δb
-    multiplier: float | Tensor  # [rows] where images differ; else 1, and it is folded in
+    multiplier: float | Tensor  # [rows] where images differ; else 1, the multiplier being folded in
 
     def add_to(self, out: Tensor, x: Tensor, layer) -> Tensor:
         return out + times(layer.op(x, self.weight, self.bias), self.multiplier)
@@ -82,13 +82,13 @@ class Delta:
 
 @dataclass
 class Fused:
-    """All that is on, in compute dtype."""
+    """All active adapters, in compute dtype."""
 
     parts: list[Shared | Mixed | Routed | Delta]
-    rows: int | None  # of the call that it is for, where images differ
+    rows: int | None  # that a call must have, where images differ
 
     def add_to(self, out: Tensor, x: Tensor, layer) -> Tensor:
-        """out + what the adapters add to layer(x)."""
+        """Return out + what the adapters add to layer(x)."""
         if self.rows is not None:
             out, x = _expanded(out, self.rows), _expanded(x, self.rows)
         for part in self.parts:
@@ -118,19 +118,19 @@ def _by_row(bias: Tensor, out: Tensor) -> Tensor:
 
 
 def is_pair(adapter: Adapter) -> TypeGuard[LowRank]:
-    """Whether all that the adapter does to a weight is the product of its two factors."""
+    """Whether the adapter changes the weight by the product of two factors alone."""
     return isinstance(adapter, LowRank) and adapter.magnitude is None
 
 
 def times(change: Tensor, multiplier: float | Tensor) -> Tensor:
-    """change · multiplier, which is a number or one for each row."""
+    """Return change · multiplier, which is one number or one per row."""
     if isinstance(multiplier, Tensor):
         return change * multiplier.to(change.dtype).view(-1, *(1,) * (change.dim() - 1))
     return change if multiplier == 1.0 else change * multiplier
 
 
 def fuse(layer, weighted: Sequence[tuple[Adapter, Any]], dtype: torch.dtype) -> Fused:
-    """What these adapters of the layer do, each with its multiplier (one number, or fp32 [rows]); differentiable."""
+    """Fuse adapters of the layer, each with its multiplier (one number, or fp32 [rows]); differentiable."""
     pairs = [(adapter, m) for adapter, m in weighted if is_pair(adapter)]
     parts: list[Shared | Mixed | Routed | Delta] = [_pairs(layer, pairs, dtype)] if pairs else []
     parts += [_delta(layer, adapter, m, dtype) for adapter, m in weighted if not is_pair(adapter)]
@@ -139,7 +139,7 @@ def fuse(layer, weighted: Sequence[tuple[Adapter, Any]], dtype: torch.dtype) -> 
 
 def _delta(layer, adapter: Adapter, m: float | Tensor, dtype: torch.dtype) -> Delta:
     delta, bias = adapter.effective_delta(layer.base_weight()), adapter.bias_delta(layer.base_bias())
-    if not layer.effective.per_image:  # folded in while all is fp32
+    if not layer.effective.per_image:  # folded in while everything is fp32
         delta, bias, m = delta * m, None if bias is None else bias * m, 1.0
     return Delta(delta.to(dtype), None if bias is None else bias.to(dtype), m)
 
@@ -157,7 +157,7 @@ def _pairs(layer, pairs: list[tuple[LowRank, Any]], dtype: torch.dtype) -> Share
     if table is not None and routes is not None and layer.routable and len({up.shape[1] for up in ups}) == 1:
         return Routed(torch.stack(downs).to(dtype), torch.stack(ups).to(dtype), torch.tensor(routes, device=table.device),
                       table.sum(dim=1), bias)
-    # Groups keep their ranks: [g, R/g, ...]
+    # Each group keeps its ranks: [g, R/g, ...]
     down = torch.cat([down.unflatten(0, (groups, -1)) for down in downs], dim=1).flatten(0, 1).to(dtype)
     up = torch.cat(ups, dim=1).to(dtype)
     if layer.lora_shape().embedding:

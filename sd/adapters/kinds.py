@@ -1,4 +1,4 @@
-"""The table of all kinds of adapter. A new kind is a class and a row here."""
+"""The table of all kinds of adapter; a new kind takes a class and a row here."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ else:
 
 
 def needs_base(weights: AdapterWeights) -> bool:
-    """Whether what these weights do to a layer depends on the layer's own: some kinds, and all with a magnitude (DoRA)."""
+    """Whether the change depends on the base weight: for some kinds, and for all with a magnitude (DoRA)."""
     return KINDS[weights.kind].of_weight or "magnitude" in weights.tensors

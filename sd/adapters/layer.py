@@ -1,7 +1,7 @@
-"""A layer that carries LoRA adapters: its base layer, with the same keys, plus adapters by name.
+"""A layer that can carry LoRA adapters: the base layer, with unchanged keys, plus adapters by name.
 
 Every layer here is linear in (weight, bias), so an adapter that changes them by (ΔW, Δb) adds op(x, ΔW, Δb) to the
-output, whatever its kind. With nothing active a layer computes op(x, weight, bias) and nothing else.
+output, whatever its kind. With nothing active, a layer computes just op(x, weight, bias).
 
 Legend: B images, rows of a network call (2B with guidance), R rank, ΣR the ranks of all active adapters.
 """
@@ -24,7 +24,7 @@ from sd.adapters.fused import fuse, is_pair, times
 from sd.adapters.weights import LayerShape, LoRAError
 from sd.escape import escaped, unescaped
 
-MERGED = ("merged_weight", "merged_bias")  # buffers beside the parameters, in no state dict and in no copy
+MERGED = ("merged_weight", "merged_bias")  # buffers that are left out of state dicts and copies
 
 
 if TYPE_CHECKING:  # at run time nn.Module comes from the layer that the mixin is combined with
@@ -34,13 +34,13 @@ else:
 
 
 class LoRALayer(Base):
-    """Mixin of the layers that can carry adapters. These are all fields that it adds to a layer:"""
+    """Mixin for layers that can carry adapters. It adds exactly these fields to a layer:"""
 
     adapters: nn.ModuleDict  # escaped name -> Adapter
-    plain_class: type[nn.Module] | None  # what a converted foreign layer goes back to
-    lora_enabled: bool  # off hides the active set
-    active: ActiveSet  # the user's multipliers, for the adapters that are here; written through `set_active` only
-    effective: ActiveSet  # those times the adapters' block multipliers: the layer computes with these alone
+    plain_class: type[nn.Module] | None  # the class that a converted foreign layer returns to
+    lora_enabled: bool  # False hides the active set
+    active: ActiveSet  # the user's multipliers for this layer's adapters; written by `set_active` only
+    effective: ActiveSet  # those times the block multipliers: what the layer computes with
     derived: Derived  # fused weights, the state of the merged ones, and when they are stale
     merged_weight: Tensor | None  # allocated once and rewritten in place: graphs and compiled code keep its address
     merged_bias: Tensor | None
@@ -48,10 +48,10 @@ class LoRALayer(Base):
         weight: Any
         bias: Any
 
-    routable = False  # whether x is [rows, ..., in] and the layer one product, so that each row can have factors of its own
+    routable = False  # whether x is [rows, ..., in] and the layer one product, so that each row can have its own factors
 
     def init_lora(self, plain: type[nn.Module] | None = None) -> None:
-        """Give the layer its (empty) LoRA state; `plain` is the class that a converted foreign layer goes back to."""
+        """Give the layer its (empty) LoRA state; `plain` is the class that a converted foreign layer returns to."""
         self.adapters = nn.ModuleDict()  # empty, so it adds no keys: base checkpoints load with strict=True
         self.plain_class = plain
         self.lora_enabled = True
@@ -61,17 +61,17 @@ class LoRALayer(Base):
         self.set_active(NOTHING)
 
     def op(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer's operation with other parameters; also used with `down` factors, whose output width is the rank."""
+        """The layer's operation. `weight` may also be a LoRA `down`, in which case the output width is the rank."""
         raise NotImplementedError
 
-    # The only ways in which adapters see the base. Where it is quantised, a small module (quant.py) stands for the
-    # tensor `weight`, with its shape, dtype and device; every other use of the weight's values is made of these.
+    # Adapters read and write the base through these methods alone. In a quantised base a small module (quant.py) takes the
+    # place of the tensor `weight`, with the same shape, dtype and device.
     @property
     def is_quantized(self) -> bool:
         return not isinstance(self.weight, Tensor)
 
     def plain_weight(self) -> Tensor:
-        """The weight as adapters see it, and `op` takes it: output rows first (but in an embedding)."""
+        """The weight as adapters see it and `op` takes it: output rows first (except in an embedding)."""
         return self.weight.dequantize() if self.is_quantized else self.weight
 
     def base_weight(self) -> Tensor:
@@ -84,12 +84,12 @@ class LoRALayer(Base):
         return self.weight(x, self) if self.is_quantized else self.op(x, self.weight, self.bias)
 
     def base_tensors(self) -> list[Tensor | None]:
-        """The parameters, or quantised parts, that the base is made of."""
+        """The parameters, or quantised parts, of the base."""
         return [*(self.weight.buffers() if self.is_quantized else [self.weight]), self.bias]
 
     def set_base(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Give the base a weight, as adapters see it, and a bias unless None: new parameters, so what was tied to the old
-        ones stays what it was."""
+        """Replace the base's weight, as adapters see it, and its bias unless None, by new parameters: modules tied to the old
+        ones do not change."""
         like = self.weight
         self.weight = nn.Parameter(weight.to(like.dtype), requires_grad=like.requires_grad)
         if bias is not None:
@@ -99,7 +99,7 @@ class LoRALayer(Base):
         return x.dtype if x.is_floating_point() else self.weight.dtype
 
     def lora_shape(self: Any) -> LayerShape:
-        """Also called with a plain layer that is yet to be converted."""
+        """Also called with plain layers that are yet to be converted."""
         return LayerShape(tuple(self.weight.shape))
 
     @property
@@ -119,7 +119,7 @@ class LoRALayer(Base):
         self.set_active(ActiveSet(self.multipliers | {name: float(multiplier)}, self.active.rows))
 
     def set_block_multiplier(self, name: str, value: float) -> None:
-        """Factor of the user's multiplier of one adapter in this layer alone (block weights); at 0 the layer is its base."""
+        """Scale the user's multiplier of one adapter in this layer alone (block weights); at 0 the adapter is off here."""
         if not math.isfinite(value):
             raise LoRAError(f"the block multiplier of {name!r} is {value}; a finite number is needed")
         self.drop_derived()
@@ -127,7 +127,7 @@ class LoRALayer(Base):
         self.set_active(self.active)
 
     def remove_adapter(self, name: str) -> None:
-        """Take the adapter off; a converted foreign layer that has no other becomes what it was."""
+        """Remove the adapter; a converted foreign layer becomes plain again when it was the last."""
         self.drop_derived()
         del self.adapters[_as_key(name)]
         self.set_active(self.active)
@@ -135,7 +135,7 @@ class LoRALayer(Base):
             self.to_plain()
 
     def attached(self) -> LoRALayer:
-        """The layer that its model calls, which is the one to put adapters on: this one."""
+        """The layer to put adapters on, which is the one that the model calls: this one."""
         return self
 
     def to_plain(self) -> None:
@@ -148,7 +148,7 @@ class LoRALayer(Base):
         active = active.only(self.adapter_names)
         adapters = {name: self.adapter(name) for name in active.multipliers}
         effective = active.times({name: adapter.block_multiplier for name, adapter in adapters.items()})
-        # Past nn.Module.__setattr__, which looks at each value for parameters: this runs for every layer at every call.
+        # Bypass nn.Module.__setattr__ (slow): this runs for every layer at every call.
         self.__dict__.update(active=active, effective=effective)
         self.derived.follow(self, [adapters[name] for name in effective.multipliers])
 
@@ -169,14 +169,14 @@ class LoRALayer(Base):
             or self.training and any(adapter.drops for adapter in self.derived.on)
 
     def _trained_forward(self, x: Tensor) -> Tensor:
-        """base + what each adapter adds; those that drop nothing and are low ranks as one pair of products."""
-        self.derived.drop()  # an optimizer may write next, and fused ones raise no version counter
+        """base + what each adapter adds; low ranks without dropout are one pair of products."""
+        self.derived.drop()  # an optimizer may write next, and fused ones do not raise version counters
         out, pairs = self.base_forward(x), []
         for adapter, multiplier in self.weighted():
             if is_pair(adapter) and not adapter.drops:
                 pairs.append((adapter, multiplier))
                 continue
-            if self.is_quantized and (adapter.of_weight or adapter.magnitude is not None):  # it would keep the whole weight
+            if self.is_quantized and (adapter.of_weight or adapter.magnitude is not None):  # else it saves a whole weight
                 change = torch.utils.checkpoint.checkpoint(adapter, x, self, use_reentrant=False)
             else:
                 change = adapter(x, self)
@@ -186,29 +186,29 @@ class LoRALayer(Base):
         return _SameActiveSet.apply(out, torch.tensor(self.effective.fingerprint))
 
     def prepare(self) -> None:
-        """Make what inference with the present active set needs, so that code compiled as one graph finds it made."""
+        """Fuse the present active set for inference, so that code compiled as one graph need not."""
         if self.is_on and not self._is_trained() and not self.is_merged():
             self.derived.fused(self, self.weight.dtype)
 
     def weighted(self) -> list[tuple[Adapter, Any]]:
-        """The active adapters, each with its multiplier: a number, or where images differ one for each row, fp32."""
+        """The active adapters, each with its multiplier: a number, or fp32 [rows] where images differ."""
         if not self.effective.per_image:
             return list(zip(self.derived.on, self.effective.multipliers.values()))
         return list(zip(self.derived.on, self.effective.table().to(self.weight.device).T))
 
     def sources(self) -> list[Tensor]:
-        """All that the output is made of: the base and the active adapters."""
+        """All tensors of the base and of the active adapters."""
         tensors = [p for adapter in self.derived.on for p in adapter._parameters.values()]
         return [p for p in (*tensors, *self.base_tensors()) if p is not None]
 
     # ---- merging: `weight` is never written; the merged weight is a buffer beside it -----------------------------------
 
     def is_merged(self) -> bool:
-        """Whether the merged weight is that of the present active set."""
+        """Whether the merged weight matches the present active set."""
         return self.derived.is_merged(self)
 
     def merge(self) -> None:
-        """Make the merged weight of the present active set. Raises LoRAError where images differ."""
+        """Compute the merged weight of the present active set. Raises LoRAError if multipliers differ by image."""
         if self.effective.per_image:
             raise LoRAError("multipliers that differ from image to image cannot be merged into one weight")
         self.derived.merge(self)
@@ -216,7 +216,7 @@ class LoRALayer(Base):
     def merged_sum(self, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """W + Σ mᵢ ΔWᵢ and, where an adapter changes the bias, b + Σ mᵢ Δbᵢ: summed in fp32, in order of names.
 
-        `out` may be used for the first; which tensor it is, is what is returned.
+        The first may be written into `out`, but need not be: use what is returned.
         """
         base, bias = self.base_weight(), None
         total = base
@@ -235,7 +235,7 @@ class LoRALayer(Base):
         self.derived.drop_merged()
         self.merged_weight = self.merged_bias = None
 
-    # ---- moves, dtype changes, loading and copies drop what is derived ------------------------------------------------
+    # ---- moves, dtype changes, loading and copies invalidate derived weights -------------------------------------------
 
     def drop_derived(self) -> None:
         self.derived.drop()
@@ -256,10 +256,10 @@ class LoRALayer(Base):
 
 
 class _SameActiveSet(torch.autograd.Function):
-    """Identity that refuses, in backward, an active set other than the forward's.
+    """Identity whose backward refuses an active set other than the forward's.
 
-    With activation checkpointing the saved tensors are those of the recomputation, while attributes stay those of the
-    forward: a set that changed in between would give wrong gradients in silence.
+    With activation checkpointing, saved tensors come from the recomputation and attributes from the forward: a set that
+    changed in between would silently give wrong gradients.
     """
 
     generate_vmap_rule = True
@@ -284,7 +284,7 @@ class _SameActiveSet(torch.autograd.Function):
 
 @lru_cache(maxsize=4096)
 def _as_key(name: str) -> str:
-    """Adapter names are free text; module names may not hold dots, be empty, or equal an attribute such as `train`."""
+    """Adapter names are free text; module names may not contain dots, be empty, or equal an attribute such as `train`."""
     return "_" + escaped(name)
 
 

@@ -1,4 +1,4 @@
-"""Layers that can carry adapters: torch's own with LoRA, and the conversion of foreign layers in place."""
+"""torch's layers with LoRA, and the in-place conversion of plain layers to them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sd.adapters.weights import LayerShape, LoRAError
 
 
 class LoRALinear(LoRALayer, nn.Linear):
-    """nn.Linear that can carry adapters; with rank > 0 it starts with one that is named "default"."""
+    """nn.Linear that can carry adapters; with rank > 0 it starts with an adapter named "default"."""
 
     routable = True
 
@@ -34,7 +34,7 @@ class _LoRAConv(LoRALayer):
         return LayerShape(tuple(self.weight.shape), groups=self.groups)
 
     def op(self, x, weight, bias):
-        return self._conv_forward(x, weight, bias)  # torch's own: padding modes included
+        return self._conv_forward(x, weight, bias)  # torch's own, with all padding modes
 
 
 class LoRAConv1d(_LoRAConv, nn.Conv1d):
@@ -59,7 +59,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         return F.embedding(x, weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
 
     def base_forward(self, x):
-        return nn.Embedding.forward(self, x)  # whose gradient may be sparse
+        return nn.Embedding.forward(self, x)  # its gradient may be sparse
 
 
 class LoRAGroupNorm(LoRALayer, nn.GroupNorm):
@@ -77,23 +77,23 @@ LORA_CLASSES: dict[type[nn.Module], type[LoRALayer]] = {
     nn.Embedding: LoRAEmbedding, nn.GroupNorm: LoRAGroupNorm, nn.LayerNorm: LoRALayerNorm,
     nn.modules.linear.NonDynamicallyQuantizableLinear: LoRALinear,  # the out_proj of nn.MultiheadAttention
 }
-_registered: dict[type[nn.Module], type[LoRALayer]] = {}  # written by register_lora_layer alone, for the whole process
+_registered: dict[type[nn.Module], type[LoRALayer]] = {}  # process-wide; written by register_lora_layer alone
 
 
 def lora_classes() -> dict[type[nn.Module], type[LoRALayer]]:
-    """Layer type -> the class with which it carries adapters."""
-    if "transformers.pytorch_utils" in sys.modules:  # else nobody has a layer of it
+    """Layer type -> its class with LoRA."""
+    if "transformers.pytorch_utils" in sys.modules:  # else such a layer cannot exist
         from sd.adapters.transformers_conv1d import Conv1D, LoRATransposedLinear
         return LORA_CLASSES | {Conv1D: LoRATransposedLinear} | _registered
     return LORA_CLASSES | _registered
 
 
 def register_lora_layer(module_type: type[nn.Module], lora_class: type[LoRALayer]) -> None:
-    """Let modules of exactly this type carry adapters, as one layer: what lies inside them is no target any more.
+    """Let modules of exactly this type carry adapters, as one layer: modules inside them are no longer targets.
 
     `lora_class` is a class LoRAMine(LoRALayer, Mine) that defines op(x, weight, bias), linear in weight and bias, with the
-    outputs on the weight's first axis: `down` is such a weight too. Mine has a parameter `weight`; of a type without a bias
-    the class has the attribute `bias = None`. It may replace one of torch's. Raises LoRAError where it is no such class.
+    outputs on the weight's first axis: it is called with `down` as a weight too. Mine has a parameter `weight`; if it has no
+    bias, the class sets `bias = None`. It may be one of torch's own layers. Raises LoRAError for any other class.
     """
     if not (isinstance(lora_class, type) and issubclass(lora_class, LoRALayer) and issubclass(lora_class, module_type)):
         raise LoRAError(f"{lora_class!r} cannot carry the adapters of {module_type.__name__}; "
@@ -104,12 +104,12 @@ def register_lora_layer(module_type: type[nn.Module], lora_class: type[LoRALayer
 
 
 def is_registered(module: nn.Module) -> bool:
-    """Whether the module, converted or not, is of a type that `register_lora_layer` was called for."""
+    """Whether the module, converted or not, is of a type given to `register_lora_layer`."""
     return type(module) in _registered or type(module) in _registered.values()
 
 
 def as_lora_layer(layer: nn.Module, path: str = "layer") -> LoRALayer:
-    """Convert a plain layer in place: its class changes; identity, ties, hooks and keys stay. Raises LoRAError."""
+    """Convert a plain layer in place: only its class changes; identity, ties, hooks and keys stay. Raises LoRAError."""
     if isinstance(layer, LoRALayer):
         return layer.attached()
     plain = type(layer)
@@ -120,12 +120,12 @@ def as_lora_layer(layer: nn.Module, path: str = "layer") -> LoRALayer:
 
 
 def shape_of(layer: nn.Module, path: str = "layer") -> LayerShape:
-    """The LayerShape of a layer that may still be a plain one. Raises LoRAError for what has no LoRA form."""
+    """The LayerShape of a layer, plain or converted. Raises LoRAError if it has no LoRA form."""
     return lora_class(layer, path).lora_shape(layer)
 
 
 def lora_class(layer: nn.Module, path: str) -> type[LoRALayer]:
-    """The class with which a layer carries adapters. Raises LoRAError, and changes nothing, where there is none."""
+    """The class with LoRA of a layer. Raises LoRAError, and changes nothing, if there is none."""
     if isinstance(layer, LoRALayer):
         return type(layer)
     classes = lora_classes()
@@ -133,10 +133,10 @@ def lora_class(layer: nn.Module, path: str) -> type[LoRALayer]:
         raise LoRAError(f"{path} is a {type(layer).__name__}, which has no LoRA form; those that have: "
                         f"{', '.join(c.__name__ for c in classes)}, MultiheadAttention; see register_lora_layer")
     if "forward" in vars(layer):
-        raise LoRAError(f"{path} has a forward of its own, put there by a hook such as that of offloading, which would bypass "
-                        f"the LoRA; remove the hook first")
+        raise LoRAError(f"{path} has a forward of its own, set by a hook such as offloading, which would bypass the LoRA; "
+                        f"remove the hook first")
     if type(layer) not in _registered and "weight" not in layer._parameters and "weight" not in layer._modules:
-        raise LoRAError(f"{path} has a weight that a hook computes, such as that of weight_norm, spectral_norm or pruning; "
+        raise LoRAError(f"{path} has a weight that a hook computes, such as weight_norm, spectral_norm or pruning; "
                         f"remove the hook first")
     if layer.weight is None:
         raise LoRAError(f"{path} has no weight to adapt (affine parameters are off)")
@@ -146,7 +146,7 @@ def lora_class(layer: nn.Module, path: str) -> type[LoRALayer]:
 
 
 def check_rank(rank: int, shape: LayerShape, path: str) -> None:
-    limit = min(shape.fan_in * shape.groups, shape.fan_out)  # each group of a convolution has its share of the rank
+    limit = min(shape.fan_in * shape.groups, shape.fan_out)  # each group of a convolution gets its share of the rank
     if type(rank) is not int or not 1 <= rank <= limit:  # True is an int too
         raise LoRAError(f"rank {rank!r} does not fit {path}, which maps {shape.fan_in * shape.groups} to {shape.fan_out} "
                         f"values; allowed: 1 to {limit}")

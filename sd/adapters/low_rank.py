@@ -25,7 +25,7 @@ class LowRank(Adapter):
     Linear: down [R, in], up [out, R]. ConvNd: down [R, in/g, *k] with the layer's stride, padding and groups,
     up [out, R/g, 1...]. Embedding: down [R, num], up [dim, R], ΔW = (up · down)ᵀ. `tucker` gives convolutions of k > 1
     a core: down [R, in, 1...], mid [R, R, *k], ΔW = alpha / R · Σ_nm mid_nm up_n down_m (Tucker / CP, as LyCORIS).
-    After `start_at`, ΔW = alpha / R · (up · down - start_up · start_down).
+    After `start_at`: ΔW = alpha / R · (up · down - start_up · start_down).
     """
 
     kind = "lora"
@@ -56,7 +56,7 @@ class LowRank(Adapter):
         self.mid = nn.Parameter(uniform(torch.empty(rank, rank, *inner[1:]))) if tucker else None
         for name in ("start_up", "start_down"):
             self.register_buffer(name, None)
-        if shape.embedding:  # zero on the side of the tokens, so that tokens never seen never change
+        if shape.embedding:  # zeros on the token side, so that unseen tokens never change
             nn.init.zeros_(self.down)
             nn.init.normal_(self.up, std=1 / math.sqrt(rank))
         else:
@@ -64,10 +64,10 @@ class LowRank(Adapter):
 
     @torch.no_grad()
     def start_at(self, up: Tensor, down: Tensor) -> None:
-        """Train from up [out, R] and down [R, in·k], and change nothing at the start: frozen copies are subtracted.
+        """Train from up [out, R] and down [R, in·k] without a change at the start: frozen copies are subtracted.
 
-        With the principal part of W it is PiSSA (Meng et al. 2024), whose residual is W - start_up · start_down; here W
-        stays what it is. Raises ValueError for a grouped convolution or a Tucker core.
+        With the principal components of W this is PiSSA (Meng et al. 2024), but W stays as it is instead of becoming the
+        residual W - start_up · start_down. Raises SDError for a grouped convolution or a Tucker core.
         """
         if self.groups > 1 or self.mid is not None:
             raise SDError("a start other than 0 does not go with a grouped convolution or a Tucker core")
@@ -75,16 +75,16 @@ class LowRank(Adapter):
         self.down.copy_(down.reshape(self.down.shape))
         self.start_up, self.start_down = self.up.detach().clone(), self.down.detach().clone()
 
-    # With a frozen start the product up · down - start_up · start_down is that of two factors of 2R ranks. The differences
-    # stand in them, so that it is exactly 0 at the start and half precision rounds the change, not the principal parts.
+    # With a frozen start, up · down - start_up · start_down is written as one product of rank 2R. Its factors contain the
+    # differences, so that it is exactly 0 at the start and half precision rounds the change, not the principal components.
     def whole_up(self, dtype: torch.dtype) -> Tensor:
-        """`up` as inference needs it, [out, R/g, 1...]; with a frozen start [out, 2R, 1...]."""
+        """`up` for inference, [out, R/g, 1...]; with a frozen start [out, 2R, 1...]."""
         if self.start_up is None:
             return self.up.to(dtype)
         return torch.cat([self.up - self.start_up, self.start_up], 1).to(dtype)
 
     def whole_down(self, dtype: torch.dtype) -> Tensor:
-        """`down` with the core in it, [R, in/g, *k]: with it a Tucker LoRA is a LoRA as any other; with a start [2R, ...]."""
+        """`down` times the Tucker core, [R, in/g, *k], which makes it a plain LoRA; with a frozen start [2R, ...]."""
         if self.start_down is not None:
             return torch.cat([self.down, self.down - self.start_down]).to(dtype)
         if self.mid is None:
@@ -131,7 +131,7 @@ class LowRank(Adapter):
         return mask if self.start_up is None else torch.cat([mask, mask], axis)
 
     def weights(self) -> AdapterWeights:
-        """With a frozen start a LoRA of 2R ranks, which any program can apply."""
+        """With a frozen start, a LoRA of rank 2R, which any program can apply."""
         weights = super().weights()
         if self.start_up is not None:
             dtype = self.up.dtype
@@ -149,7 +149,7 @@ class LowRank(Adapter):
 
 
 def project_up(h: Tensor, up: Tensor, groups: int, bias: Tensor | None = None) -> Tensor:
-    """Rank space to output: h [..., R] for linear layers and embeddings, [B, R, *spatial] for convolutions."""
+    """Map rank space to the output: h [..., R] for linear layers and embeddings, [B, R, *spatial] for convolutions."""
     if up.dim() == 2:
         return F.linear(h, up, bias)
     conv = (F.conv1d, F.conv2d, F.conv3d)[up.dim() - 3]
@@ -157,7 +157,7 @@ def project_up(h: Tensor, up: Tensor, groups: int, bias: Tensor | None = None) -
 
 
 class Full(Adapter):
-    """A full-rank change: ΔW itself; a file may hold Δb alone. The only kind that fits norms."""
+    """A full-rank change: ΔW itself; a file may contain Δb alone. The only kind that fits norms."""
 
     kind = "full"
     fits_norms = fits_embeddings = takes_dora = True
@@ -176,7 +176,7 @@ class Full(Adapter):
 
     @classmethod
     def spelling(cls, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-        norm = "diff" in tensors and tensors["diff"].dim() == 1  # LyCORIS has names of its own for norms
+        norm = "diff" in tensors and tensors["diff"].dim() == 1  # LyCORIS has separate names for norms
         return {"diff": "w_norm", "diff_b": "b_norm"} if norm else {"diff": "diff"}
 
     @classmethod

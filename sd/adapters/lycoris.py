@@ -1,7 +1,7 @@
-"""Kinds of adapter that LyCORIS (Yeh et al. 2024) introduced to diffusion models: products, sums and factors of rows.
+"""Kinds of adapter that LyCORIS (Yeh et al. 2024) brought to diffusion models: products, sums and factors of rows.
 
-Legend: R rank, `in`, `out` widths of the weight as it is stored (of a grouped convolution in/g), k the kernel's size.
-W and ΔW are taken as matrices [out, in·k] where a formula says so.
+Legend: R rank, `in`, `out` widths of the stored weight (in/g for a grouped convolution), k kernel size. Formulas treat W
+and ΔW as matrices [out, in·k].
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class LoHa(Adapter):
 
 
 def factorization(n: int, factor: int = -1) -> tuple[int, int]:
-    """(a, b) with a · b = n and a <= b, as near to a square as a <= factor allows (-1: any); LyCORIS' rule."""
+    """(a, b) with a · b = n and a <= b, as close to each other as a <= factor allows (-1: any); the rule of LyCORIS."""
     if factor > 0 and n % factor == 0:
         return min(factor, n // factor), max(factor, n // factor)
     a = max(d for d in range(1, math.isqrt(n) + 1) if n % d == 0 and (factor < 0 or d <= max(factor, 1)))
@@ -69,7 +69,7 @@ def factorization(n: int, factor: int = -1) -> tuple[int, int]:
 
 
 class Kron(NamedTuple):
-    """Form of a Kronecker product: w1 is [rows, columns], and each factor is whole or itself of low rank."""
+    """Form of a Kronecker product: w1 is [rows, columns], and each factor is full (`whole`) or low-rank."""
 
     rows: int
     columns: int
@@ -81,9 +81,9 @@ class Kron(NamedTuple):
 class LoKr(Adapter):
     """Kronecker product (KronA, Edalati et al. 2022; LyCORIS): ΔW = scale · w1 ⊗ w2, w1 [a, c], w2 [out/a, in/c, *k].
 
-    Either factor may be of low rank: w1_a [a, R], w1_b [R, c]; w2_a [out/a, R], w2_b [R, in/c·k], or with a Tucker core
-    t2 [R, R, *k]: w2_a [R, out/a], w2_b [R, in/c]. scale = alpha / R; 1 where both are whole. `factor` bounds a and c; w1
-    is of low rank only with `decompose_both`, w2 wherever R is below half of its larger side.
+    Either factor may be low-rank: w1_a [a, R], w1_b [R, c]; w2_a [out/a, R], w2_b [R, in/c·k], or with a Tucker core
+    t2 [R, R, *k]: w2_a [R, out/a], w2_b [R, in/c]. scale = alpha / R; 1 where both are full. `factor` bounds a and c; w1
+    is low-rank only with `decompose_both`, w2 wherever R is below half of its larger side.
     """
 
     kind = "lokr"
@@ -94,7 +94,7 @@ class LoKr(Adapter):
     cores = ("t2",)
     held_by = {"comfyui": (*keys.values(), *MODIFIERS)}
     lycoris_name = "lokr"
-    no_alpha = 1.0  # scales by 1, where both factors are whole
+    no_alpha = 1.0  # a scale of 1, where both factors are full
     peft_type = "LOKR"
     w1_a: Any  # these two are parameters where w1 is None
     w1_b: Any
@@ -155,7 +155,7 @@ class LoKr(Adapter):
 
 
 class IA3(Adapter):
-    """A factor for each row, or each input column, of W (Liu et al. 2022, as LyCORIS: less 1): ΔW = W · weight.
+    """A factor for each row, or each input column, of W (Liu et al. 2022; as LyCORIS stores it, minus 1): ΔW = W · weight.
 
     weight: Linear [out] or [in], ConvNd [1, out, 1...] or [1, in, 1...]. It has no rank and no alpha.
     """
@@ -181,15 +181,15 @@ class IA3(Adapter):
 
     @classmethod
     def _like(cls, weights: AdapterWeights, shape: LayerShape) -> Self:
-        return cls(shape, on_input=flag_of(weights, "on_input", "what its weight is for: rows or input columns"))
+        return cls(shape, on_input=flag_of(weights, "on_input", "whether its weight is for rows or input columns"))
 
 
 class GLoRA(Adapter):
-    """Generalized LoRA (Chavan et al. 2023), weight part: ΔW = alpha / R · (W a1 a2 + b1 b2); of a kernel, a1 a2 is 1x1.
+    """Generalized LoRA (Chavan et al. 2023), weight part: ΔW = alpha / R · (W a1 a2 + b1 b2); a1 a2 is 1x1 for a kernel.
 
-    a1 [in, R], a2 [R, in], b1 [out, R], b2 [R, in, *k]; with a core bm [R, R, *k]: b2 [R, in, 1...]. Older files hold
+    a1 [in, R], a2 [R, in], b1 [out, R], b2 [R, in, *k]; with a core bm [R, R, *k]: b2 [R, in, 1...]. Older files have
     a1 [R, in], a2 [in, R], b1 [R, in·k], b2 [out, R] for ΔW = alpha / R · (W a2 a1 + b2 b1). The lengths of a1 and b1 tell
-    them apart, on a square layer too; only where in = out = R both fit, and today's is meant.
+    the two apart, even on a square layer; only if in = out = R do both fit, and the present form is assumed.
     """
 
     kind = "glora"

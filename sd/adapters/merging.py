@@ -1,6 +1,6 @@
 """Merging adapters into weights: reversibly, beside the weight, or for good.
 
-`models` everywhere below is an nn.Module (the whole of it, or one network) or the Models that a loader returns.
+`models` below is an nn.Module (a whole model, or one network) or the Models that a loader returns.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def unmerge(models) -> None:
 
 
 def merge_loss(models) -> float:
-    """‖round(W + ΔW) - W - ΔW‖ / ‖ΔW‖ over all active layers: what merging in the weights' dtype loses of the change."""
+    """‖round(W + ΔW) - W - ΔW‖ / ‖ΔW‖ over all active layers: the share of the change that rounding loses."""
     lost = change = 0.0
     with exact():
         for layer in lora_layers(models).values():
@@ -54,7 +54,7 @@ def tied_layers(models) -> dict[str, list[str]]:
                 owners.setdefault(id(p), {})[id(module)] = path
     found: dict[str, list[str]] = {}
     for path, layer in lora_layers(models).items():
-        base = getattr(layer, "attention", layer)  # of a projection, who has its parameters
+        base = getattr(layer, "attention", layer)  # the module whose parameters a projection slices
         others = {other: at for p in layer.base_tensors() for other, at in owners.get(id(p), {}).items() if other != id(base)}
         if others:
             found[path] = sorted(others.values())
@@ -65,7 +65,7 @@ def merge_lora_weights(models, *, untie: bool = False):
     """Merge the active set for good and remove all adapters: a plain model with the base checkpoint's keys. Returns it.
 
     Raises LoRAError when nothing is active, when LoRA is switched off, when multipliers differ by image, or where a layer
-    shares its weight with another module (`tied_layers`), unless `untie` lets it have one of its own from then on.
+    shares its weight with another module (`tied_layers`), unless `untie` gives it one of its own.
     """
     with exclusive(models):
         layers = lora_layers(models)
@@ -88,5 +88,5 @@ def merge_lora_weights(models, *, untie: bool = False):
         for network in components(models).values():
             convert_hosts(network)
     if hasattr(models, "source"):
-        models.source = None  # they are no longer what that file holds
+        models.source = None  # they no longer match that file
     return models

@@ -1,7 +1,7 @@
 """Kinds of adapter that multiply W by an orthogonal matrix: OFT and BOFT from the left, HRA from the right.
 
-Legend: `out` rows of the weight in n blocks of b, m stages; R reflections. W is taken as a matrix [out, in·k] where a
-formula says so.
+Legend: `out` rows of the weight in n blocks of b, m stages; R reflections. Formulas treat W as a matrix
+[out, in·k].
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from sd.errors import SDError
 
 
 class OFT(Adapter):
-    """Orthogonal finetuning (Qiu et al. 2023, as LyCORIS): each block k of b output rows is turned, W'_k = rescale · R_kᵀ W_k.
+    """Orthogonal finetuning (Qiu et al. 2023, as LyCORIS): rotates each block k of b output rows, W'_k = rescale · R_kᵀ W_k.
 
-    blocks [n, b, b]: Q = blocks - blocksᵀ, R = (I + Q)(I - Q)⁻¹ (Cayley). alpha > 0 is no scale but the constraint: Q is
-    shortened to a norm, over all blocks, of at most alpha · out. `rotation` [n, b, b] (old files) holds R itself.
+    blocks [n, b, b]: Q = blocks - blocksᵀ, R = (I + Q)(I - Q)⁻¹ (Cayley). alpha > 0 is not a scale but a bound: Q is
+    shortened to a norm, over all blocks, of at most alpha · out. `rotation` [n, b, b] (old files) is R itself.
     A new adapter's blocks have at most `rank` rows; `rescaled` adds rescale [out, 1...].
     """
 
@@ -34,7 +34,7 @@ class OFT(Adapter):
     keys = {"oft_blocks": "blocks", "oft_diag": "rotation", "rescale": "rescale"}
     held_by = {"comfyui": ("blocks", "rescale", *MODIFIERS)}
     lycoris_name = "diag-oft"
-    no_alpha = 0.0  # bounds nothing
+    no_alpha = 0.0  # no bound
     rotation: nn.Parameter | None
     blocks: Any  # a parameter where `rotation` is None
 
@@ -52,11 +52,11 @@ class OFT(Adapter):
     def new_sizes(out: int, rank: int) -> tuple[int, ...]:
         b, n = factorization(out, rank)
         if b < 2:
-            raise SDError(f"rank {rank} cuts its {out} rows into blocks of {b}, which cannot turn; choose another rank")
+            raise SDError(f"rank {rank} divides its {out} rows into blocks of {b}, which cannot rotate; choose another rank")
         return n, b, b
 
     def turns(self, dtype: torch.dtype) -> Tensor:
-        """R - I of every block; exactly 0 where Q is."""
+        """R - I for every block; exactly 0 where Q is 0."""
         if self.rotation is not None:
             return self.rotation.to(dtype) - torch.eye(self.rotation.shape[-1], dtype=dtype, device=self.rotation.device)
         blocks = self.blocks.to(dtype)
@@ -67,7 +67,7 @@ class OFT(Adapter):
         return torch.linalg.solve(torch.eye(Q.shape[-1], dtype=dtype, device=Q.device) - Q, 2 * Q)
 
     def turned(self, W: Tensor) -> Tensor:
-        """What turning adds to the matrix W [out, in·k]."""
+        """The change that rotating makes to the matrix W [out, in·k]."""
         turns = self.turns(W.dtype)
         return (turns.mT @ W.unflatten(0, turns.shape[:2])).flatten(0, 1)
 
@@ -81,7 +81,7 @@ class OFT(Adapter):
     def why_not_trained(self) -> str | None:
         if self.rotation is None:
             return None
-        return "is held as rotations (oft_diag), which training would bend; allowed: oft_blocks"
+        return "is stored as rotations (oft_diag), which would not stay orthogonal in training; allowed: oft_blocks"
 
     @classmethod
     def kind_of(cls, tensors: Mapping[str, Tensor]) -> str:
@@ -103,9 +103,9 @@ class OFT(Adapter):
 
 
 class BOFT(OFT):
-    """OFT in butterfly stages (Liu et al. 2023, as LyCORIS): stage i turns rows that lie 2ⁱ·b/2 apart, by R and not Rᵀ.
+    """OFT in butterfly stages (Liu et al. 2023, as LyCORIS): stage i rotates rows 2ⁱ·b/2 apart, by R instead of Rᵀ.
 
-    blocks [m, n, b, b], b even. A new adapter has b of at most `rank`, n a power of 2, and all 1 + log₂ n stages.
+    blocks [m, n, b, b], b even. A new adapter has b <= `rank`, n a power of 2, and all 1 + log₂ n stages.
     """
 
     kind = "boft"
@@ -115,7 +115,7 @@ class BOFT(OFT):
     def new_sizes(out: int, rank: int) -> tuple[int, ...]:
         fits = [b for b in range(2, out + 1, 2) if out % b == 0 and (out // b).bit_count() == 1]
         if not fits or min(fits) > rank:
-            raise SDError(f"rank {rank} does not cut its {out} rows into 2, 4, 8, ... blocks of an even number of rows; "
+            raise SDError(f"rank {rank} does not divide its {out} rows into 2, 4, 8, ... blocks of an even number of rows; "
                              f"allowed: {f'from {min(fits)}' if fits else 'none, choose another kind'}")
         b = max(b for b in fits if b <= rank)
         return (out // b).bit_length(), out // b, b, b
@@ -142,7 +142,7 @@ class HRA(Adapter):
     """Householder reflections (Yuan et al. 2024, as PEFT): W' = W H₁ ⋯ H_R, H_i = I - 2 u_i u_iᵀ / ‖u_i‖².
 
     u [in·k, R]. With `apply_GS` the columns are made orthonormal first (Gram-Schmidt), so that W' = W (I - 2 U Uᵀ). A new
-    adapter has them in equal pairs, whose reflections cancel, so its R is even and it has no Gram-Schmidt: that is for files.
+    adapter starts with equal pairs, whose reflections cancel, so its R is even; Gram-Schmidt is for loaded adapters only.
     """
 
     kind = "hra"
@@ -192,9 +192,9 @@ class HRA(Adapter):
 
 
 def _reflections(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """X, Y of one or two reflections, I + X Yᵀ; `vectors` [in·k, 1 or 2] have the length 1.
+    """X, Y of the product I + X Yᵀ of one or two reflections; `vectors` [in·k, 1 or 2] have length 1.
 
-    With d = v - u and s = ‖d‖², H_u H_v = I + 2 (u (d - s v)ᵀ - d vᵀ): exactly I where u = v, as rounding would not have it.
+    With d = v - u and s = ‖d‖², H_u H_v = I + 2 (u (d - s v)ᵀ - d vᵀ): exactly I where u = v, without rounding errors.
     """
     u, v = vectors[:, :1], vectors[:, 1:]
     if not v.shape[1]:

@@ -1,8 +1,8 @@
-"""A frozen base in few bits (QLoRA): nf4, int8 or fp8 weights in the layers of a model, made whole again at each use.
+"""A quantised frozen base (QLoRA): nf4, int8 or fp8 weights in the layers of a model, dequantised at each use.
 
 A quantised layer is a LoRALayer whose `weight` is a QuantizedWeight, which has the shape, dtype and device of the tensor
-that it replaces. The layer computes, and its adapters see, exactly what a layer with the weight `dequantize()` would, bit
-for bit; what is quantised away is lost. `.to(dtype)` changes what is made of the weight, never what is stored.
+that it replaces. Layer and adapters compute, bit for bit, what they would with the weight `dequantize()`; the quantisation
+error is permanent. `.to(dtype)` changes the dtype of the dequantised weight, never what is stored.
 
 Legend: n values of a weight, flattened; out rows; block of 64 values.
 """
@@ -27,7 +27,7 @@ from sd.adapters.targets import components, find_targets, named_layers, refuse_b
 from sd.adapters.weights import LoRAError
 
 BLOCK = 64  # values that share an absmax (Dettmers et al. 2023, section 3)
-SECOND_BLOCK = 256  # absmaxes that share a scale where they are quantised too
+SECOND_BLOCK = 256  # absmaxes that share a scale if they are quantised too
 
 # The 16 levels of NormalFloat (Dettmers et al. 2023, appendix E): quantiles of a normal distribution, with an exact 0.
 NF4_LEVELS = (
@@ -39,14 +39,14 @@ NF4_LEVELS = (
 # ---- numbers: W in fp32 <-> what is stored -----------------------------------------------------------------------------
 
 def pack_nf4(W: Tensor) -> dict[str, Tensor]:
-    """The nearest level of W / absmax in each block of 64. codes: [n / 64, 32], two in a byte; absmax: [n / 64, 1]."""
+    """Code the nearest level of W / absmax in each block of 64. codes: [n / 64, 32], two per byte; absmax: [n / 64, 1]."""
     blocks = _blocks(W, BLOCK)
     absmax = blocks.abs().amax(dim=1, keepdim=True)
     levels = torch.tensor(NF4_LEVELS, dtype=torch.float64)
     scaled, codes = blocks / absmax.where(absmax > 0, 1.0), torch.zeros_like(blocks, dtype=torch.uint8)
     for border in ((levels[1:] + levels[:-1]) / 2).float().tolist():  # twice as fast as bucketize
         codes += scaled > border
-    # The two values of each byte as one int64: a look-up for two is twice as fast as two, and needs no shifts.
+    # Both values of each byte as one int64: one look-up for two is twice as fast as two, and needs no shifts.
     pairs = torch.cartesian_prod(*[levels.float()] * 2).view(torch.int64).flatten().to(W.device)
     return {"codes": codes[:, ::2] << 4 | codes[:, 1::2], "absmax": absmax, "pairs": pairs}
 
@@ -57,7 +57,7 @@ def unpack_nf4(codes: Tensor, absmax: Tensor, pairs: Tensor) -> Tensor:
 
 
 def pack_nf4_double(W: Tensor) -> dict[str, Tensor]:
-    """As pack_nf4, and the absmaxes, less their mean, in int8: 4.13 bits a value instead of 4.5 (double quantisation)."""
+    """Like pack_nf4, with the absmaxes minus their mean in int8: 4.13 bits per value, not 4.5 (double quantisation)."""
     parts = pack_nf4(W)
     absmax = parts.pop("absmax")
     mean = absmax.mean()
@@ -77,9 +77,9 @@ def pack_int8(W: Tensor) -> dict[str, Tensor]:
 
 
 def pack_fp8(W: Tensor) -> dict[str, Tensor]:
-    """448 W / absmax for each row of W, in float8_e4m3fn, whose largest number is 448. Shapes as of pack_int8."""
+    """448 W / absmax for each row of W, in float8_e4m3fn, whose largest number is 448. Shapes as in pack_int8."""
     rows, scale = _scaled_rows(W, 448.0)
-    return {"codes": rows.to(torch.float8_e4m3fn).view(torch.uint8), "scale": scale}  # as bytes: pickle knows no float8
+    return {"codes": rows.to(torch.float8_e4m3fn).view(torch.uint8), "scale": scale}  # as bytes: pickle does not support float8
 
 
 def unpack_fp8(codes: Tensor, scale: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def unpack_rows(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def _blocks(W: Tensor, size: int) -> Tensor:
-    """The flattened W as [n / size, size]; zeros fill the last one."""
+    """Flatten W into [n / size, size], padded with zeros."""
     flat = W.flatten()
     return F.pad(flat, (0, -len(flat) % size)).view(-1, size)
 
@@ -100,7 +100,7 @@ def _scaled_rows(W: Tensor, largest: float) -> tuple[Tensor, Tensor]:
     rows = W.flatten(1)
     scale = rows.abs().amax(dim=1, keepdim=True) / largest
     scale = scale.where(scale > 0, 1.0)
-    return (rows / scale).clamp(-largest, largest), scale  # a denormal scale is too coarse to bound it
+    return (rows / scale).clamp(-largest, largest), scale  # clamped, since a denormal scale is too coarse
 
 
 class Format(NamedTuple):
@@ -119,14 +119,14 @@ FORMATS = {
 # ---- a quantised weight in a layer -------------------------------------------------------------------------------------
 
 class QuantizedWeight(nn.Module):
-    """Stands where a layer has its frozen `weight`: packed buffers, and the shape, dtype and device of that tensor.
+    """Replaces the frozen `weight` of a layer: packed buffers, with the shape, dtype and device of that tensor.
 
-    The keys of a state dict stay those of the plain model, and hold the dequantised weight.
+    State dicts keep the keys of the plain model, with the dequantised weights.
     """
 
     requires_grad = False
     codes: Tensor
-    _buffers: dict[str, Any]  # none of them None
+    _buffers: dict[str, Any]  # all of them tensors
 
     def __init__(self, weight: Tensor, kind: str):
         super().__init__()
@@ -139,7 +139,7 @@ class QuantizedWeight(nn.Module):
         return self.codes.device
 
     def dequantize(self) -> Tensor:
-        """The weight as a tensor of `shape` and `dtype`: made in fp32, rounded once."""
+        """The weight as a tensor of `shape` and `dtype`: computed in fp32, rounded once."""
         return self.unpack(*self._buffers.values())
 
     def unpack(self, *parts: Tensor) -> Tensor:
@@ -169,11 +169,11 @@ class QuantizedWeight(nn.Module):
         destination[prefix[:-1]] = self.dequantize()
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        raise LoRAError(f"{prefix[:-1]} is quantised ({self.kind}) and takes no values; load them into the plain model, and "
-                        f"quantize_base it then")
+        raise LoRAError(f"{prefix[:-1]} is quantised ({self.kind}) and takes no values; load them into the plain model, then "
+                        f"quantize_base it")
 
 
-# A plain layer keeps its weight for the backward. Here that would be the dequantised one, so it is made again.
+# A plain layer saves its weight for backward. Here that would be the dequantised one, so it is dequantised again.
 
 class _Linear(torch.autograd.Function):
     @staticmethod
@@ -203,7 +203,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad_x = grad_b = None
-        if ctx.needs_input_grad[0]:  # of x, shape and layout matter, not its values
+        if ctx.needs_input_grad[0]:  # only the shape and layout of x matter
             x = torch.empty_like(ctx.like, dtype=grad.dtype, device=grad.device)
             grad_x = torch.ops.aten.convolution_backward(grad, x, _saved_weight(ctx, grad), None, *ctx.how,
                                                          (True, False, False))[0].to(ctx.like.dtype)
@@ -218,7 +218,7 @@ def _save(ctx, x: Tensor, weight: QuantizedWeight, parts: tuple[Tensor, ...]) ->
 
 
 def _saved_weight(ctx, grad: Tensor) -> Tensor:
-    return ctx.weight.unpack(*ctx.saved_tensors).to(grad.dtype)  # under autocast the product was one in another dtype
+    return ctx.weight.unpack(*ctx.saved_tensors).to(grad.dtype)  # under autocast the product had another dtype
 
 
 def _padding(layer: nn.modules.conv._ConvNd):
@@ -226,7 +226,7 @@ def _padding(layer: nn.modules.conv._ConvNd):
 
 
 def _padded(x: Tensor, layer: nn.modules.conv._ConvNd) -> Tensor:
-    """x as the convolution takes it: what is not plain padding with zeros on both sides is done before."""
+    """Pad x where the convolution itself cannot: with other values than zeros, or different amounts on the two sides."""
     if _padding(layer) is layer.padding:
         return x
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
@@ -238,10 +238,10 @@ def _padded(x: Tensor, layer: nn.modules.conv._ConvNd) -> Tensor:
 def quantize_base(models, kind: str = "nf4", target_modules=None):
     """Quantise the weights of the frozen base in place: "nf4", "nf4-double", "int8" or "fp8". Returns `models`.
 
-    Bits a value: 4.5, 4.13, 8 and 8 (and one scale for each row). `target_modules`: as in apply_lora_to_model; None is
+    Bits per value: 4.5, 4.13, 8 and 8 (plus one scale per row). `target_modules`: as in apply_lora_to_model; None is
     "full", every linear layer and convolution of UNet and text encoder but the UNet's first and last; biases, norms and
-    embeddings stay. Attach DoRA after it: its magnitude is the norm of the weight that is there. Raises LoRAError, before
-    anything changes, for an unknown kind, a layer that is trainable, quantised already, not finite, or has no such form.
+    embeddings stay. Attach DoRA afterwards: its magnitude is the norm of the weight at that time. Raises LoRAError, before
+    anything changes, for an unknown kind, or a layer that is trainable, quantised already, not finite, or of another type.
     """
     if kind not in FORMATS:
         raise LoRAError(f"quantisation {kind!r} is unknown; allowed: {', '.join(FORMATS)}")
@@ -266,19 +266,19 @@ def dequantize_base(models):
         for layer in _quantized_layers(models).values():
             layer.drop_derived()
             layer.weight = nn.Parameter(layer.weight.dequantize(), requires_grad=False)
-            layer.register_parameter("bias", layer._parameters.pop("bias"))  # after the weight, as it was
+            layer.register_parameter("bias", layer._parameters.pop("bias"))  # after the weight, in the original order
             if not layer.adapters and layer.plain_class is not None:
                 layer.to_plain()
     return models
 
 
 def quantized_kinds(models) -> list[str]:
-    """The kinds of quantisation that the base has, such as ["nf4"]; [] for a plain one."""
+    """The kinds of quantisation in the base, such as ["nf4"]; [] for a plain one."""
     return sorted({layer.weight.kind for layer in _quantized_layers(models).values()})
 
 
 def base_bytes(models) -> int:
-    """Bytes that the base takes, plain or quantised: all parameters and buffers but those of adapters and merged weights."""
+    """Bytes of the base, plain or quantised: all parameters and buffers except those of adapters and merged weights."""
     tensors = chain.from_iterable((*network.named_parameters(), *network.named_buffers())
                                   for network in components(models).values())
     return sum(t.nbytes for name, t in tensors

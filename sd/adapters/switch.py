@@ -1,4 +1,4 @@
-"""Which adapters are on: use_adapters, rows of a batch, locks, and activation checkpointing that keeps the set."""
+"""Switching adapters: use_adapters, rows of a batch, locks, and activation checkpointing that keeps the active set."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def names_on(layers: Iterable[LoRALayer]) -> list[str]:
     return sorted({name for layer in layers for name in layer.adapter_names})
 
 
-# One lock for each network in use; it goes with the network. Not an attribute of it, since locks cannot be copied or pickled.
+# One lock per network in use, freed with it. Not an attribute of the network, since locks cannot be copied or pickled.
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _LOCKS_GUARD = threading.Lock()
 
@@ -45,10 +45,10 @@ def exclusive(models):
 
 @contextmanager
 def use_adapters(models, multipliers: Mapping[str, float | Tensor], *, rows: Tensor | None = None):
-    """Make exactly these adapters active, {"line": 0.8, "anime": Tensor[B]}; what was active returns at the end.
+    """Make exactly these adapters active, {"line": 0.8, "anime": Tensor[B]}; the previous set is restored at the end.
 
     A tensor holds one multiplier for each image of the batch; `rows` (long) says which image each row of a network
-    call belongs to, by default row i is image i. Overrides `set_lora_enabled`. Raises LoRAError for an unknown name.
+    call belongs to; by default row i is image i. Overrides `set_lora_enabled`. Raises LoRAError for an unknown name.
     """
     with exclusive(models):
         layers = list(lora_layers(models).values())
@@ -62,7 +62,7 @@ def use_adapters(models, multipliers: Mapping[str, float | Tensor], *, rows: Ten
         finally:
             before = set(layers)
             for layer in lora_layers(models).values():
-                if layer not in before:  # it got its first adapter inside, which was not active before
+                if layer not in before:  # it got its first adapter inside: nothing was active before
                     layer.set_active(NOTHING)
 
 
@@ -92,7 +92,7 @@ def _restoring(layers: Iterable[LoRALayer]):
 
 
 def set_adapters(models, multipliers: Mapping[str, float | Tensor]) -> None:
-    """As `use_adapters`, but it stays."""
+    """Like `use_adapters`, but permanent."""
     with exclusive(models):
         layers = list(lora_layers(models).values())
         active = _active_set(models, layers, multipliers, None)
@@ -110,7 +110,7 @@ def active_multipliers(models) -> dict[str, float | tuple[float, ...]]:
 
 
 def set_lora_enabled(models, enabled: bool) -> None:
-    """Hide all adapters, or bring them back with the multipliers they had."""
+    """Hide all adapters, or show them again with the multipliers they had."""
     with exclusive(models):
         for layer in lora_layers(models).values():
             layer.lora_enabled = bool(enabled)
@@ -140,7 +140,7 @@ def _active_set(models, layers: Iterable[LoRALayer], multipliers: Mapping[str, f
         if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and not module.batch_first:
             raise LoRAError(f"{path} is made with batch_first=False, so the rows around it are positions and not images; "
                             f"multipliers that differ from image to image need batch_first=True")
-    values = {n: v for n, v in values.items() if (any(v) if isinstance(v, tuple) else v)}  # at 0 a layer is its base
+    values = {n: v for n, v in values.items() if (any(v) if isinstance(v, tuple) else v)}  # 0 is off
     return ActiveSet(values, None if rows is None else tuple(rows.tolist()))
 
 
@@ -158,7 +158,7 @@ def checkpoint(function: Callable, *args):
 
 
 def recomputation(models):
-    """The `context_fn` of torch's own checkpointing, for models that do it themselves: as in `checkpoint`."""
+    """The contexts for torch's `context_fn`, for models that checkpoint on their own: as in `checkpoint`."""
     layers = list(lora_layers(models).values())
     sets = [(layer, layer.active, layer.lora_enabled) for layer in layers]
 

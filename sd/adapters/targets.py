@@ -1,6 +1,6 @@
-"""Which layers of a model can carry adapters, under which names, and which of them a target means.
+"""Which layers of a model can carry adapters, their paths, and which of them a target matches.
 
-`models` everywhere below is an nn.Module (the whole of it, or one network) or the Models that a loader returns.
+`models` below is an nn.Module (a whole model, or one network) or the Models that a loader returns.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from sd.adapters.weights import LayerShape, LoRAError
 
 NORMS = (nn.GroupNorm, nn.LayerNorm)
 
-# Which layers a preset means, as regular expressions over canonical module paths.
+# Presets, as regular expressions over canonical module paths.
 TARGET_PRESETS = {
     "attn": r"\.(attn1|attn2|attention)\.(q|k|v|out)_proj$",  # 128 layers of the UNet of SD 1.x
     "kohya": r"\.(attn1|attn2|attention)\.(q|k|v|out)_proj$|\.(ff|mlp)\.fc[12]$|\.attentions\.\d+\.proj_(in|out)$",
-    "full": r"^(?!.*\.conv_(in|out)$).*$",  # every linear layer and convolution but the first and the last
+    "full": r"^(?!.*\.conv_(in|out)$).*$",  # every linear layer and convolution except the first and the last
 }
 
 
 def components(models) -> dict[str, nn.Module]:
     """The networks of `models` under the prefix of their paths: {"diffusion": UNet, ...}; a foreign module has none."""
     if isinstance(models, nn.Module):
-        component = getattr(models, "component", "")  # which in a foreign model may be anything
+        component = getattr(models, "component", "")  # in a foreign model it may be anything
         return {component if isinstance(component, str) else "": models}
     return {key: m for key, m in models.items() if isinstance(m, nn.Module)}
 
@@ -45,7 +45,7 @@ def named_layers(models) -> Iterator[tuple[str, nn.Module]]:
             yield _path(component, name, module), module
 
 
-ROOT = "layer"  # for a layer without a name; a path may not be empty, since files begin with it
+ROOT = "layer"  # path of a layer without a name; it may not be empty, since keys in files begin with it
 
 
 def _path(component: str, name: str, module: nn.Module) -> str:
@@ -54,11 +54,11 @@ def _path(component: str, name: str, module: nn.Module) -> str:
 
 
 def adaptable_layers(models) -> dict[str, nn.Module]:
-    """Path -> every layer that can carry adapters; of an nn.MultiheadAttention its q_proj, k_proj and v_proj too."""
+    """Path -> every layer that can carry adapters; for an nn.MultiheadAttention also q_proj, k_proj and v_proj."""
     found: dict[str, nn.Module] = {}
     classes: tuple[type[nn.Module], ...] = (*lora_classes(), LoRALayer)
     for component, network in components(models).items():
-        closed = None  # what begins with it lies in a registered module, which is one layer
+        closed = None  # prefix of a registered module, which is one layer
         for name, module in network.named_modules():
             if closed is not None and name.startswith(closed):
                 continue
@@ -73,11 +73,11 @@ def adaptable_layers(models) -> dict[str, nn.Module]:
 
 
 def find_targets(models, target_modules: str | Iterable[str] | None = None) -> dict[str, nn.Module]:
-    """Layers that the targets mean: a preset ("attn", "kohya", "full"), names of whole path components, or regular expressions.
+    """Layers that the targets match: presets ("attn", "kohya", "full"), names of whole path components, regular expressions.
 
     A plain name such as "q_proj" or "down_blocks.0" matches whole components of the path, never a part of one; norms
-    and embeddings are taken only when a target names them at the end of their path. None is "attn". A layer that the model
-    has under several names is found by each, and stands in the result once.
+    and embeddings are taken only when a target names them at the end of their path. None is "attn". A layer with
+    several names in the model is matched by each of them, and returned once.
     Raises LoRAError for a target that matches nothing.
     """
     targets: list[Any]
@@ -86,7 +86,7 @@ def find_targets(models, target_modules: str | Iterable[str] | None = None) -> d
     else:
         targets = ["attn" if target_modules in (None, "") else target_modules]
     if unfit := [target for target in targets if not isinstance(target, str)]:
-        raise LoRAError(f"target {unfit[0]!r} is no preset (attn, kohya, full), module name or regular expression")
+        raise LoRAError(f"target {unfit[0]!r} is not a preset (attn, kohya, full), module name or regular expression")
     if not targets:
         raise LoRAError("target_modules is empty; name a preset (attn, kohya, full), module names or regular expressions")
     layers, networks = adaptable_layers(models), components(models)
@@ -105,7 +105,7 @@ def find_targets(models, target_modules: str | Iterable[str] | None = None) -> d
         if not matched:
             parts = sorted({part for path in layers for part in path.split(".") if not part.isdigit()})
             near = difflib.get_close_matches(target, parts, n=3) or parts[:12]
-            raise LoRAError(f"target {target!r} matches no layer; names in this model are such as {', '.join(near)}; "
+            raise LoRAError(f"target {target!r} matches no layer; names in this model include {', '.join(near)}; "
                             f"presets are {', '.join(TARGET_PRESETS)}")
         found |= matched
     return {path: m for path, m in layers.items() if path in found}  # in the model's order
@@ -141,7 +141,7 @@ def lora_layers(models) -> dict[str, LoRALayer]:
     for component, network in components(models).items():
         todo: list[tuple[str, nn.Module | None]] = [("", network)]
         seen = set()
-        while todo:  # as named_modules(), which takes much longer, but not into the adapters
+        while todo:  # like named_modules(), but much faster and not into the adapters
             name, module = todo.pop()
             if module is None or module in seen:
                 continue
@@ -154,7 +154,7 @@ def lora_layers(models) -> dict[str, LoRALayer]:
 
 
 def nominal_shape(layer: nn.Module) -> LayerShape:
-    """As shape_of, but also of a subclass of a known layer; that it has no LoRA form is told when it is to have one."""
+    """Like shape_of, but also for subclasses of known layers, which are rejected later, on attach."""
     known = type(layer) if isinstance(layer, LoRALayer) else lora_classes().get(type(layer), LoRALayer)
     return known.lora_shape(layer)
 

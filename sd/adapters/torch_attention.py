@@ -1,4 +1,4 @@
-"""torch's own attention with LoRA. It reads its layers' weights instead of calling them, so it needs classes of its own.
+"""torch's own attention with LoRA. It reads its layers' weights instead of calling the layers, so it needs special classes.
 
 Legend: B batch, L queries, S keys, H heads, E width of the queries.
 """
@@ -27,7 +27,7 @@ class AttentionProjection(LoRALayer, nn.Module):
 
     def __init__(self, attention: nn.MultiheadAttention, index: int):
         super().__init__()
-        self._attention, self.index = (attention,), index  # in a tuple, which makes it no submodule
+        self._attention, self.index = (attention,), index  # in a tuple, so that it is not a submodule
         self.init_lora()
         self.train(attention.training)
 
@@ -79,7 +79,7 @@ class AttentionProjection(LoRALayer, nn.Module):
 
 
 def projections(attention: nn.MultiheadAttention) -> dict[str, AttentionProjection]:
-    """Those of an attention, made for an unconverted one."""
+    """The projections of an attention; new ones if it is not converted."""
     there: dict[str, Any] = attention._modules
     return {name: there.get(name) or AttentionProjection(attention, i) for i, name in enumerate(PROJECTIONS)}
 
@@ -90,7 +90,7 @@ def any_on(module: nn.Module) -> bool:
 
 
 class LoRAMultiheadAttention(nn.MultiheadAttention):
-    """torch's own where no adapter is on in it; else the same formula, to rounding, with projections that are called."""
+    """torch's own while no adapter in it is on; else the same formula, up to rounding, with projections that are called."""
 
     def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
                 average_attn_weights=True, is_causal=False):
@@ -98,7 +98,7 @@ class LoRAMultiheadAttention(nn.MultiheadAttention):
             return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights,
                                    is_causal)
         if is_causal and attn_mask is None:
-            raise SDError("is_causal says what attn_mask is, but there is none; give the mask too")
+            raise SDError("is_causal describes attn_mask, which is missing; give the mask too")
         batched = query.dim() == 3
         if not batched:
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))
@@ -129,7 +129,7 @@ class LoRAMultiheadAttention(nn.MultiheadAttention):
         return out if self.batch_first else out.transpose(0, 1), weights
 
     def _mask(self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, extra: int) -> Tensor | None:
-        """The sum of both masks, to add to scores [B, H, L, S + extra]; None without any. Raises ValueError as torch does."""
+        """The sum of both masks, to add to scores [B, H, L, S + extra]; None without any. Raises SDError for a misfit."""
         b, length, sources = len(q), q.shape[1], None if key_padding_mask is None else key_padding_mask.shape[-1]
         for name, mask, shapes in (("attn_mask", attn_mask, ((length, None), (b * self.num_heads, length, None))),
                                    ("key_padding_mask", key_padding_mask, ((b, sources),))):
@@ -151,10 +151,10 @@ class LoRAMultiheadAttention(nn.MultiheadAttention):
 
 
 class LoRATransformerEncoderLayer(nn.TransformerEncoderLayer):
-    """Takes torch's fast path, which reads the weights of what lies in it, only while no adapter is on in it."""
+    """Takes torch's fast path, which reads the weights of its layers, only while no adapter in it is on."""
 
     @property
-    def activation_relu_or_gelu(self) -> int:  # 0: there is no fast path for it
+    def activation_relu_or_gelu(self) -> int:  # 0 rules out the fast path
         return 0 if any_on(self) else self.__dict__["activation_relu_or_gelu"]
 
     @activation_relu_or_gelu.setter
@@ -163,7 +163,7 @@ class LoRATransformerEncoderLayer(nn.TransformerEncoderLayer):
 
 
 class LoRATransformerEncoder(nn.TransformerEncoder):
-    """Hands its layers nested tensors, which only their fast path understands, only while no adapter is on in it."""
+    """Hands its layers nested tensors, which only their fast path supports, only while no adapter in it is on."""
 
     @property
     def use_nested_tensor(self) -> bool:
@@ -181,7 +181,7 @@ HOSTS: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def convert_hosts(network: nn.Module) -> None:
-    """Give everything of HOSTS its LoRA class while an adapter lies in it, and its own again afterwards."""
+    """Give modules of HOSTS their LoRA class while they contain an adapter, and their own again afterwards."""
     back = {lora: plain for plain, lora in HOSTS.items()}
     for module in list(network.modules()):
         if type(module) not in HOSTS and type(module) not in back:

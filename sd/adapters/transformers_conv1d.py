@@ -1,4 +1,4 @@
-"""transformers' Conv1D, a linear layer whose weight is stored as [in, out]. Imported only where transformers is."""
+"""transformers' Conv1D, a linear layer whose weight is stored as [in, out]. Imported only if transformers is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One weight change as plain data, the shape of the layer that it is for, and what is raised when they do not fit."""
+"""One weight change as plain data, the shape of its layer, and the errors raised when the two do not fit."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from sd.errors import SDError
 
 
 class LoRAError(SDError):
-    """A LoRA that cannot be attached or used as asked; the message names it and what is there."""
+    """A LoRA that cannot be attached or used as asked; the message names it and what exists."""
 
 
 class LoRAFormatError(LoRAError):
-    """A LoRA file that cannot be read or written as asked; the message names the file's offenders."""
+    """A LoRA file that cannot be read or written as asked; the message names the offending entries."""
 
 
 @dataclass
@@ -29,13 +29,13 @@ class AdapterWeights:
 
     @property
     def rank(self) -> int | None:
-        """What alpha is divided by; None for kinds without a rank."""
-        from sd.adapters.kinds import KINDS  # the kinds are built on this file
+        """The rank that alpha is divided by; None for kinds without one."""
+        from sd.adapters.kinds import KINDS  # here, since the kinds import this file
         return KINDS[self.kind].rank_of(self.tensors)
 
 
 class LayerShape(NamedTuple):
-    """What an adapter must know of its layer, and nothing more."""
+    """All that an adapter needs to know about its layer."""
 
     weight: tuple[int, ...]
     groups: int = 1

@@ -1,4 +1,4 @@
-"""LoRA on any model from a config: the forms of lora_wrapper and LoRAW, on the same adapters as everything else."""
+"""LoRA on any model from a config in the format of lora_wrapper or LoRAW, with the same adapters as everywhere else."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ LORAW = ("component_whitelist", "multiplier", "rank", "alpha", "dropout", "modul
 
 @dataclass
 class AppliedConfig:
-    """What a config did. It is kept in `models.lora_configs` under the adapter's name."""
+    """What a config did; stored in `models.lora_configs` under the adapter's name."""
 
-    modules: dict[str, str]  # path of each layer -> the name in the config that decided for it
+    modules: dict[str, str]  # path of each layer -> the name in the config that applies to it
     rates: dict[str, float | None]  # path -> its learning rate; None where the config has none
     train_base: bool = False
-    clipped: dict[str, int] = field(default_factory=dict)  # path -> its rank, where the layer holds no higher one
+    clipped: dict[str, int] = field(default_factory=dict)  # path -> its rank, where the layer's size limits it
 
 
 class ScaledLowRank(LowRank):
-    """LoRA with a trained factor: ΔW = scale · alpha / R · up · down. A file holds the factor in `up`."""
+    """LoRA with a trained factor: ΔW = scale · alpha / R · up · down. In files the factor is part of `up`."""
 
     def __init__(self, shape: LayerShape, rank: int, alpha: float | None = None, **options):
         super().__init__(shape, rank, alpha, **options)
@@ -54,14 +54,14 @@ class ScaledLowRank(LowRank):
     @classmethod
     @torch.inference_mode(False)
     def of(cls, adapter: Adapter, shape: LayerShape, scale: float) -> ScaledLowRank:
-        """A LoRA with the values of another, and the factor."""
+        """Copy another LoRA and add the factor."""
         weights = adapter.weights()
         weights.tensors["trained_scale"] = torch.tensor(scale, device=weights.tensors["up"].device)
         return cls.from_weights(weights, shape)
 
     @torch.no_grad()
     def restart(self, shape: LayerShape) -> None:
-        """The factor stays: at 0 neither it nor `up`, which begins at 0, would ever learn."""
+        """Keep the factor: at 0 neither it nor `up`, which starts at 0, would ever learn."""
         scale = self.trained_scale.clone()
         super().restart(shape)
         self.trained_scale.copy_(scale)
@@ -79,25 +79,25 @@ class ScaledLowRank(LowRank):
 # ---- wrapping ----------------------------------------------------------------------------------------------------------
 
 def apply_lora_config(models, config: str | os.PathLike | Mapping, name: str = "default") -> AppliedConfig:
-    """Attach the new adapter `name` that a config describes: a JSON file, or its content; no output changes by a bit.
+    """Attach the new adapter `name` that a config, a JSON file or its content, describes; outputs stay bit-identical.
 
-    lora_wrapper's form: {"trainable_model": 0, "attn.to_v": {"r": 8, "scale": 1, "trainable_scale": 0, "hard": 1}}, with
-    ΔW = scale · up · down. A name means whole components of the path, at its end or around the layer; that of more
-    components wins, r = 0 leaves a layer out, an optional `lr` is the learning rate of these layers. `hard` and soft
-    are one function here: a kernel of [out, in·k] as a product of two matrices is a convolution of the layer's own form
-    to R channels and a 1x1 after it.
-    LoRAW's form: `component_whitelist`, `rank`, and `multiplier`, `alpha`, `dropout`, `module_dropout`, `lr`,
-    `weight_decompose`, with ΔW = multiplier · alpha / R · up · down; alpha absent or 0 is the rank, and R is at most what
-    the layer holds. Either may be the `lora` section of a larger config.
-    Raises LoRAError, before anything changes, for an unknown or missing option, a value of another kind, a name that
-    matches or decides nothing, two names of equal length for one layer, and as `apply_lora_to_model`.
+    lora_wrapper's format: {"trainable_model": 0, "attn.to_v": {"r": 8, "scale": 1, "trainable_scale": 0, "hard": 1}}, with
+    ΔW = scale · up · down. A name matches whole components of the path, at its end or around the layer; the name with
+    more components wins, r = 0 leaves a layer out, an optional `lr` is the learning rate of these layers. `hard` and
+    soft are the same function here: a kernel [out, in·k] that is a product of two matrices is a convolution of the
+    layer's own form to R channels, followed by a 1x1.
+    LoRAW's format: `component_whitelist`, `rank`, and `multiplier`, `alpha`, `dropout`, `module_dropout`, `lr`,
+    `weight_decompose`, with ΔW = multiplier · alpha / R · up · down; alpha absent or 0 means the rank, and R is limited by
+    the layer's size. Either may be the `lora` section of a larger config.
+    Raises LoRAError, before anything changes, for an unknown or missing option, a value of the wrong type, a name that
+    applies to no layer, two names of equal length for one layer, and whatever `apply_lora_to_model` raises it for.
     """
     where, config = _read(config)
     section = config.get("lora")
     if isinstance(section, Mapping) and "r" not in section:
         config = section
     if name in adapter_names(models):
-        raise LoRAError(f"an adapter named {name!r} is there already; remove_lora it first, or choose another name")
+        raise LoRAError(f"an adapter named {name!r} already exists; remove_lora it first, or choose another name")
     loraw = any(not isinstance(value, Mapping) for key, value in config.items() if key in LORAW)  # else it names a module
     try:
         applied = (_apply_loraw if loraw else _apply_wrapper)(models, config, name)
@@ -137,7 +137,7 @@ def _apply_wrapper(models, config: Mapping, name: str) -> AppliedConfig:
     train_base = _flag(config, "trainable_model", "")
     modules = {key: value for key, value in config.items() if key != "trainable_model"}
     if not modules:
-        raise LoRAError(f"it names no module and is no LoRAW config ({', '.join(LORAW)})")
+        raise LoRAError(f"it names no module and is not a LoRAW config ({', '.join(LORAW)})")
     options = {key: _module(key, value) for key, value in modules.items()}
     owners = _owners({key: _named(models, key) for key in modules})
     owners = {path: key for path, key in owners.items() if options[key]["r"]}
@@ -175,16 +175,16 @@ def _module(key: str, options: object) -> dict:
 
 
 def _named(models, key: str) -> dict[str, nn.Module]:
-    """Layers under a module name; norms and embeddings only where it is their own."""
+    """Layers that a module name matches; norms and embeddings only if it is their own."""
     if not isinstance(key, str) or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
-        raise LoRAError(f"{key!r} is no module name; a hierarchical name such as 'attn.q_proj' is needed")
+        raise LoRAError(f"{key!r} is not a module name; a hierarchical name such as 'attn.q_proj' is needed")
     found = find_targets(models, [rf"(^|\.){re.escape(key)}(\.|$)" if key in TARGET_PRESETS else key])
     return {path: layer for path, layer in found.items()
             if not isinstance(layer, (nn.Embedding, *NORMS)) or f".{path}".endswith(f".{key}")}
 
 
 def _owners(found: Mapping[str, Mapping[str, nn.Module]]) -> dict[str, str]:
-    """Path -> the name that decides for it."""
+    """Path -> the name that applies to it."""
     owners: dict[str, list[str]] = {}
     for key, layers in found.items():
         for path in layers:
@@ -193,11 +193,11 @@ def _owners(found: Mapping[str, Mapping[str, nn.Module]]) -> dict[str, str]:
         longest = max(key.count(".") for key in keys)
         keys[:] = [key for key in keys if key.count(".") == longest]
         if len(keys) > 1:
-            raise LoRAError(f"{' and '.join(map(repr, keys))} both mean {path} and are of the same length; make one of them "
+            raise LoRAError(f"{' and '.join(map(repr, keys))} both match {path} and have the same length; make one of them "
                             f"longer, or leave it out")
     decided = {keys[0] for keys in owners.values()}
     if idle := [key for key in found if key not in decided]:
-        raise LoRAError(f"{idle[0]!r} decides for no layer: longer names do for each that it means")
+        raise LoRAError(f"{idle[0]!r} applies to no layer: longer names take precedence on all that it matches")
     return {path: keys[0] for path, keys in owners.items()}
 
 
@@ -230,7 +230,7 @@ def _exactly(paths) -> list[str]:
 
 def _known(options: Mapping, allowed: tuple[str, ...], where: str) -> None:
     if unknown := [key for key in options if key not in allowed]:
-        raise LoRAError(f"{where}{unknown[0]!r} is no option; allowed: {', '.join(allowed)}")
+        raise LoRAError(f"{where}{unknown[0]!r} is not an option; allowed: {', '.join(allowed)}")
 
 
 def _number(options: Mapping, key: str, default: float, where: str = "") -> float:
@@ -259,10 +259,10 @@ def _flag(options: Mapping, key: str, where: str) -> bool:
 # ---- training ----------------------------------------------------------------------------------------------------------
 
 def prepare_for_training(models, name: str | None = None) -> list[dict]:
-    """Freeze all but what the config of adapter `name` (None: the only one) trains, and return it as an optimizer's groups.
+    """Freeze all but what the config of adapter `name` (None: the only one) trains, and return that as optimizer groups.
 
-    One group for each learning rate of the config, without `lr` where it has none, so that the optimizer's own counts.
-    With `trainable_model` the base is a group too, but for the weights that carry the adapter, as in lora_wrapper.
+    One group per learning rate of the config, without `lr` where it has none, so that the optimizer's own applies.
+    With `trainable_model` the base is a group too, except for the weights that carry the adapter, as in lora_wrapper.
     """
     name, applied = _applied(models, name)
     layers = lora_layers(models)
@@ -270,10 +270,10 @@ def prepare_for_training(models, name: str | None = None) -> list[dict]:
     base = [p for network in components(models).values() for p in network.parameters()]
     for p in base:
         p.requires_grad_(False)
-    held = {id(t) for layer in layers.values() if name in layer.adapter_names for t in layer.base_tensors()}
-    held |= {id(p) for layer in layers.values() for p in layer.adapters.parameters()}
+    carrying = {id(t) for layer in layers.values() if name in layer.adapter_names for t in layer.base_tensors()}
+    carrying |= {id(p) for layer in layers.values() for p in layer.adapters.parameters()}
     if applied.train_base:
-        groups["base"] = [p for p in base if id(p) not in held and p.is_floating_point()]
+        groups["base"] = [p for p in base if id(p) not in carrying and p.is_floating_point()]
     for path, layer in layers.items():
         if name in layer.adapter_names:
             groups.setdefault(applied.rates.get(path), []).extend(layer.adapter(name).parameters())
@@ -295,11 +295,11 @@ def _applied(models, name: str | None) -> tuple[str, AppliedConfig]:
 
 def merge_weights(models, path: str | os.PathLike | Mapping[str, Tensor], multiplier: float = 1.0,
                   name: str | None = None) -> LoadReport:
-    """Add multiplier · ΔW of one more checkpoint to adapter `name` (None: the only one), whose ΔW stays as it is: exact.
+    """Add multiplier · ΔW of another checkpoint to adapter `name` (None: the only one), exactly.
 
-    The ranks add up; modules that only the checkpoint has are new. What was active, trained or dropped stays so, but the
-    parameters are new ones: an optimizer must be made after it, and a trained scale, now within `up`, starts again at 1.
-    Raises as `load_lora_weights` and `merge_loras` do, and then nothing has changed.
+    Ranks add up; modules that only the checkpoint has are added. Active sets, dropouts and what is trained stay, but the
+    parameters are new: make the optimizer afterwards. A trained scale, now part of `up`, starts again at 1.
+    Raises as `load_lora_weights` and `merge_loras` do, before anything changes.
     """
     with exclusive(models):
         found, present = read_lora(path, modules_of(models)), lora_state(models, name)
@@ -322,7 +322,7 @@ def merge_weights(models, path: str | os.PathLike | Mapping[str, Tensor], multip
 
 
 def _continue(adapter: Adapter, before: Adapter) -> None:
-    """Train, and drop, as before."""
+    """Give an adapter the dropouts and the trainability of the one before."""
     adapter.set_dropouts(before.dropout, before.rank_dropout if adapter.drops_ranks else 0.0, before.module_dropout)
     adapter.from_file = before.from_file
     adapter.requires_grad_(any(p.requires_grad for p in before.parameters()))
@@ -332,23 +332,23 @@ def _continue(adapter: Adapter, before: Adapter) -> None:
 
 def extract_diff(tuned, base, rank: int | None = None, *, skip: str | None = None,
                  **rules: Any) -> tuple[dict[str, AdapterWeights], ExtractReport]:
-    """The LoRA that makes `tuned` (a model, or the state dict of one) of the model `base`, for `attach_state` or `write_lora`.
+    """The LoRA that turns the model `base` into `tuned` (a model, or a state dict), for `attach_state` or `write_lora`.
 
-    `rank`, or a rule of `RankRule` with `rank` as the upper limit; with neither, and always for norms and grouped
-    convolutions, full differences, which are exact. `skip`: a regular expression over names of layers, parameters and
-    buffers that may differ and are left out.
-    Raises LoRAError where shapes differ, `tuned` has LoRAs beside its weights, nothing differs, or something does that
-    no adapter can change.
+    Its rank is `rank`, or follows a rule of `RankRule` with `rank` as the upper limit; with neither, and always for norms
+    and grouped convolutions, it is a full difference, which is exact. `skip`: a regular expression over names of layers,
+    parameters and buffers to leave out although they may differ.
+    Raises LoRAError if shapes differ, `tuned` has LoRAs attached, nothing differs, or something differs that no adapter
+    can change.
     """
     if isinstance(base, nn.Module) and isinstance(tuned, Mapping):
         tuned = _with_weights(base, tuned)
     for what, given in (("tuned", tuned), ("base", base)):
         networks = given.values() if isinstance(given, Mapping) else [given]
         if not all(isinstance(network, nn.Module) for network in networks):
-            raise LoRAError(f"{what} is no model; {'a model, or the state dict of one,' if what == 'tuned' else 'a model'} is "
-                            f"needed")
+            raise LoRAError(f"{what} is not a model; {'a model, or the state dict of one,' if what == 'tuned' else 'a model'} "
+                            f"is needed")
     if adapter_names(tuned):
-        raise LoRAError(f"the tuned model has the LoRAs {', '.join(map(repr, adapter_names(tuned)))} beside its weights; "
+        raise LoRAError(f"the tuned model has the LoRAs {', '.join(map(repr, adapter_names(tuned)))} attached; "
                         f"merge_lora_weights, or remove_lora, first")
     shapes = layer_shapes(base)
     if shapes != layer_shapes(tuned):
@@ -381,7 +381,7 @@ def _with_weights(base: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
 
 
 def _check_rest(base, tuned, layers: list[nn.Module], skip: str | None) -> None:
-    """What no adapter can change must be equal in both, or be named by `skip`."""
+    """Require that what no adapter can change is equal in both, or matches `skip`."""
     done = {id(p) for layer in layers
             for p in (layer.base_tensors() if isinstance(layer, LoRALayer) else layer._parameters.values())}
     done |= {id(p) for layer in lora_layers(base).values() for p in layer.adapters.parameters()}
@@ -397,7 +397,7 @@ def _same(a: Tensor, b: Tensor | None) -> bool:
 
 
 def _pair(path: str, base: nn.Module, tuned: nn.Module) -> Layer:
-    """Both as adapters see them: a layer without a LoRA class of its own is looked at in a converted copy."""
+    """Both as adapters see them: a plain layer is read from a converted copy."""
     ours, theirs = (layer if isinstance(layer, LoRALayer) else as_lora_layer(copy.deepcopy(layer), path)
                     for layer in (base, tuned))
     bias, tuned_bias = (None if layer.bias is None else layer.bias.detach() for layer in (ours, theirs))

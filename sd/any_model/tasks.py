@@ -1,4 +1,4 @@
-"""Tasks on any model: LoRA adapters that are chosen at each call. A face of sd.lora, which does all of it."""
+"""Tasks on any model: LoRA adapters that are chosen at each call. A thin layer over sd.lora."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sd.lora_files.modules import modules_of
 from sd.lora_files.read import LoadReport, read_lora
 from sd.lora_files.write import write_kohya
 
-ALL = object()  # base and tasks together, as nn.Module has it; None is the base
+ALL = object()  # base and tasks together, as in nn.Module; None is the base
 
 Task = str | None | Sequence[str | Mapping[str, float] | None]
 
@@ -31,10 +31,10 @@ class LoRAModel(nn.Module):
     """A model with tasks. `model(x)` is the base, `model(x, task="anime")` the base with that task.
 
     `task=["anime", None, {"line": 0.5}]` gives each sample of the batch (axis 0) its own; `tasks=["anime", "line"]` and
-    `tasks={"anime": 0.7, "line": 0.3}` put several on at once. Whatever was active is so again after the call, also after an
-    exception, and calls of other threads wait. The model is changed in place (its layers learn to carry adapters, its base
-    is frozen) and stays usable by itself; its keys stay what they were. With activation checkpointing of the model's own,
-    give it `sd.lora.recomputation` as context_fn.
+    `tasks={"anime": 0.7, "line": 0.3}` put several on at once. What was active before is restored after the call, even after
+    an exception, and calls of other threads wait. The model is changed in place (its base is frozen, layers with tasks are
+    converted) and stays usable by itself, with the same keys. A model that does its own activation checkpointing needs
+    `sd.lora.recomputation` as context_fn.
     """
 
     def __init__(self, model: nn.Module):
@@ -49,16 +49,16 @@ class LoRAModel(nn.Module):
         return adapter_names(self.model)
 
     def add_task(self, name: str, rank: int = 4, alpha: float | None = None, targets="full", **options) -> None:
-        """Add a task that changes nothing until it is trained; alpha None is the rank, so that the change is not scaled.
+        """Add a task that changes nothing until it is trained; alpha None means the rank, so that the change is not scaled.
 
-        `targets`, options and errors are those of `sd.lora.apply_lora_to_model`; "full" is every layer with a matrix.
+        `targets`, options and errors are those of `sd.lora.apply_lora_to_model`; "full" means every layer with a matrix.
         """
         alpha = rank if alpha is None else alpha
         with use_adapters(self.model, {}):
             apply_lora_to_model(self.model, rank, alpha, target_modules=targets, name=name, **options)
 
     def remove_task(self, name: str) -> None:
-        """Take a task off; layers without any are what they were."""
+        """Remove a task; layers left without any become plain again."""
         remove_lora(self.model, name)
 
     def forward(self, *args, task: Task = None, tasks: Sequence[str] | Mapping[str, float] | None = None, **kwargs):
@@ -69,11 +69,11 @@ class LoRAModel(nn.Module):
             return self.model(*args, **kwargs)
 
     def using(self, task: Task = None, tasks: Sequence[str] | Mapping[str, float] | None = None):
-        """The context in which `model` computes with these tasks, for what is no plain call: generate(), or a backward."""
+        """The context in which `model` computes with these tasks, for more than a plain call: generate(), or a backward."""
         return use_adapters(self.model, _multipliers(task, tasks))
 
     def compile(self, *args, **kwargs) -> None:
-        """torch.compile of the model in place; which tasks are chosen is no part of its code."""
+        """torch.compile the model in place; a different choice of tasks does not recompile it."""
         self.model.compile(*args, **kwargs)
 
     # ---- merging and files --------------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ class LoRAModel(nn.Module):
     def merge(self, task: str | None = None, tasks: Sequence[str] | Mapping[str, float] | None = None) -> None:
         """Compute merged weights beside the base's; calls with exactly these tasks use them. Undone by `unmerge`.
 
-        Raises LoRAError where no task is named, and where samples have tasks of their own.
+        Raises LoRAError if no task is named, or if samples differ in their tasks.
         """
         with self.using(task, tasks):
             if not active_multipliers(self.model):
@@ -102,11 +102,11 @@ class LoRAModel(nn.Module):
         save_lora_weights(self.model, path, name, **options)
 
     def load_task(self, path: str | os.PathLike | Mapping[str, Tensor], name: str, **options) -> LoadReport:
-        """Add a task, frozen, from a file of any program; one of that name is replaced. See `sd.lora.load_lora_weights`."""
+        """Add a frozen task from a file of any program, replacing one of that name. See `sd.lora.load_lora_weights`."""
         with use_adapters(self.model, {}):
             return load_lora_weights(self.model, path, name, **options)
 
-    # ---- nn.Module's own, each also for one task, or for the base (task=None) ------------------------------------------
+    # ---- methods of nn.Module, each also for one task, or for the base (task=None) -------------------------------------
 
     def parameters(self, recurse: bool = True, *, task=ALL) -> Iterator[nn.Parameter]:
         if task is ALL:
@@ -122,10 +122,10 @@ class LoRAModel(nn.Module):
         return self
 
     def state_dict(self, *args, task=ALL, **kwargs) -> dict[str, Tensor]:  # type: ignore[override]  # no `destination`
-        """Of the base (task=None) with the bare model's keys, of a task as its file holds it, or of all with adapters' keys."""
+        """State of the base (task=None) with the bare model's keys, of a task as in its file, or of all with adapters' keys."""
         if task is ALL:
             return self.model.state_dict(*args, **kwargs)
-        if task is None:  # by identity: under a LoRAModel inside of this one keys are not module paths
+        if task is None:  # by identity: inside a nested LoRAModel keys are not module paths
             adapters = {id(t) for layer in lora_layers(self.model).values()
                         for t in layer.adapters.state_dict(keep_vars=True).values()}
             state = self.model.state_dict(*args, **kwargs | {"keep_vars": True})
@@ -134,11 +134,11 @@ class LoRAModel(nn.Module):
         return write_kohya(lora_state(self.model, task), modules_of(self.model).names)
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False, *, task=ALL):
-        """Inverse of `state_dict`, in place. A task must be there; its rank is that of the tensors.
+        """Inverse of `state_dict`, in place. A task must exist, with the rank of the tensors.
 
-        Not `strict`, what only one of both has is left alone and returned: keys of the base, module paths of a task; a module
-        that the model does not have as the file spells it. Raises LoRAError for a key or module that is missing or too many,
-        and for what does not fit.
+        Unless `strict`, what only one side has is skipped and returned: keys of the base, module paths of a task; modules
+        that the model lacks as the file spells them. Raises LoRAError for missing or unexpected keys or modules, and for
+        tensors that do not fit.
         """
         if task is ALL:
             return self.model.load_state_dict(state_dict, strict, assign)
@@ -152,22 +152,22 @@ class LoRAModel(nn.Module):
         missing, unexpected = ([k for k in a if k not in b] for a, b in ((own, given), (given, own)))
         if strict and (missing or unexpected):
             counts = [f"{len(keys)} are {how}, first {keys[0]!r}"
-                      for how, keys in (("missing", missing), ("too many", unexpected)) if keys]
-            raise LoRAError(f"what is given does not fit {what}: {' and '.join(counts)}")
+                      for how, keys in (("missing", missing), ("unexpected", unexpected)) if keys]
+            raise LoRAError(f"the state does not fit {what}: {' and '.join(counts)}")
         given = {k: v for k, v in given.items() if k in own}
         if task is None:
             misfits = [key for key, value in given.items() if value.shape != own[key].shape]
-            if misfits:  # torch would copy the others before it says so
+            if misfits:  # torch would copy the others before it raises
                 key = misfits[0]
                 raise LoRAError(f"{len(misfits)} of {len(given)} tensors do not fit the base, first {key!r}: it has the shape "
-                                f"{list(own[key].shape)}, what is given {list(given[key].shape)}")
-            self.model.load_state_dict(given, strict=False, assign=assign)  # what may be missing was said above; adapters stay
+                                f"{list(own[key].shape)}, the one given {list(given[key].shape)}")
+            self.model.load_state_dict(given, strict=False, assign=assign)  # missing keys were checked above; adapters stay
         else:
             self._write(given, task)
         return _IncompatibleKeys(missing, unexpected + unknown)
 
     def _read(self, state_dict: Mapping[str, Tensor], task: str, strict: bool) -> tuple[dict[str, AdapterWeights], list[str]]:
-        """Its adapters by module path, and what the model has no place for."""
+        """The adapters by module path, and the modules that the model lacks."""
         check_known(lora_layers(self.model).values(), [task])
         modules = modules_of(self.model)
         try:

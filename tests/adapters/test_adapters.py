@@ -593,7 +593,7 @@ def test_different_names_never_meet(names):
     (dict(rank=0), r"rank 0 does not fit 0, which maps 6 to 10 values; allowed: 1 to 6"),
     (dict(rank=7), r"rank 7 does not fit"),
     (dict(rank=2.0), r"rank 2.0 does not fit"),
-    (dict(name="taken"), r"an adapter named 'taken' is there already"),
+    (dict(name="taken"), r"an adapter named 'taken' already exists"),
     (dict(kind="loraa"), r"kind 'loraa' is unknown; allowed: lora, full"),
     (dict(dropout=1.0), r"dropout is 1.0; allowed: 0 <= dropout < 1"),
     (dict(alpha=float("nan")), r"alpha is nan"),

@@ -486,7 +486,7 @@ def test_new_factors_have_the_sizes_of_lycoris():
             m = sum(int(i) for i in f"{theirs[1] - 1:b}") + 1
             assert KINDS["boft"].new_sizes(n, rank) == (m, theirs[1], theirs[0], theirs[0])
         else:
-            with pytest.raises(ValueError, match=f"rank {rank} does not cut its {n} rows"):
+            with pytest.raises(ValueError, match=f"rank {rank} does not divide its {n} rows"):
                 KINDS["boft"].new_sizes(n, rank)
     for arguments in (dict(), dict(factor=2), dict(factor=2, decompose_both=True), dict(factor=4, tucker=True)):
         for name in ("linear", "conv1x1", "conv3x3"):
@@ -595,8 +595,8 @@ def test_gradients_are_those_of_the_weight_they_change(case):
     (dict(kind="loha", rank=9), "rank 9 does not fit 0, which maps 12 to 8 values; allowed: 1 to 8"),
     (dict(kind="glora", rank=0), "rank 0 does not fit 0"),
     (dict(kind="lokr", rank=0), "0: rank 0 does not go with kind 'lokr'; allowed: whole numbers from 1"),
-    (dict(kind="oft", rank=1), "0: rank 1 cuts its 8 rows into blocks of 1, which cannot turn"),
-    (dict(kind="boft", rank=1), "0: rank 1 does not cut its 8 rows .* allowed: from 2"),
+    (dict(kind="oft", rank=1), "0: rank 1 divides its 8 rows into blocks of 1, which cannot rotate"),
+    (dict(kind="boft", rank=1), "0: rank 1 does not divide its 8 rows .* allowed: from 2"),
     (dict(kind="oft", factor=2), "kind 'oft' has no option 'factor'; it has rescaled"),
     (dict(kind="glora", tucker=True), "kind 'glora' has no option 'tucker'; it has none"),
     (dict(kind="loha", rank_dropout=0.1), "0: rank_dropout does not go with kind 'loha'"),
@@ -643,7 +643,7 @@ def test_norms_get_a_full_difference_beside_any_kind(kind):
     apply_lora_to_model(model, 2, 3.0, target_modules=["0", "1"], kind=kind, rank_dropout=0.1 if kind == "lora" else 0.0)
     assert [layer.adapter("default").kind for layer in model] == [kind, "full"]
     if kind != "full":
-        with pytest.raises(LoRAFormatError, match=rf"kind '{kind}' does not fit a norm, whose weight \[8\] is no matrix"):
+        with pytest.raises(LoRAFormatError, match=rf"kind '{kind}' does not fit a norm, whose weight \[8\] is not a matrix"):
             loaded(model[0].adapter("default").weights(), LayerShape((8,)))
 
 

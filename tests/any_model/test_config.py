@@ -218,18 +218,18 @@ def test_dropouts_work_in_training_only_and_alpha_0_is_the_rank():
 
 @pytest.mark.parametrize("config, sentence", [
     ({"trainable_model": 0}, "names no module"), ({"lora": {}}, "names no module"),
-    ({"blocks.0": MODULE, "q": MODULE, "blocks.1.q": MODULE}, "'q' decides for no layer"),
-    ({"blocks.0.q": MODULE, "blocks.0": MODULE, "0.q": MODULE}, "'0.q' decides for no layer"),
-    ({"blocks.0": MODULE, "0.q": MODULE}, "'blocks.0' and '0.q' both mean blocks.0.q"),
-    ({"qq": MODULE}, "'qq' matches no layer"), ({"attn": MODULE}, "matches no layer"), ({".*": MODULE}, "is no module name"),
-    ({"q": 8}, "'q' is 8; a module's options"), ({"q": {**MODULE, "rank": 3}}, "'rank' is no option; allowed: r, scale"),
+    ({"blocks.0": MODULE, "q": MODULE, "blocks.1.q": MODULE}, "'q' applies to no layer"),
+    ({"blocks.0.q": MODULE, "blocks.0": MODULE, "0.q": MODULE}, "'0.q' applies to no layer"),
+    ({"blocks.0": MODULE, "0.q": MODULE}, "'blocks.0' and '0.q' both match blocks.0.q"),
+    ({"qq": MODULE}, "'qq' matches no layer"), ({"attn": MODULE}, "matches no layer"), ({".*": MODULE}, "is not a module name"),
+    ({"q": 8}, "'q' is 8; a module's options"), ({"q": {**MODULE, "rank": 3}}, "'rank' is not an option; allowed: r, scale"),
     ({"q": {**MODULE, "r": 9}}, "rank 9 does not fit blocks.0.q"), ({"q": {"scale": 1}}, "r is None"),
     ({"q": {**MODULE, "r": 2.0}}, "r is 2.0"), ({"q": {**MODULE, "r": True}}, "r is True"), ({"q": {"r": 0}}, "every r is 0"),
     ({"q": {**MODULE, "scale": 0}}, "scale is 0, with which nothing can be learned"),
     ({"q": {**MODULE, "scale": float("nan")}}, "scale is nan"), ({"q": {**MODULE, "hard": 2}}, "hard is 2; allowed: 0, 1"),
     ({"q": {**MODULE, "lr": -1}}, "lr is -1.0; allowed: 0 or more"), ({"trainable_model": "yes", "q": MODULE}, "is 'yes'"),
     ({"stem": {**MODULE, "r": 3}}, "rank 3 is not a multiple of the convolution's 2 groups"),
-    ({**LORAW, "loraplus": 4}, "'loraplus' is no option"),
+    ({**LORAW, "loraplus": 4}, "'loraplus' is not an option"),
     ({**LORAW, "component_whitelist": []}, r"component_whitelist is \[\]"),
     ({**LORAW, "component_whitelist": "blocks"}, "a list of module names is needed"),
     ({"lora": {"rank": 4}}, "component_whitelist is None"),
@@ -258,7 +258,7 @@ def test_a_file_that_is_no_config_is_named(text, sentence, tmp_path):
 def test_a_second_config_of_the_same_name_is_refused_and_of_another_is_a_second_adapter():
     model, _ = net()
     apply_lora_config(model, WRAPPER)
-    with pytest.raises(LoRAError, match="'default' is there already"):
+    with pytest.raises(LoRAError, match="'default' already exists"):
         apply_lora_config(model, WRAPPER)
     apply_lora_config(model, LORAW, "b")
     with pytest.raises(LoRAError, match="name the adapter; adapters with a config: 'b', 'default'"):
@@ -474,7 +474,7 @@ def test_a_low_rank_of_the_difference_is_the_best_one():
 @pytest.mark.parametrize("spoil, sentence", [
     (lambda m: m.gain.add_(1), "gain differs, which no adapter can change; skip='gain'"),
     (lambda m: m.shift.add_(1), "shift differs"), (lambda m: m.fc.weight.fill_(torch.nan), "not finite"),
-    (lambda m: apply_lora_config(m, {"fc": MODULE}), r"has the LoRAs 'default' beside its weights"),
+    (lambda m: apply_lora_config(m, {"fc": MODULE}), r"has the LoRAs 'default' attached"),
     (lambda m: setattr(m, "conv", nn.Conv1d(6, 4, 5, groups=2)), "different names or shapes")])
 def test_a_difference_that_no_adapter_can_hold_is_one_sentence(spoil, sentence):
     base, tuned, _ = zoo()
@@ -522,5 +522,5 @@ def test_a_norm_has_no_factor_and_is_refused_before_anything_changes(options):
 def test_a_difference_is_one_of_models(tuned, base):
     model = Net()
     given = {"model": model, "state": model.state_dict(), None: None, 3: 3}
-    with pytest.raises(LoRAError, match="(tuned|base) is no model; a model.* is needed"):
+    with pytest.raises(LoRAError, match="(tuned|base) is not a model; a model.* is needed"):
         extract_diff(given[tuned], given[base])

@@ -127,7 +127,7 @@ def test_what_is_no_choice_of_tasks_is_one_sentence(given, sentence):
     ({"name": None}, "the name of an adapter is None; a string"), ({"name": b"c"}, "the name of an adapter is b'c'"),
     ({"rank": True}, "rank True does not fit"), ({"rank": 2.0}, "rank 2.0 does not fit"),
     ({"rank": "x"}, "rank 'x' does not fit"), ({"alpha": "x"}, "alpha is 'x'; a finite number"),
-    ({"targets": 3}, "target 3 is no preset"), ({"targets": ["out", 3]}, "target 3 is no preset")])
+    ({"targets": 3}, "target 3 is not a preset"), ({"targets": ["out", 3]}, "target 3 is not a preset")])
 def test_what_makes_no_task_is_one_sentence_and_changes_nothing(given, sentence):
     model, _, x = tasked()
     with pytest.raises(LoRAError, match=sentence):
@@ -149,7 +149,7 @@ def test_what_is_no_model_and_what_is_no_state_are_refused():
 def test_a_name_that_is_in_use_is_refused_and_changes_nothing():
     model, _, x = tasked()
     before = model(x, tasks=["a", "b"])
-    with pytest.raises(LoRAError, match="'a' is there already"):
+    with pytest.raises(LoRAError, match="'a' already exists"):
         model.add_task("a")
     assert torch.equal(model(x, tasks=["a", "b"]), before)
 
@@ -296,7 +296,7 @@ def test_the_state_of_the_base_goes_back_under_the_bare_models_keys():
         assert torch.equal(model(x), bare(x)) and not torch.equal(model(x, task="a"), before)
     state = bare.state_dict()
     state["extra"] = state.pop("out.bias")
-    with pytest.raises(LoRAError, match="1 are missing, first 'out.bias' and 1 are too many, first 'extra'"):
+    with pytest.raises(LoRAError, match="1 are missing, first 'out.bias' and 1 are unexpected, first 'extra'"):
         model.load_state_dict(state, task=None)
     assert model.load_state_dict(state, strict=False, task=None) == (["out.bias"], ["extra"])
 
@@ -334,7 +334,7 @@ def test_a_state_that_does_not_fit_is_refused_whole():
     assert torch.equal(model(x, task="a"), before)
     assert model.load_state_dict(part, strict=False, task="a") == (["conv"], [])
     model.add_task("small", rank=1)
-    with pytest.raises(LoRAError, match="1 are too many, first 'embed'"):
+    with pytest.raises(LoRAError, match="1 are unexpected, first 'embed'"):
         model.load_state_dict(state, task="small")
     with pytest.raises(LoRAError, match="of task 'small' holds"):
         model.load_state_dict(state, strict=False, task="small")

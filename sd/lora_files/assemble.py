@@ -113,7 +113,7 @@ def _weights(module: str, found: dict[str, Tensor], shape: tuple[int, ...] | Non
         kinds = [Full.kind]
     if len(kinds) != 1:
         has = " and ".join(kinds) or "only " + ", ".join(sorted(found))
-        raise LoRAFormatError(f"{where}: {module} is no adapter of one kind: it has {has}")
+        raise LoRAFormatError(f"{where}: {module} is not an adapter of one kind: it has {has}")
     own = {TENSORS[t][1]: v for t, v in found.items() if t in TENSORS}
     weights = AdapterWeights(KINDS[kinds[0]].kind_of(own), own)
     if missing := KINDS[weights.kind].missing(own):
@@ -158,7 +158,7 @@ def _alpha(module: str, weights: AdapterWeights, found: Mapping[str, Tensor], wh
     alpha = value["scale"] * rank if "scale" in value else value.get("alpha", float(rank))
     alpha *= value.get("scalar", 1.0)
     if abs(alpha / rank) > torch.finfo(torch.float32).max:
-        raise LoRAFormatError(f"{where}: {module} has the alpha {alpha:g}, which no fp32 number holds")
+        raise LoRAFormatError(f"{where}: {module} has the alpha {alpha:g}, which overflows fp32")
     return alpha
 
 

@@ -671,7 +671,7 @@ for step in (1, swap // 2, swap - 1, swap, swap + 1, swap + 2, swap + 3, last, l
         found = loader.preload_models_from_standard_weights(path, "cpu")
     except CheckpointError as error:
         assert "rename that back" in str(error), error
-        os.rename(str(error).split("whole in ")[1].split(":")[0], path)
+        os.rename(str(error).split("intact in ")[1].split(":")[0], path)
         found = loader.preload_models_from_standard_weights(path, "cpu")
     print(status, found["diffusion"].conv_in.weight.sum().item())
 """

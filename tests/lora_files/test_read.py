@@ -479,7 +479,7 @@ GOOD = FILES["attention"] | FILES["text encoder"]
 NAN = torch.full((32, 3), torch.nan)
 BAD = {
     "half a pair": (GOOD | {f"{u(PROJ)}.lora_up.weight": random(64, 3)}, f"{u(PROJ)} is half a pair: .* without its down"),
-    "alpha alone": (GOOD | {f"{u(PROJ)}.alpha": torch.tensor(1.0)}, f"{u(PROJ)} is no adapter of one kind: it has only alpha"),
+    "alpha alone": (GOOD | {f"{u(PROJ)}.alpha": torch.tensor(1.0)}, f"{u(PROJ)} is not an adapter of one kind: .* only alpha"),
     "magnitude alone": (GOOD | {f"{u(PROJ)}.dora_scale": random(64, 1)}, "it has only dora_scale"),
     "two kinds": (GOOD | {f"{u(ATTN)}.diff": random(32, 32)}, "it has full and lora"),
     "a bias of another layer": (GOOD | {f"{u(PROJ)}.diff_b": random(48)}, r"diff_b.* \[48\]"),

@@ -228,7 +228,7 @@ def test_pefts_kronecker_product_of_whole_factors_is_scaled_and_lycoris_is_not(m
 @pytest.mark.parametrize("file, words", [
     ({f"{KOHYA}.oft_blocks": random(4, 8, 8), f"{KOHYA}.scalar": torch.tensor(0.5)}, "a scale, but its kind .oft. has none"),
     (PAIR | {f"{KOHYA}.lora_down.weight": DOWN * 1j}, "complex numbers"),
-    (PAIR | {f"{KOHYA}.alpha": torch.tensor(1e300, dtype=torch.float64)}, "1e.300, which no fp32 number holds"),
+    (PAIR | {f"{KOHYA}.alpha": torch.tensor(1e300, dtype=torch.float64)}, "1e.300, which overflows fp32"),
     ({f"{DIFFUSERS}.to_q.lora_{side}.{name}.weight": t for side, t in (("A", DOWN), ("B", UP)) for name in "ab"},
      "several adapters"),
     *(({f"{KOHYA}.{name}": t for name, t in tensors.items()} | {f"{KOHYA}.lora_B.bias": random(WIDTH)},

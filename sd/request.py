@@ -177,7 +177,7 @@ def _seeds(seed: Any, images: int) -> list[int]:
         raise GenerateError(f"{len(seeds)} seeds are given for {images} images; give one seed, or one for each image")
     for s in seeds:
         if not isinstance(s, Integral) or not 0 <= int(s) < 2**63:
-            raise GenerateError(f"seed {s!r} is not allowed; allowed: whole numbers from 0 to 2^63 - 1")
+            raise GenerateError(f"seed {s!r} is not allowed; a whole number from 0 to 2^63 - 1 is needed")
     return seeds
 
 

@@ -208,7 +208,7 @@ def test_inpainting_models_with_nine_channels_take_mask_and_picture():
     (dict(n_inference_steps=0), r"0 steps are not possible"),
     (dict(n_inference_steps=5000), r"5000 steps are not possible"),
     (dict(width=100), r"width is 100, no multiple of 8; the nearest are 96 and 104"),
-    (dict(height=0), r"height is 0; allowed: whole numbers of pixels from 8 to 512, 8 times what"),
+    (dict(height=0), r"height is 0; allowed: whole numbers of pixels from 8 to 512, 8 times this"),
     (dict(width=10**9), r"width is 1000000000"),
     (dict(height=64.0), r"height is 64.0"),
     (dict(prompt=[]), r"prompt is an empty list"),

@@ -81,7 +81,7 @@ def draw(request: Request, models: Models, *, device=None, idle_device=None, tok
         start = first_latents(networks, fitted, noise)
         with use_rows(models, rows_of(fitted)), networks.use("diffusion") as unet:
             denoise = guided(unet, context, start, fitted, models.config)
-            latents = walk(denoise, start.x, fitted, models.config, noise, on_step)
+            latents = sample(denoise, start.x, fitted, models.config, noise, on_step)
         pictures = decode(networks, start.keep_outside(latents))
     return to_uint8(pictures)
 
@@ -234,7 +234,7 @@ def _shown(start: Start, x: Tensor, sigma: float) -> Tensor:
     return start.mask * x + (1 - start.mask) * (start.known + sigma * start.noise)
 
 
-def walk(denoise: Callable[[Tensor, float], Tensor], x: Tensor, request: Request, config: ModelConfig,
+def sample(denoise: Callable[[Tensor, float], Tensor], x: Tensor, request: Request, config: ModelConfig,
          noise: Iterator[Tensor], on_step: Callable[[int, int, Tensor], None] | None = None) -> Tensor:
     """Run the sampler from x with a progress bar; returns latents in the UNet's scale."""
     steps: Schedule = request.schedule(config)

@@ -230,7 +230,7 @@ def at_least_fp32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def check_rank(kind: str, rank: int) -> None:
+def check_kind_rank(kind: str, rank: int) -> None:
     """Raise SDError unless the rank is a whole number from 1."""
     if not (isinstance(rank, int) and rank >= 1):
         raise SDError(f"rank {rank} does not go with kind {kind!r}; allowed: whole numbers from 1")

@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from sd.adapters.adapter import MODIFIERS, Adapter, check_rank, flag_of, rebuild, size_of, uniform
+from sd.adapters.adapter import MODIFIERS, Adapter, check_kind_rank, flag_of, rebuild, size_of, uniform
 from sd.adapters.weights import AdapterWeights, LayerShape
 from sd.errors import SDError
 
@@ -104,7 +104,7 @@ class LoKr(Adapter):
     def __init__(self, shape: LayerShape, rank: int, alpha: float | None = None, *, factor: int = -1,
                  decompose_both: bool = False, tucker: bool = False, form: Kron | None = None, **dropouts):
         super().__init__(shape, **dropouts)
-        check_rank(self.kind, rank)
+        check_kind_rank(self.kind, rank)
         out, inner, *kernel = shape.weight
         if form is None:
             (a, b), (c, d) = factorization(out, factor), factorization(inner, factor)

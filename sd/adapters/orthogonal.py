@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from sd.adapters.adapter import MODIFIERS, Adapter, check_rank, flag_of, size_of, uniform
+from sd.adapters.adapter import MODIFIERS, Adapter, check_kind_rank, flag_of, size_of, uniform
 from sd.adapters.lycoris import factorization
 from sd.adapters.weights import AdapterWeights, LayerShape
 from sd.errors import SDError
@@ -41,7 +41,7 @@ class OFT(Adapter):
     def __init__(self, shape: LayerShape, rank: int, alpha: float | None = None, *, rescaled: bool = False,
                  sizes: tuple[int, ...] | None = None, rotation: bool = False, **dropouts):
         super().__init__(shape, **dropouts)
-        check_rank(self.kind, rank)
+        check_kind_rank(self.kind, rank)
         self.alpha = None if alpha is None else float(alpha)
         out = shape.weight[0]
         zeros = nn.Parameter(torch.zeros(sizes or self.new_sizes(out, rank)))
@@ -155,7 +155,7 @@ class HRA(Adapter):
 
     def __init__(self, shape: LayerShape, rank: int, alpha: float | None = None, *, apply_GS: bool | None = None, **dropouts):
         super().__init__(shape, **dropouts)
-        check_rank(self.kind, rank)
+        check_kind_rank(self.kind, rank)
         if apply_GS is None and rank % 2:
             raise SDError(f"rank {rank} does not go with kind {self.kind!r}, whose reflections start in pairs that cancel; "
                           f"allowed: even numbers from 2")

@@ -103,16 +103,16 @@ def _scaled_rows(W: Tensor, largest: float) -> tuple[Tensor, Tensor]:
     return (rows / scale).clamp(-largest, largest), scale  # clamped, since a denormal scale is too coarse
 
 
-class Format(NamedTuple):
+class Quantizer(NamedTuple):
     pack: Callable[[Tensor], dict[str, Tensor]]
     unpack: Callable[..., Tensor]
 
 
-FORMATS = {
-    "nf4": Format(pack_nf4, unpack_nf4),
-    "nf4-double": Format(pack_nf4_double, unpack_nf4_double),
-    "int8": Format(pack_int8, unpack_rows),
-    "fp8": Format(pack_fp8, unpack_fp8),
+QUANTIZERS = {
+    "nf4": Quantizer(pack_nf4, unpack_nf4),
+    "nf4-double": Quantizer(pack_nf4_double, unpack_nf4_double),
+    "int8": Quantizer(pack_int8, unpack_rows),
+    "fp8": Quantizer(pack_fp8, unpack_fp8),
 }
 
 
@@ -131,7 +131,7 @@ class QuantizedWeight(nn.Module):
     def __init__(self, weight: Tensor, kind: str):
         super().__init__()
         self.kind, self.shape, self.dtype = kind, weight.shape, weight.dtype
-        for name, part in FORMATS[kind].pack(weight.detach().float()).items():
+        for name, part in QUANTIZERS[kind].pack(weight.detach().float()).items():
             self.register_buffer(name, part)
 
     @property
@@ -143,7 +143,7 @@ class QuantizedWeight(nn.Module):
         return self.unpack(*self._buffers.values())
 
     def unpack(self, *parts: Tensor) -> Tensor:
-        values = FORMATS[self.kind].unpack(*parts).flatten()
+        values = QUANTIZERS[self.kind].unpack(*parts).flatten()
         return values[:self.shape.numel()].view(self.shape).to(self.dtype)
 
     def forward(self, x: Tensor, layer: LoRALayer) -> Tensor:
@@ -243,8 +243,8 @@ def quantize_base(models, kind: str = "nf4", target_modules=None):
     embeddings stay. Attach DoRA afterwards: its magnitude is the norm of the weight at that time. Raises LoRAError, before
     anything changes, for an unknown kind, or a layer that is trainable, quantised already, not finite, or of another type.
     """
-    if kind not in FORMATS:
-        raise LoRAError(f"quantisation {kind!r} is unknown; allowed: {', '.join(FORMATS)}")
+    if kind not in QUANTIZERS:
+        raise LoRAError(f"quantisation {kind!r} is unknown; allowed: {', '.join(QUANTIZERS)}")
     with exclusive(models), exact():
         targets = find_targets(models, "full" if target_modules is None else target_modules)
         refuse_bypassed(models, targets, lambda m: isinstance(m, (nn.MultiheadAttention, nn.TransformerEncoderLayer)),

@@ -31,7 +31,7 @@ from sd.tools.extract import ExtractReport, Layer, extract
 from sd.tools.merge import merge_loras
 
 MODULE = ("r", "scale", "trainable_scale", "hard", "lr")
-LORAW = ("component_whitelist", "multiplier", "rank", "alpha", "dropout", "module_dropout", "lr", "weight_decompose")
+LORAW_FIELDS = ("component_whitelist", "multiplier", "rank", "alpha", "dropout", "module_dropout", "lr", "weight_decompose")
 
 
 @dataclass
@@ -98,7 +98,7 @@ def apply_lora_config(models, config: str | os.PathLike | Mapping, name: str = "
         config = section
     if name in adapter_names(models):
         raise LoRAError(f"an adapter named {name!r} already exists; remove_lora it first, or choose another name")
-    loraw = any(not isinstance(value, Mapping) for key, value in config.items() if key in LORAW)  # else it names a module
+    loraw = any(not isinstance(value, Mapping) for key, value in config.items() if key in LORAW_FIELDS)  # else a module
     try:
         applied = (_apply_loraw if loraw else _apply_wrapper)(models, config, name)
     except LoRAError as error:
@@ -137,7 +137,7 @@ def _apply_wrapper(models, config: Mapping, name: str) -> AppliedConfig:
     train_base = _flag(config, "trainable_model", "")
     modules = {key: value for key, value in config.items() if key != "trainable_model"}
     if not modules:
-        raise LoRAError(f"it names no module and is not a LoRAW config ({', '.join(LORAW)})")
+        raise LoRAError(f"it names no module and is not a LoRAW config ({', '.join(LORAW_FIELDS)})")
     options = {key: _module(key, value) for key, value in modules.items()}
     owners = _owners({key: _named(models, key) for key in modules})
     owners = {path: key for path, key in owners.items() if options[key]["r"]}
@@ -202,7 +202,7 @@ def _owners(found: Mapping[str, Mapping[str, nn.Module]]) -> dict[str, str]:
 
 
 def _apply_loraw(models, config: Mapping, name: str) -> AppliedConfig:
-    _known(config, LORAW, "")
+    _known(config, LORAW_FIELDS, "")
     names, rank = config.get("component_whitelist"), config.get("rank")
     if not isinstance(names, (list, tuple)) or not names:
         raise LoRAError(f"component_whitelist is {names!r}; a list of module names is needed")

@@ -152,7 +152,7 @@ def _state_of(network: nn.Module, source: TensorFile, ema: bool) -> tuple[dict[s
     names = component_names(component, network.config)
     if not names:  # no autoencoder
         return {}, set()
-    spell = max(SPELLINGS, key=lambda spell: sum(spell(n) + ".weight" in given for n in names))
+    spell = max(KEY_SPELLINGS, key=lambda spell: sum(spell(n) + ".weight" in given for n in names))
     if not any(spell(n) + ".weight" in given for n in names):
         raise CheckpointError(f"{source.path}: has no {FOLDERS[component]} in it{_argument_hint(component)} "
                               f"({guess_checkpoint(source)})")
@@ -208,7 +208,7 @@ def _diffusers(name: Name) -> str:
     return name.diffusers
 
 
-SPELLINGS = (_ldm, _ldm_flat_clip, _bare_ldm, _diffusers)
+KEY_SPELLINGS = (_ldm, _ldm_flat_clip, _bare_ldm, _diffusers)
 
 
 def _ema_key(key: str) -> str:

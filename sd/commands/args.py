@@ -97,7 +97,7 @@ def dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else getattr(torch, name)
 
 
-Format = Literal["kohya", "diffusers", "peft", "comfyui"]
+LoRAFormat = Literal["kohya", "diffusers", "peft", "comfyui"]
 
 # Flags of generate and compare: field of Request -> (flag, type[, default, if not the field's]).
 FLAGS: dict[str, tuple] = {"uncond_prompt": ("negative", str, ""), "n_inference_steps": ("steps", int, 30),
@@ -145,15 +145,16 @@ def writes(tool: Callable) -> Callable:
 
 def picture_paths(out: str, count: int) -> list[Path]:
     """Where `count` pictures are saved: the file `out`, numbered if there are several, or the next free numbers in a folder."""
-    from sd.pictures.image_io import FORMATS
+    from sd.pictures.image_io import PICTURE_FORMATS
     path = Path(out)
     if not out:
         raise SDError("--out is empty; give a folder or a file")
     if count > MAX_IMAGES:
         raise SDError(f"{count} pictures are asked for; allowed: up to {MAX_IMAGES}")
     if path.suffix and not path.is_dir():
-        if path.suffix.lower() not in FORMATS:
-            raise SDError(f"{path}: pictures are not saved as {path.suffix!r}; allowed: {', '.join(FORMATS)}, or a folder")
+        if path.suffix.lower() not in PICTURE_FORMATS:
+            raise SDError(f"{path}: pictures are not saved as {path.suffix!r}; allowed: {', '.join(PICTURE_FORMATS)}, "
+                          f"or a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         _try_writing(path.parent)
         return [path if count == 1 else path.with_stem(f"{path.stem}-{i + 1}") for i in range(count)]

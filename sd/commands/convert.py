@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tyro.conf import Positional
 
-from sd.commands.args import DType, Format, dtype, writes
+from sd.commands.args import DType, LoRAFormat, dtype, writes
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Convert:
     """LoRA to read: a file from any program, or a PEFT folder."""
     out: Positional[str]
     """File to write; for peft, a new folder."""
-    format: Format
+    format: LoRAFormat
     """Program whose format to write."""
     dtype: DType | None = None
     """Precision of the result; none: that of the source."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 from tyro.conf import Positional
 
-from sd.commands.args import DType, Format, dtype, writes
+from sd.commands.args import DType, LoRAFormat, dtype, writes
 from sd.errors import SDError
 
 
@@ -32,7 +32,7 @@ class Extract:
     """Use a faster, randomized SVD; the error is printed."""
     vae: bool = False
     """Extract the VAE's changes too; other programs ignore them."""
-    format: Format = "kohya"
+    format: LoRAFormat = "kohya"
     """Program whose format to write."""
     dtype: DType = "float32"
     """Precision of the LoRA."""

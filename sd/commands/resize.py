@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tyro.conf import Positional
 
-from sd.commands.args import DType, Format, dtype, writes
+from sd.commands.args import DType, LoRAFormat, dtype, writes
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Resize:
     """Highest rank that ratio, cumulative, frobenius and threshold may choose."""
     model: str | None = None
     """Base checkpoint; needed for models other than SD 1.x that the LoRA's metadata does not name."""
-    format: Format = "kohya"
+    format: LoRAFormat = "kohya"
     """Program whose format to write."""
     skip: bool = False
     """Copy modules that are not plain LoRA unchanged instead of failing."""

@@ -19,7 +19,18 @@ from sd.adapters.weights import AdapterWeights, LoRAFormatError
 from sd.files.tensor_file import all_finite
 from sd.lora_files.embedding_files import words_in
 from sd.lora_files.modules import Modules
-from sd.lora_files.spellings import FLAGS, IGNORED, MODIFIERS, SCALES, SPARSE, TENSORS, TOKEN, UP_BIAS, Entry, guess_clause
+from sd.lora_files.spellings import (
+    FLAG_TENSORS,
+    IGNORED,
+    MODIFIER_TENSORS,
+    SCALES,
+    SPARSE,
+    TENSORS,
+    TOKEN,
+    UP_BIAS,
+    Entry,
+    guess_clause,
+)
 from sd.prompts.learned_words import EmbeddingError
 
 
@@ -106,7 +117,7 @@ def _weights(module: str, found: dict[str, Tensor], shape: tuple[int, ...] | Non
             raise LoRAFormatError(f"{where}: {module}.{tail} holds complex numbers; real ones are expected")
         if not all_finite(tensor):
             raise LoRAFormatError(f"{where}: {module}.{tail} holds values that are not finite (NaN or infinity)")
-        if not tensor.numel() or tensor.dim() == 0 and tail not in (*SCALES, *FLAGS):
+        if not tensor.numel() or tensor.dim() == 0 and tail not in (*SCALES, *FLAG_TENSORS):
             raise LoRAFormatError(f"{where}: {module}.{tail} has shape {list(tensor.shape)}, which fits no layer")
     kinds = sorted({TENSORS[tail][0] for tail in found if tail in TENSORS})
     if not kinds and {"diff_b", "b_norm"} & found.keys():
@@ -118,7 +129,7 @@ def _weights(module: str, found: dict[str, Tensor], shape: tuple[int, ...] | Non
     weights = AdapterWeights(KINDS[kinds[0]].kind_of(own), own)
     if missing := KINDS[weights.kind].missing(own):
         raise LoRAFormatError(f"{where}: {module} is half a pair: {', '.join(sorted(found))} without its {missing[0]}")
-    for tail, name in MODIFIERS.items():
+    for tail, name in MODIFIER_TENSORS.items():
         if tail in found:
             weights.tensors[name] = found[tail]
     weights.alpha = _alpha(module, weights, found, where)

@@ -34,7 +34,7 @@ class BlockWeights:
 
 # LDM counts the UNet's blocks as 12 + 1 + 12: IN00 to IN11, M00, OUT00 to OUT11. BASE is the text encoder.
 IN, OUT = ([f"{side}{i:02}" for i in range(12)] for side in ("IN", "OUT"))
-LISTS = {
+BLOCK_LISTS = {
     26: ["BASE", *IN, "M00", *OUT],
     25: [*IN, "M00", *OUT],  # kohya's block_dims
     17: ["BASE", *(IN[i] for i in (1, 2, 4, 5, 7, 8)), "M00", *OUT[3:]],  # the blocks with attention; the others get 0
@@ -90,14 +90,14 @@ def _number(value, what: str) -> float:
 
 
 def _from_list(values: list[float], modules: Modules) -> BlockWeights:
-    if len(values) not in LISTS:
+    if len(values) not in BLOCK_LISTS:
         raise BlockWeightError(f"a list of {len(values)} block weights is given; lists have 17 (text encoder and the blocks "
                                f"with attention), 25 (all blocks of the UNet) or 26 values (text encoder and all blocks)")
     blocks = {name.path: _ldm_block(name) for name in modules.names if name.component in ("clip", "diffusion")}
     if not set(blocks.values()) >= {*IN, "M00", *OUT}:
         raise BlockWeightError("lists of block weights are for the 12 + 1 + 12 blocks of SD 1.x, which this model does not "
                                f"have; name the blocks instead: {', '.join(_blocks(_spellings(modules)))}")
-    weights = dict(zip(LISTS[len(values)], values))
+    weights = dict(zip(BLOCK_LISTS[len(values)], values))
     if len(values) == 17:
         weights = dict.fromkeys([*IN, *OUT], 0.0) | weights
     table = {path: weights.get(block, 1.0) for path, block in blocks.items() if block}

@@ -14,7 +14,7 @@ from sd.adapters.adapter import Adapter
 from sd.adapters.kinds import KINDS
 from sd.adapters.weights import LoRAFormatError
 from sd.lora_files.modules import WRAPPERS
-from sd.lora_files.spellings import MODIFIERS, ONLY_BESIDE, SCALES, SPARSE, TENSORS, TOKEN, UP_BIAS, Entry
+from sd.lora_files.spellings import MODIFIER_TENSORS, ONLY_BESIDE, SCALES, SPARSE, TENSORS, TOKEN, UP_BIAS, Entry
 
 _PEFT_NAME = r"(?:\.(?!weight$|bias$)[^.]+)?"  # state dicts saved directly have the adapter's name in their keys
 
@@ -37,7 +37,7 @@ SPELLINGS = [(re.compile(pattern), module, tail, program) for pattern, module, t
 # As A1111 and OneTrainer bundle them: the embedding's own keys follow the word, which may contain dots.
 _BUNDLED = re.compile(r"bundle_emb\.(.+?)\.(?:string_to_\w+\.[^.]*|[^.]+)")
 
-_TAILS = {*TENSORS, *MODIFIERS, *SCALES, *SPARSE}
+_TAILS = {*TENSORS, *MODIFIER_TENSORS, *SCALES, *SPARSE}
 
 
 def read_entries(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None,

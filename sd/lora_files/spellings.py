@@ -16,7 +16,7 @@ class Entry(NamedTuple):
 
     key: str  # in the file; "" if the value comes from its metadata
     module: str  # as spelled in the file, or our path
-    tail: str  # which tensor of the module: a name in TENSORS, MODIFIERS, ...
+    tail: str  # which tensor of the module: a name in TENSORS, MODIFIER_TENSORS, ...
     tensor: Tensor
 
 
@@ -24,11 +24,11 @@ class Entry(NamedTuple):
 TENSORS = {key: (kind, ours) for kind, cls in reversed(KINDS.items()) for key, ours in cls.keys.items()}
 
 # Names of flags, and names that count only beside another one.
-FLAGS = {key for cls in KINDS.values() for key, ours in cls.keys.items() if ours in cls.flags}
+FLAG_TENSORS = {key for cls in KINDS.values() for key, ours in cls.keys.items() if ours in cls.flags}
 ONLY_BESIDE = {key: other for cls in KINDS.values() for key, other in cls.only_beside.items()}
 
 # Tensors that any kind may have in addition to its own.
-MODIFIERS = {"diff_b": "diff_b", "b_norm": "diff_b", "dora_scale": "magnitude"}
+MODIFIER_TENSORS = {"diff_b": "diff_b", "b_norm": "diff_b", "dora_scale": "magnitude"}
 
 SCALES = ("alpha", "scale", "scalar")  # `scale` replaces alpha / rank, `scalar` is an additional factor
 

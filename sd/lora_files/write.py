@@ -61,7 +61,7 @@ def write_lora(path: str | os.PathLike, state: Mapping[str, AdapterWeights], mod
     write_tensors(path, tensors, with_hash(header, tensors))
 
 
-NAMELESS = "a module for which it has no name"
+UNNAMED = "a module for which it has no name"
 
 
 # ---- what a format can hold --------------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def refusals(state: Mapping[str, AdapterWeights], modules: Modules, format: str)
         name, held = names.get(path), KINDS[weights.kind].held_by
         strange = weights.tensors.keys() - set(held.get(format, ()))
         if name is None or name.component not in ("clip", "diffusion"):
-            found[path] = NAMELESS
+            found[path] = UNNAMED
         elif format not in held:
             found[path] = f"kind {weights.kind!r}"
         elif strange:
@@ -123,7 +123,7 @@ def check_format(state: Mapping[str, AdapterWeights], modules: Modules, format: 
     if found:
         path, what = next(iter(found.items()))
         able = [other for other in FORMATS if path not in refusals(state, modules, other)]
-        matrix = len(modules.shapes.get(path, ())) > 1 and what != NAMELESS and "diff_b" not in state[path].tensors
+        matrix = len(modules.shapes.get(path, ())) > 1 and what != UNNAMED and "diff_b" not in state[path].tensors
         hint = ", or approximate it (--approximate RANK)" if matrix else ""
         raise LoRAFormatError(f"{format} cannot hold {len(found)} of {len(state)} modules, first: {path}, {what}; "
                               f"{' and '.join(able)} can{hint}")

@@ -19,7 +19,7 @@ class ImageError(SDError):
     """A picture that cannot be read or written: the message names it and says why."""
 
 
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _JSON_KEY = "sdlora"  # PNG text chunk with the parameters as JSON; JPEG and WebP hold them in EXIF ImageDescription
 _DESCRIPTION, _EXIF, _USER_COMMENT = 0x010E, 0x8769, 0x9286  # EXIF tags
 # What Pillow raises for damaged files.
@@ -92,9 +92,9 @@ def save_image(image, path: str | Path, parameters: dict | None = None, *, quali
     programs read the text of `format_parameters` (PNG "parameters" chunk, EXIF UserComment otherwise). Raises ImageError.
     """
     path = Path(path)
-    file_format = FORMATS.get(path.suffix.lower())
+    file_format = PICTURE_FORMATS.get(path.suffix.lower())
     if file_format is None:
-        raise ImageError(f"{path}: pictures are not saved as {path.suffix!r}; allowed: {', '.join(FORMATS)}")
+        raise ImageError(f"{path}: pictures are not saved as {path.suffix!r}; allowed: {', '.join(PICTURE_FORMATS)}")
     options: dict[str, Any] = {} if file_format == "PNG" else {"quality": quality}
     if file_format == "JPEG":
         options["subsampling"] = 0

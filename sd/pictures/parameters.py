@@ -6,6 +6,7 @@ import json
 import re
 
 # Our name -> (label in the text, type of its value).
+NUMBER = r"-?[\d.]+(?:e-?\d+)?"  # a multiplier, as {:g} writes it
 _LABELS = {"n_inference_steps": ("Steps", int), "sampler_name": ("Sampler", str), "cfg_scale": ("CFG scale", float),
            "seed": ("Seed", int), "size": ("Size", str), "model_hash": ("Model hash", str), "model": ("Model", str),
            "strength": ("Denoising strength", float), "clip_skip": ("Clip skip", int)}
@@ -51,9 +52,9 @@ def parse_parameters(text: str) -> dict:
     found: dict = {"prompt": "\n".join(lines[:start])}
     if start < len(lines):
         found["uncond_prompt"] = "\n".join(lines[start:]).removeprefix("Negative prompt:").removeprefix(" ")
-    tags = re.findall(r"<lora:([^:<>]+):(-?[\d.]+)>", found["prompt"])
+    tags = re.findall(rf"<lora:([^:<>]+):({NUMBER})>", found["prompt"])
     if tags:
-        found["prompt"] = re.sub(r" ?<lora:[^:<>]+:-?[\d.]+>", "", found["prompt"])
+        found["prompt"] = re.sub(rf" ?<lora:[^:<>]+:{NUMBER}>", "", found["prompt"])
         found["lora"] = {name: float(multiplier) for name, multiplier in tags}
     for label, value in re.findall(field, settings):
         value = value.strip()

@@ -233,10 +233,10 @@ class Sampler:
     order: int = 1  # lower bound on the order of convergence in the step size
     stochastic: bool = False  # always needs noise=; samplers with an eta need it only if eta > 0
     takes_eta: bool = False
-    extra_point: bool = False
-    fractional: bool = False
-    to_zero: bool = True
-    unit_start: bool = True
+    extra_point: bool = False  # leading spacing steps by T // (n + 1), as DPM-Solver's does
+    fractional: bool = False  # karras and exponential keep fractions of timesteps
+    to_zero: bool = True  # the last sigma is 0, not that of timestep 0
+    unit_start: bool = True  # starts at noise of variance 1 in VP scale, not at sigma times noise in VE
 
 
 EQUAL = ("leading", "trailing", "linspace")  # equal steps in t, which the Adams-Bashforth coefficients assume

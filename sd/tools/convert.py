@@ -14,7 +14,7 @@ from sd.adapters.kinds import needs_base
 from sd.adapters.weights import AdapterWeights, LoRAFormatError
 from sd.config import CONFIG_KEY, SD15
 from sd.files.atomic import keep_sources
-from sd.lora_files.write import NAMELESS, check_format, refusals, write_lora
+from sd.lora_files.write import UNNAMED, check_format, refusals, write_lora
 from sd.tools.base import Base, fit, load_base, load_lora_file
 from sd.tools.decompose import Approximation, RankRule, Report, approximate
 
@@ -69,7 +69,7 @@ def approximated(state: Mapping[str, AdapterWeights], base: Base, format: str,
     while refused := refusals(state, base.modules, format):  # repeat: PEFT's switches are per network, so new ones appear
         for path, what in refused.items():
             flat = len(base.layers[path].weight) < 2 or state[path].tensors.keys() == {"diff_b"}
-            if path in report.modules or what == NAMELESS or flat:
+            if path in report.modules or what == UNNAMED or flat:
                 raise LoRAFormatError(f"{format} cannot hold {path}, {what}, and a low rank cannot approximate it; "
                                       f"leave it out with skip")
             state[path], report.modules[path] = _low_rank(path, state[path], base, rule)

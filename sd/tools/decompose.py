@@ -202,7 +202,7 @@ def lora_weights(up: Tensor, down: Tensor, inner: tuple[int, ...], scale: float 
     return AdapterWeights("lora", tensors, alpha=scale * rank)
 
 
-def seed_of(seed: int, *names) -> int:
+def named_seed(seed: int, *names) -> int:
     """A seed for one module, independent of the order in which modules are processed."""
     return int.from_bytes(hashlib.sha256(repr((seed, *names)).encode()).digest()[:7], "big")
 

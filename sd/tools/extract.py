@@ -26,7 +26,7 @@ from sd.lora_files.modules import modules_of
 from sd.lora_files.write import write_lora
 from sd.model_loader import BASE_HASH, model_path, preload_models_from_standard_weights
 from sd.models import Models
-from sd.tools.decompose import Approximation, RankRule, Report, approximate, seed_of, store
+from sd.tools.decompose import Approximation, RankRule, Report, approximate, named_seed, store
 
 VAE = ("encoder.", "decoder.")
 
@@ -77,7 +77,7 @@ def extract(layers: Iterable[Layer], rule: RankRule, *, conv_rule: RankRule | No
         else:
             kernel = D.dim() > 2 and max(D.shape[2:]) > 1
             by = conv_rule if kernel and conv_rule is not None else rule
-            adapter, row = _adapter(D, layer, by, extra, randomized, seed_of(seed, layer.path))
+            adapter, row = _adapter(D, layer, by, extra, randomized, named_seed(seed, layer.path))
             state[layer.path] = adapter
             report.modules[layer.path] = row._replace(rounding=rounding_norm(layer.tuned) / row.norm)
     return state, report

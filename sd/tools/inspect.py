@@ -27,7 +27,7 @@ from sd.files.tensors import read_tensors, sniff
 from sd.lora_files.embedding_files import words_in
 from sd.lora_files.read import LoRAFile, open_lora, tag_counts
 from sd.lora_files.spellings import guess_file, looks_like_lora
-from sd.pictures.image_io import FORMATS, read_parameters
+from sd.pictures.image_io import PICTURE_FORMATS, read_parameters
 from sd.prompts.learned_words import EmbeddingError
 from sd.tools.base import Base, fit, load_base, load_lora_file
 
@@ -39,7 +39,7 @@ def inspect_file(path: str | os.PathLike, base: str | os.PathLike | None = None,
     Raises CheckpointError, ImageError.
     """
     path = Path(path)
-    if not path.is_dir() and path.suffix.lower() in FORMATS and sniff(path).startswith("a "):
+    if not path.is_dir() and path.suffix.lower() in PICTURE_FORMATS and sniff(path).startswith("a "):
         return {"kind": "picture", "parameters": read_parameters(path)}
     if path.is_dir() and ((path / "model_index.json").exists() or not _is_lora_folder(path)):
         folder = read_diffusers_folder(path)

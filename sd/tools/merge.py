@@ -32,8 +32,8 @@ from sd.tools.decompose import (
     approximate,
     flat_factors,
     lora_weights,
+    named_seed,
     product_norm,
-    seed_of,
     store,
     svd_of_product,
 )
@@ -150,7 +150,7 @@ class _Module:
         if self.shape.groups > 1:
             raise self.grouped(self.shape.groups)
         return approximate(D, RankRule(rank=self.rank), embedding=self.shape.embedding, randomized=self.randomized,
-                           seed=seed_of(self.seed, self.path), **extra)
+                           seed=named_seed(self.seed, self.path), **extra)
 
     def factors(self, parts: list[Part], extra: dict[str, Any]) -> tuple[AdapterWeights, Approximation]:
         """Plain LoRAs stacked: [w₁ s₁ up₁, w₂ s₂ up₂, ...] · [down₁; down₂; ...] is Σ wᵢ ΔWᵢ, for any ranks."""
@@ -259,7 +259,7 @@ def keep_largest(D: Tensor, density: float) -> Tensor:
 
 def dare_mask(shape: Sequence[int], density: float, seed: int, *names) -> Tensor:
     """Which values DARE keeps: each with probability `density`, reproducible by seed, file and module."""
-    generator = torch.Generator().manual_seed(seed_of(seed, *names))
+    generator = torch.Generator().manual_seed(named_seed(seed, *names))
     return torch.rand(tuple(shape), generator=generator) < density
 
 

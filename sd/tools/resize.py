@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from sd.adapters.adapter import MODIFIERS
 from sd.adapters.weights import AdapterWeights, LoRAError
 from sd.files.atomic import keep_sources
 from sd.lora_files.header import lora_metadata
@@ -22,8 +23,6 @@ from sd.tools.decompose import (
     store,
     svd_of_product,
 )
-
-MODIFIERS = ("magnitude", "diff_b")  # tensors that any kind may have; they have no rank and are copied
 
 
 def resize(state: Mapping[str, AdapterWeights], *, rank: int | None = None, ratio: float | None = None,

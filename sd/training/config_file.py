@@ -16,8 +16,8 @@ from sd.training.errors import TrainError
 
 SECTIONS = ("data", "model", "lora", "objective", "optimizer", "training", "samples", "run")
 # Names in LoRAW's section -> ours. Its multiplier and component_whitelist have no single counterpart.
-LORAW = {"lr": "learning_rate", "weight_decompose": "dora"}
-NETWORKS = {"unet": "unet", "diffusion": "unet", "text_encoder": "text_encoder", "clip": "text_encoder"}
+LORAW_OPTIONS = {"lr": "learning_rate", "weight_decompose": "dora"}
+LORAW_NETWORKS = {"unet": "unet", "diffusion": "unet", "text_encoder": "text_encoder", "clip": "text_encoder"}
 
 
 def read_config(path: str | Path) -> dict[str, object]:
@@ -94,16 +94,16 @@ def _yaml(text: str) -> object:
 
 def _from_loraw(section: dict[str, object], path: str | Path) -> dict[str, object]:
     """Translate LoRAW's options: `multiplier` is a factor of alpha; `component_whitelist` has networks, or layers in them."""
-    found = {LORAW.get(name, name): value for name, value in section.items()}
+    found = {LORAW_OPTIONS.get(name, name): value for name, value in section.items()}
     if "multiplier" in found:
         alpha = _of_kind(found.get("alpha", TrainConfig.alpha), float, f"{path}: alpha")
         found["alpha"] = alpha * _of_kind(found.pop("multiplier"), float, f"{path}: multiplier")
     if "component_whitelist" in found:
         names = _of_kind(found.pop("component_whitelist"), tuple[str, ...], f"{path}: component_whitelist")
-        networks = {NETWORKS[name] for name in names if name in NETWORKS}
+        networks = {LORAW_NETWORKS[name] for name in names if name in LORAW_NETWORKS}
         if networks:
             found |= {"unet": "unet" in networks, "text_encoder": "text_encoder" in networks}
-        if layers := [name for name in names if name not in NETWORKS]:
+        if layers := [name for name in names if name not in LORAW_NETWORKS]:
             found["targets"] = layers
     return found
 

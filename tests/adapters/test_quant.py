@@ -12,7 +12,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from sd.adapters.quant import FORMATS, NF4_LEVELS, QuantizedWeight, base_bytes, dequantize_base, quantize_base, quantized_kinds
+from sd.adapters.quant import (
+    NF4_LEVELS,
+    QUANTIZERS,
+    QuantizedWeight,
+    base_bytes,
+    dequantize_base,
+    quantize_base,
+    quantized_kinds,
+)
 from sd.adapters.targets import named_layers
 from sd.checkpoints.writer import save_checkpoint, save_merged
 from sd.clip import CLIP
@@ -168,7 +176,7 @@ def test_the_error_of_normal_weights_is_that_of_the_format(kind, error):
     assert ((QuantizedWeight(W, kind).dequantize() - W).norm() / W.norm()).item() == pytest.approx(error, rel=0.02)
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", QUANTIZERS)
 def test_zeros_and_the_smallest_numbers_are_no_special_case(kind):
     for W in (torch.zeros(3, 70), torch.full((3, 70), 9.1e-43), torch.full((3, 70), 3e37)):
         got = QuantizedWeight(W, kind).dequantize()
@@ -177,7 +185,7 @@ def test_zeros_and_the_smallest_numbers_are_no_special_case(kind):
 
 # ---- layers ------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", QUANTIZERS)
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_quantised_layer_is_the_plain_layer_with_the_dequantised_weight_bit_for_bit(name, kind):
     quantised, plain, x = twins(name, kind)
@@ -388,7 +396,7 @@ def test_dequantising_gives_the_plain_model_back_with_its_classes_and_the_order_
     assert all(torch.allclose(v, models["diffusion"].state_dict()[k], rtol=1e-5) for k, v in once.items())
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", QUANTIZERS)
 def test_copies_pickles_and_moves_keep_what_is_stored(kind):
     quantised, _, x = twins("conv3x3", kind)
     adapt(quantised)

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from sd.pictures.image_io import FORMATS, ImageError, load_image, read_parameters, save_image
+from sd.pictures.image_io import PICTURE_FORMATS, ImageError, load_image, read_parameters, save_image
 from sd.pictures.parameters import format_parameters, parse_parameters
 from sd.pictures.sheets import contact_sheet, line_plot
 
@@ -35,7 +35,7 @@ NASTY = USUAL | {
 # parameters
 
 
-@pytest.mark.parametrize("suffix", [*FORMATS, ".PNG"])
+@pytest.mark.parametrize("suffix", [*PICTURE_FORMATS, ".PNG"])
 @pytest.mark.parametrize("parameters", [USUAL, NASTY, {}, {"prompt": ""}], ids=["usual", "nasty", "none", "empty"])
 def test_parameters_come_back_exactly(tmp_path, suffix, parameters):
     save_image(PICTURE, tmp_path / f"a{suffix}", parameters)
@@ -92,7 +92,7 @@ def test_texts_of_other_programs_are_read(tmp_path, text, expected):
 
 
 def test_a_picture_without_parameters_has_none(tmp_path):
-    for suffix in FORMATS:
+    for suffix in PICTURE_FORMATS:
         save_image(PICTURE, tmp_path / f"a{suffix}")
         assert read_parameters(tmp_path / f"a{suffix}") == {}
 
@@ -285,3 +285,8 @@ def test_a_plot_of_odd_points_is_still_a_plot(series):
 def test_the_json_copy_is_plain_json(tmp_path):
     save_image(PICTURE, tmp_path / "a.png", NASTY)
     assert json.loads(Image.open(tmp_path / "a.png").text["sdlora"]) == NASTY
+
+
+def test_a_multiplier_with_an_exponent_is_read_back():
+    text = format_parameters({"prompt": "a cat", "n_inference_steps": 4, "lora": {"line": 1e-05, "ink": -2.5e-07}})
+    assert parse_parameters(text)["lora"] == {"line": 1e-05, "ink": -2.5e-07} and parse_parameters(text)["prompt"] == "a cat"

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from sd.adapters.kinds import KINDS
-from sd.adapters.quant import FORMATS
+from sd.adapters.quant import QUANTIZERS
 from sd.training import TrainConfig, TrainError
 from sd.training.loss import LOSSES, WEIGHTINGS
 from sd.training.optim import OPTIMIZERS, PRECISIONS, SCHEDULES
@@ -13,7 +13,7 @@ from sd.training.rules import EFFECTS, VALUES, allowed_names
 from sd.training.watch.monitor import LOGS
 
 NAMES = allowed_names(TrainConfig)
-TABLES = {"kind": KINDS, "quantize": ("none", *FORMATS), "optimizer": OPTIMIZERS, "schedule": SCHEDULES,
+TABLES = {"kind": KINDS, "quantize": ("none", *QUANTIZERS), "optimizer": OPTIMIZERS, "schedule": SCHEDULES,
           "precision": PRECISIONS, "loss": LOSSES, "weighting": WEIGHTINGS, "log_to": LOGS}
 
 

@@ -10,7 +10,7 @@ from sd.training.dataset.buckets import make_buckets
 from sd.training.dataset.cache import cached_pictures
 from sd.training.dataset.data import PictureData, as_picture_data
 from sd.training.dataset.pictures import Pictures
-from sd.training.dataset.sources import Entry, balanced, read_sources, regularisation
+from sd.training.dataset.sources import PictureEntry, balanced, read_sources, regularisation
 from sd.training.errors import DataError, TrainError
 
 
@@ -39,7 +39,7 @@ def _open_files(config, models) -> tuple[Pictures, Pictures | None]:
         raise TrainError("no data: name a folder of pictures with captions")
     known = cached_pictures(config.cache)
 
-    def opened(keep: Callable[[Entry], bool] = lambda entry: True, **change) -> Pictures:
+    def opened(keep: Callable[[PictureEntry], bool] = lambda entry: True, **change) -> Pictures:
         return open_data(replace(config, **change), size=size, channels=models.config.vae.image_channels, factor=factor,
                          known=known, keep=keep)
 
@@ -57,7 +57,7 @@ def _open_files(config, models) -> tuple[Pictures, Pictures | None]:
     return pictures, held_out
 
 
-def is_held_out(entry: Entry, share: float) -> bool:
+def is_held_out(entry: PictureEntry, share: float) -> bool:
     """Whether a picture belongs to the held-out `share`: decided by the hash of its file alone, whatever the others are.
 
     Regularisation pictures never belong to it.
@@ -81,7 +81,7 @@ def _check_both_have_some(pictures: Pictures, held_out: Pictures, share: float) 
 
 
 def open_data(config, *, size: int, channels: int, factor: int, known: Container[str] = frozenset(),
-              keep: Callable[[Entry], bool] = lambda entry: True) -> Pictures:
+              keep: Callable[[PictureEntry], bool] = lambda entry: True) -> Pictures:
     """The pictures of `config.data` and `config.reg_data` for which `keep` is true, with all options of the config.
 
     size: side in pixels; with buckets, the root of the largest area. factor: pixels of a latent's side. known: hashes of

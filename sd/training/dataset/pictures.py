@@ -16,7 +16,7 @@ from torch import Tensor
 from sd.files.hashes import digest
 from sd.training.dataset.buckets import Buckets
 from sd.training.dataset.data import PictureData
-from sd.training.dataset.sources import Entry, read_folder, read_image
+from sd.training.dataset.sources import PictureEntry, read_folder, read_image
 from sd.training.errors import DataError
 
 
@@ -28,7 +28,7 @@ class Pictures(PictureData):
     Raises DataError for the first picture that cannot be used.
     """
 
-    def __init__(self, entries: Sequence[Entry], *, size: int, channels: int, buckets: Buckets | None = None,
+    def __init__(self, entries: Sequence[PictureEntry], *, size: int, channels: int, buckets: Buckets | None = None,
                  crop: str = "center", flip: bool = False, variants: int = 1, known: Container[str] = frozenset()):
         self.entries, self.mode = list(entries), {1: "L", 3: "RGB"}[channels]
         self.crop, self.flip, self.variants = crop, flip, variants * (2 if flip else 1)

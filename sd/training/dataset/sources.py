@@ -1,6 +1,6 @@
 """Sources of pictures and captions: a folder, kohya's `10_name` folders, a TOML that lists several, Hugging Face.
 
-Each is read into a list of `Entry`. Inconsistent data raises a DataError that names the first bad item.
+Each is read into a list of `PictureEntry`. Inconsistent data raises a DataError that names the first bad item.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MAX_REPEATS = 10_000
 
 
 @dataclass(frozen=True)
-class Entry:
+class PictureEntry:
     """A picture with its captions. `source`: its file, or a function that returns the file's bytes."""
 
     name: str  # within its source, wherever that is
@@ -72,7 +72,7 @@ def read_image(path: Path, mode: str) -> Image.Image:
         raise DataError(str(error)) from None
 
 
-def read_sources(data: str, *, masks: bool = False) -> list[Entry]:
+def read_sources(data: str, *, masks: bool = False) -> list[PictureEntry]:
     """All pictures of `data`: a folder, a .toml that lists several sources, or "hf:" and the name or path of a dataset.
 
     Raises DataError for missing, inconsistent or duplicate items.
@@ -87,7 +87,7 @@ def read_sources(data: str, *, masks: bool = False) -> list[Entry]:
 
 # ---- folders ---------------------------------------------------------------------------------------------------------
 
-def read_folder(folder: str | Path, *, masks: bool = False) -> list[Entry]:
+def read_folder(folder: str | Path, *, masks: bool = False) -> list[PictureEntry]:
     """The pictures of a folder, sorted by name, or those of its subfolders such as `10_some words`, repeated 10 times.
 
     Captions are in one of metadata.jsonl, metadata.csv (columns file_name, text) and captions.txt (lines `name: caption`,
@@ -100,7 +100,7 @@ def read_folder(folder: str | Path, *, masks: bool = False) -> list[Entry]:
     numbered = sorted(d for d in folder.iterdir() if d.is_dir() and re.fullmatch(r"\d+_.+", d.name) and _pictures(d))
     if not numbered:
         return _read_flat(folder, masks)
-    stray = [*_pictures(folder), *folder.glob("*.txt"), *(folder / name for name in LISTS if (folder / name).exists())]
+    stray = [*_pictures(folder), *folder.glob("*.txt"), *(folder / name for name in CAPTION_LISTS if (folder / name).exists())]
     if stray:
         raise DataError(f"{stray[0]}: is beside numbered folders such as {numbered[0].name}, where it would not be used; "
                         f"move it into one of them")
@@ -117,12 +117,12 @@ def _pictures(folder: Path) -> list[Path]:
     return sorted(f for f in folder.iterdir() if f.suffix.lower() in PICTURES and not f.name.startswith("."))
 
 
-def _read_flat(folder: Path, masks: bool, default: str | None = None) -> list[Entry]:
+def _read_flat(folder: Path, masks: bool, default: str | None = None) -> list[PictureEntry]:
     files = _pictures(folder)
     files, mask_of = _masks(folder, files) if masks else (files, {})
     if not files:
         raise DataError(f"{folder}: there are no pictures in it ({', '.join(PICTURES)})")
-    lists = [name for name in LISTS if (folder / name).exists()
+    lists = [name for name in CAPTION_LISTS if (folder / name).exists()
              and not (name == "captions.txt" and any(f.stem == "captions" for f in files))]
     if len(lists) > 1:
         raise DataError(f"{folder}: has both {lists[0]} and {lists[1]}; keep one of them")
@@ -130,7 +130,8 @@ def _read_flat(folder: Path, masks: bool, default: str | None = None) -> list[En
     without = [f.name for f in files if f.name not in captions]
     if without and default is None:
         raise DataError(f"{folder}: {len(without)} of {len(files)} pictures have no caption, first: {without[0]}")
-    return [Entry(f.name, f, (captions.get(f.name, default or ""),), str(folder), mask=mask_of.get(f.name)) for f in files]
+    return [PictureEntry(f.name, f, (captions.get(f.name, default or ""),), str(folder), mask=mask_of.get(f.name))
+            for f in files]
 
 
 def _texts(folder: Path, files: list[Path]) -> dict[str, str]:
@@ -168,7 +169,7 @@ def _masks(folder: Path, files: list[Path]) -> tuple[list[Path], dict[str, Path]
 
 def _listed(path: Path, files: list[Path]) -> dict[str, str]:
     names, captions = {f.name for f in files}, {}
-    for number, name, text in LISTS[path.name](path):
+    for number, name, text in CAPTION_LISTS[path.name](path):
         wrong = ("is not in the folder" if name not in names else "is listed twice" if name in captions
                  else "has a text that is not a string" if not isinstance(text, str) else None)
         if wrong:
@@ -214,7 +215,7 @@ def _colon_lines(path: Path) -> Iterator[tuple[int, str, object]]:
         yield number, found[1] or found[2], found[3]
 
 
-LISTS = {"metadata.jsonl": _jsonl, "metadata.csv": _csv, "captions.txt": _colon_lines}
+CAPTION_LISTS = {"metadata.jsonl": _jsonl, "metadata.csv": _csv, "captions.txt": _colon_lines}
 
 
 def _read_text(path: Path) -> str:
@@ -231,7 +232,7 @@ def _read_text(path: Path) -> str:
 _SOURCE_KEYS = {"data": "", "repeats": 1, "weight": 1.0, "reg": False} | CAPTION_OPTIONS
 
 
-def _toml(path: Path, masks: bool) -> list[Entry]:
+def _toml(path: Path, masks: bool) -> list[PictureEntry]:
     """Read [[source]] tables: `data` (relative to the file) and, optionally, repeats or weight, reg (prior preservation) and
     caption options.
     """
@@ -301,12 +302,12 @@ def whole_repeats(wanted: list[float], error: float = 0.05, most: int = 1000) ->
                     f"to {MAX_REPEATS}")
 
 
-def regularisation(entries: list[Entry]) -> list[Entry]:
+def regularisation(entries: list[PictureEntry]) -> list[PictureEntry]:
     """The same entries as regularisation pictures, without the prefix, suffix and trigger of the learned subject."""
     return [replace(e, regular=True, options={"prefix": "", "suffix": "", "trigger": "", **e.options}) for e in entries]
 
 
-def balanced(entries: list[Entry]) -> list[Entry]:
+def balanced(entries: list[PictureEntry]) -> list[PictureEntry]:
     """Repeat entries so that an epoch uses regularisation pictures as often as others, and each picture at least once.
 
     Without regularisation pictures nothing changes. Raises DataError if there are no others.
@@ -329,7 +330,7 @@ def balanced(entries: list[Entry]) -> list[Entry]:
 
 # ---- Hugging Face ----------------------------------------------------------------------------------------------------
 
-def _hugging_face(name: str) -> list[Entry]:
+def _hugging_face(name: str) -> list[PictureEntry]:
     try:
         import datasets
     except ImportError:
@@ -361,7 +362,8 @@ def _hugging_face(name: str) -> list[Entry]:
         texts = (given,) if isinstance(given, str) else tuple(given or ())
         if not texts or not all(isinstance(t, str) for t in texts):
             raise DataError(f"hf:{name}, row {i}: has the {text} {given!r}; a string or a list of strings is needed")
-        entries.append(Entry(f"row {i}", partial(_hf_bytes, found, column, i), tuple(t.strip() for t in texts), f"hf:{name}"))
+        content = partial(_hf_bytes, found, column, i)
+        entries.append(PictureEntry(f"row {i}", content, tuple(t.strip() for t in texts), f"hf:{name}"))
     return entries
 
 

@@ -29,7 +29,7 @@ log = logging.getLogger("sd")
 
 SAMPLER, LARGEST, MOST_ROWS = "dpmpp_2m", 256, 40  # LARGEST: side of a picture in the sheet; MOST_ROWS: more are thinned out
 # The fields of its request that a sample's file records. Their hash is in the file's name, so this must not change.
-SAVED = ("prompt", "seed", "n_inference_steps", "cfg_scale", "sampler_name", "width", "height")
+IN_SAMPLES = ("prompt", "seed", "n_inference_steps", "cfg_scale", "sampler_name", "width", "height")
 
 
 class Samples:
@@ -84,7 +84,7 @@ class Samples:
             save_image(picture, self._file(row, column), self._saved(column) | {"training_step": step})
 
     def _saved(self, column: int) -> dict:
-        return {name: getattr(self.requests[column], name) for name in SAVED}
+        return {name: getattr(self.requests[column], name) for name in IN_SAMPLES}
 
     def _file(self, row: str, column: int) -> Path:
         """Named by prompt, seed and settings, so that after a change of these the sheet has gaps instead of old pictures."""

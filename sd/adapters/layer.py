@@ -111,7 +111,7 @@ class LoRALayer(Base):
         return [_from_key(key) for key in self.adapters]
 
     def adapter(self, name: str) -> Adapter:
-        return self.adapters[_as_key(name)]  # type: ignore[return-value]  # to torch, any nn.Module
+        return self.adapters[_as_key(name)]  # type: ignore[return-value]  # any nn.Module, to torch
 
     def add_adapter(self, name: str, adapter: Adapter, multiplier: float = 1.0) -> None:
         self.drop_derived()

@@ -434,7 +434,7 @@ def test_training_nothing_and_a_bad_rank_are_refused(tmp_path, models):
     train(replace(QUICK, out=str(tmp_path)), models, pictures())
     with pytest.raises(TrainError, match="carries the adapters 'lora'"):
         train(changed(QUICK, train="full", out=str(tmp_path / "b")), models, pictures())
-    with pytest.raises(LoRAError, match="'lora' is there already"):
+    with pytest.raises(LoRAError, match="'lora' already exists"):
         train(replace(QUICK, out=str(tmp_path)), models, pictures())
 
 

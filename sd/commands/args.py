@@ -151,6 +151,8 @@ def picture_paths(out: str, count: int) -> list[Path]:
         raise SDError("--out is empty; give a folder or a file")
     if count > MAX_IMAGES:
         raise SDError(f"{count} pictures are asked for; allowed: up to {MAX_IMAGES}")
+    if file := next((folder for folder in path.parents if folder.is_file()), None):
+        raise SDError(f"{path}: {file} is a file; a folder is needed there")
     if path.suffix and not path.is_dir():
         if path.suffix.lower() not in PICTURE_FORMATS:
             raise SDError(f"{path}: pictures are not saved as {path.suffix!r}; allowed: {', '.join(PICTURE_FORMATS)}, "

@@ -41,6 +41,7 @@ def sentence_in(box: str) -> str:
     text = re.sub(r"^╭─.*╮$", "", box, flags=re.M)
     text = re.sub(r"([╭╮╰╯│─\s]|-{5,})+", " ", text)
     text = re.split("For full helptext|Argument helptext:| in python ", text)[0].strip()
+    text = re.sub(r"(Perhaps you meant: --[\w-]+).*", r"\1", text)  # not the whole help of that flag
     return re.sub(r"^Error parsing \w+: ", "", text)  # a command's own sentence
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -22,7 +23,14 @@ class Train(TrainConfig):
         options = {f.name: getattr(self, f.name) for f in fields(TrainConfig)}
         if self.from_lora:
             options["from_lora"] = str(shipped(Path(self.from_lora)))
-        with processes():
-            train(TrainConfig(**options))
-            for file in () if self.dry_run or not is_main() else result_files(self):
-                print(Path(self.out) / file)
+        out, is_new = Path(self.out), not Path(self.out).exists()
+        try:
+            with processes():
+                train(TrainConfig(**options))
+                for file in () if self.dry_run or not is_main() else result_files(self):
+                    print(out / file)
+        except BaseException:
+            with suppress(OSError):  # a run that saved something stays
+                if is_new:
+                    out.rmdir()
+            raise

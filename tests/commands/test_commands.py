@@ -371,3 +371,14 @@ def test_a_picture_that_says_nonsense_of_itself_is_not_made_again(run, change, s
     save_image(np.zeros((64, 64, 3), np.uint8), "odd.png", about | change)
     status, _, err = run("generate", "--again", "odd.png", "--model", "@tiny.safetensors", "--lora", "@ink.safetensors")
     assert status == 2 and err.splitlines()[-1].startswith("error: ") and sentence in err
+
+
+def test_a_training_that_finds_no_pictures_leaves_no_folder(tmp_path, capsys):
+    assert main(["train", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run")]) == 2
+    assert "nowhere" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_file_where_a_folder_is_needed_is_a_sentence(tmp_path, capsys):
+    (tmp_path / "notes").write_text("x")
+    assert main(["generate", "a", "--out", str(tmp_path / "notes/a.png")]) == 2
+    assert "is a file; a folder is needed there" in capsys.readouterr().err

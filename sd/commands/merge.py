@@ -24,7 +24,7 @@ class Merge:
     """File to write, ending in .safetensors; with --into model also a new diffusers folder."""
     on: Annotated[ModelArgs, tyro.conf.arg(name="")] = field(default_factory=ModelArgs)
     into: Literal["model", "lora"] = "model"
-    """What to write. For lora, --model is needed only with kinds that depend on its weights (DoRA, IA3, GLoRA, OFT, BOFT, HRA)."""
+    """What to write. For lora, --model is needed only with kinds that depend on weights (DoRA, IA3, GLoRA, OFT, BOFT, HRA)."""
     method: Annotated[Literal["concat", "svd", "ties", "dare", "magnitude", "full"], tyro.conf.arg(help=METHOD_HELP)] = "concat"
     rank: int | None = None
     """Into lora: rank of the result of svd, ties, dare and magnitude."""

@@ -20,7 +20,8 @@ from sd.files.tensor_file import CheckpointError, TensorFile
 from sd.files.tensors import read_tensors, write_safetensors
 from sd.lora import LoadReport, load_lora_weights
 from sd.lora_files.read import open_lora
-from sd.sampling.samplers import sample_dpmpp_2m
+from sd.sampling.noise import Schedule
+from sd.sampling.samplers import run
 
 KINDS = 8  # size of the one-hot vector of a pitch
 HEADER = "stable_audio"
@@ -119,7 +120,8 @@ def sample(model: nn.Module, noise: Tensor, pitch: Tensor, steps: int = 20) -> T
         return math.cos(angle) * x - math.sin(angle) * v
 
     sigmas = torch.tan(t * math.pi / 2)
-    return sample_dpmpp_2m(denoise, noise * math.hypot(1, sigmas[0]), sigmas)
+    schedule = Schedule(sigmas, t[:-1], start=math.hypot(1, sigmas[0]))
+    return run("dpmpp_2m", denoise, noise * schedule.start, schedule)
 
 
 # ---- LoRAs ---------------------------------------------------------------------------------------------------------------

@@ -389,7 +389,8 @@ def test_a_lora_brings_its_words_for_prompts(form, models, tmp_path):
 
 
 @pytest.mark.parametrize("bundle, message", [
-    ({"bundle_emb.<x>.clip_l": random(1, 768)}, "style.safetensors: the word '<x>' has vectors of width 768, .*leave a word out with skip"),
+    ({"bundle_emb.<x>.clip_l": random(1, 768)},
+     "style.safetensors: the word '<x>' has vectors of width 768, .*leave a word out with skip"),
     ({"bundle_emb.<toy>.clip_l": ONE}, "'<toy>' is there already"),
     ({"bundle_emb.cat.clip_l": ONE}, "'cat' cannot be a learned word"),
     ({"bundle_emb.<x>.clip_l": ONE, "lora_te_y.diff": TWO}, "lora_te_y"),

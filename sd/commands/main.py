@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         except (SDError, OSError, NotFiniteError) as error:
             print(f"error: {_sentence(error)}", file=sys.stderr)
             return 2
-        except Exception as error:
+        except Exception as error:  # nothing is swallowed: the traceback is shown, and the exit status says so
             if lacks_memory(error):
                 print(f"error: {NO_MEMORY}", file=sys.stderr)
                 return 2

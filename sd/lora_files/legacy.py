@@ -210,8 +210,10 @@ def _number(file: TensorFile, key: str) -> float | None:
     value = file.get(key, file.scalars.get(key))
     if value is None:
         return None
-    if isinstance(value, str) or isinstance(value, Tensor) and value.numel() != 1 or not math.isfinite(float(value)):
-        raise LoRAFormatError(f"{key} is {value!r}; a finite number is needed")
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise LoRAFormatError(f"{key} has shape {list(value.shape)}; one number is expected")
+    if isinstance(value, str) or not math.isfinite(float(value)):
+        raise LoRAFormatError(f"{key} is {value if isinstance(value, str) else float(value)!r}; a finite number is needed")
     return float(value)
 
 

@@ -584,6 +584,7 @@ OUT = f"model/model/{ATTN.format(0).replace('.', '/')}/to_out"
     (FORK_PAIR | {"conv.rank": 3}, r"conv\.rank is 3, but its down and up are"),
     (FORK_PAIR | {"conv.alpha": "big"}, r"conv\.alpha is 'big'; a finite number"),
     (FORK_PAIR | {"conv.alpha": float("inf")}, r"conv\.alpha is inf; a finite number"),
+    (FORK_PAIR | {"conv.alpha": torch.ones(2, 1)}, r"conv\.alpha has shape \[2, 1\]; one number is expected"),
 ])
 def test_a_file_that_does_not_fit_is_refused_and_the_model_stays_as_it_was(content, message, tmp_path):
     model = DiT()

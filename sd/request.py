@@ -75,6 +75,7 @@ class Request:
         unconds = texts("" if self.uncond_prompt is None else self.uncond_prompt, "uncond_prompt")
         if len(unconds) not in (1, images, len(prompts)):
             raise GenerateError(f"{len(unconds)} uncond_prompts for {len(prompts)} prompts; give one, or one each")
+        check_number(self.n_inference_steps, "n_inference_steps", Integral, 1)  # the most depends on model and spacing
         check_number(self.cfg_scale, "cfg_scale", Real)
         check_number(self.strength, "strength", Real, 0, 1)
         check_number(self.eta, "eta", Real, 0, 1)
@@ -162,7 +163,7 @@ def texts(prompt: Any, what: str) -> list[str]:
 def check_number(value: Any, what: str, kind: type[Any], low: float = -math.inf, high: float = math.inf) -> None:
     """Raises GenerateError unless `value` is a finite number of type `kind` from low to high."""
     if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value) or not low <= value <= high:
-        allowed = "a finite number" if low == -math.inf else f"{low} to {high}"
+        allowed = "a finite number" if low == -math.inf else f"{low}" if high == math.inf else f"{low} to {high}"
         raise GenerateError(f"{what} is {value!r}; allowed: {'whole numbers from ' if kind is Integral else ''}{allowed}")
 
 

@@ -1,6 +1,6 @@
 """Open-licensed emoji as captioned pictures: seven styles of 1,634 concepts, drawn from pinned npm packages.
 
-    python -m recipes.emoji.data [--size 64]      # about 5 minutes on one core; needs npm and `pip install -e '.[emoji]'`
+    python -m recipes.emoji.data [--size 64]      # about 3 minutes on one core; needs npm and `pip install -e '.[emoji]'`
 
 At 64 pixels it also writes data/emoji-delft/, the example for training a LoRA.
 """

@@ -24,8 +24,9 @@ MODIFIERS = ("magnitude", "diff_b")  # tensors that any kind may have in additio
 class Adapter(nn.Module):
     """One weight change for one layer; it does not know names, multipliers or other adapters.
 
-    A kind creates its parameters in the constructor (zero change at the start), defines `delta` and `_like`, sets the
-    attributes below, and has a row in KINDS. `magnitude` and `diff_b` are modifiers that any kind may have.
+    A kind creates its parameters in its constructor Kind(shape, rank, alpha, *, dropout, rank_dropout, module_dropout,
+    **options), so that at first it changes nothing, defines `delta` and `_like`, sets the attributes below, and has a row in
+    KINDS. `magnitude` and `diff_b` are modifiers that any kind may have.
     """
 
     kind: str

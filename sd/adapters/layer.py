@@ -22,7 +22,7 @@ from sd.adapters.adapter import Adapter, at_least_fp32
 from sd.adapters.derived import Derived
 from sd.adapters.fused import fuse, is_pair, times
 from sd.adapters.weights import LayerShape, LoRAError
-from sd.escape import escaped, unescaped
+from sd.escape import as_key, from_key
 
 MERGED = ("merged_weight", "merged_bias")  # buffers that are left out of state dicts and copies
 
@@ -284,10 +284,7 @@ class _SameActiveSet(torch.autograd.Function):
 
 @lru_cache(maxsize=4096)
 def _as_key(name: str) -> str:
-    """Adapter names are free text; module names may not contain dots, be empty, or equal an attribute such as `train`."""
-    return "_" + escaped(name)
+    return as_key(name, nn.ModuleDict())
 
 
-@lru_cache(maxsize=4096)
-def _from_key(key: str) -> str:
-    return unescaped(key[1:])
+_from_key = lru_cache(maxsize=4096)(from_key)

@@ -29,7 +29,7 @@ def parse(argv: list[str], commands: Mapping[str, type]):
     box = io.StringIO()
     try:
         with redirect_stderr(box):
-            return tyro.cli(_union(commands), prog="python -m sd", args=words, config=(tyro.conf.OmitArgPrefixes,))
+            return _parsed(words, commands)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
@@ -56,9 +56,14 @@ def _with_config(argv: list[str], flags: list[str]) -> list[str]:
     return ["train", *config_flags({name: v for name, v in read_config(path).items() if name not in said}), *argv[1:]]
 
 
-def _union(commands: Mapping[str, type]):
-    """The commands as tyro's subcommands."""
-    def subcommand(name: str, command: type):
-        pairs = () if command is Train else (tyro.conf.FlagCreatePairsOff,)  # train: --no-x overrides its config file's x
-        return Annotated[command, *pairs, tyro.conf.subcommand(name, description=(command.__doc__ or "").splitlines()[0])]
-    return reduce(or_, (subcommand(name, command) for name, command in commands.items()))
+def _parsed(words: list[str], commands: Mapping[str, type]):
+    """What tyro makes of the words."""
+    about = {name: (command.__doc__ or "").splitlines()[0] for name, command in commands.items()}
+    config: list = [tyro.conf.OmitArgPrefixes]
+    if not words or words[0] not in commands:  # --help, or a mistake
+        named = [Annotated[command, tyro.conf.subcommand(name, description=about[name])] for name, command in commands.items()]
+        return tyro.cli(reduce(or_, named), prog="python -m sd", args=words, config=config)
+    name = words[0]
+    if commands[name] is not Train:  # train: --no-x overrides its config file's x
+        config.append(tyro.conf.FlagCreatePairsOff)
+    return tyro.cli(commands[name], prog=f"python -m sd {name}", description=about[name], args=words[1:], config=config)

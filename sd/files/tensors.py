@@ -41,7 +41,7 @@ def read_tensors(path: str | os.PathLike) -> TensorFile:
         return _read_safetensors(path)
     if kind in ("torch zip", "pickle"):
         return read_pickle(path, is_zip=kind == "torch zip")
-    raise CheckpointError(f"{path}: not a checkpoint, it seems to be {kind}")
+    raise CheckpointError(f"{path}: holds no tensors, it seems to be {kind}")
 
 
 # Files that people pass by mistake, by their first bytes.

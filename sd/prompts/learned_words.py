@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sd.config import CLIPConfig
 from sd.errors import SDError
-from sd.escape import escaped, unescaped
+from sd.escape import as_key, from_key
 from sd.files.hashes import digest
 from sd.files.tensor_file import all_finite
 from sd.prompts.tokenizer import vocabulary
@@ -23,6 +23,7 @@ WIDTHS = {768: "SD 1.x", 1024: "SD 2.x", 1280: "SDXL"}  # width of the vectors -
 
 class EmbeddingError(SDError):
     """A learned word that cannot be read, added or written; the message names it and says why."""
+
 
 class LearnedWords(nn.ParameterDict):
     """The vectors [k, D] of each learned word. They extend the token embedding, whose own weight is never written."""
@@ -36,7 +37,7 @@ class LearnedWords(nn.ParameterDict):
         """Word -> the token ids of its vectors, numbered from the end of the vocabulary in order of addition."""
         found, first = {}, self.config.vocab_size
         for key, vectors in self.items():
-            found[unescaped(key[1:])] = range(first, first + len(vectors))
+            found[from_key(key)] = range(first, first + len(vectors))
             first += len(vectors)
         return found
 
@@ -111,8 +112,8 @@ def one_space(word: str) -> str:
 
 
 def word_key(word: str) -> str:
-    """A word's key in LearnedWords: parameter names may not contain dots or equal an attribute such as `keys`."""
-    return "_" + escaped(word)
+    """A word's key in LearnedWords."""
+    return as_key(word, nn.ParameterDict())
 
 
 def vectors_hash(vectors: Tensor) -> str:

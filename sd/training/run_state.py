@@ -28,6 +28,9 @@ if sys.platform != "win32":
     import fcntl
 
 STATE = "state.safetensors"
+# Facts that are hashes, whose values tell a reader nothing.
+HASHED = {"dataset": "the pictures or captions", "held_out": "the pictures or captions for validation",
+          "base": "the base model", "from_lora": "the LoRA that it starts from"}
 
 
 @dataclass
@@ -114,8 +117,8 @@ def load_state(folder: Path, parameters: Mapping[str, Tensor], optimizer: torch.
         raise TrainError(f"{path}: is not the state of a training ({error}); remove it, or choose another out "
                          f"folder") from None
     facts, saved = json.loads(json.dumps(facts)), json.loads(json.dumps(defaults or {})) | saved
-    differs = [f"{key} was {saved.get(key)!r}, now {facts.get(key)!r}" for key in {**saved, **facts}
-               if saved.get(key) != facts.get(key) and key not in free]
+    differs = [f"{HASHED[key]} changed" if key in HASHED else f"{key} was {saved.get(key)!r}, now {facts.get(key)!r}"
+               for key in {**saved, **facts} if saved.get(key) != facts.get(key) and key not in free]
     if differs:
         raise TrainError(f"{folder}: holds another training ({'; '.join(differs)}); go on with its values, "
                          f"or choose another out folder")

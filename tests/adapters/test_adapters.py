@@ -567,7 +567,7 @@ def test_q_and_v_reach_self_and_cross_attention():
     assert {p.split(".")[-2] for p in paths} == {"attn1", "attn2"} and {p.split(".")[-1] for p in paths} == {"q_proj", "v_proj"}
 
 
-@pytest.mark.parametrize("name", ["train", "type", "v1.5", "", "a b/ü%2E", "_", "."])
+@pytest.mark.parametrize("name", ["train", "type", "v1.5", "", "a b/ü%2E", "_", ".", "apply", "modules", "_call__"])
 def test_any_text_is_a_name(name):
     model, x = model_and_input("linear")
     apply_lora_to_model(model, rank=2, target_modules=["0"], name=name)

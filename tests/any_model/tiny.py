@@ -1,6 +1,7 @@
 """A tiny model with tasks; as a program, one process of a DistributedDataParallel step on it: RANK WORLD FOLDER."""
 
 import copy
+import os
 import sys
 from datetime import timedelta
 
@@ -53,8 +54,11 @@ def tasked(names=("a", "b"), **options):
 
 
 def ddp_gradients(rank: int, world: int, folder) -> list[torch.Tensor]:
-    """Gradients of task a after this process's part of the batch."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store{world}", rank=rank, world_size=world,
+    """Gradients of task a after this process's part of the batch; for a process of its own, which must end by os._exit.
+
+    The destructor of gloo's group waits for its thread with the GIL, which that thread may need.
+    """
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,
                             timeout=timedelta(seconds=60))
     model, _, x = tasked()
     ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
@@ -62,10 +66,12 @@ def ddp_gradients(rank: int, world: int, folder) -> list[torch.Tensor]:
     ddp(x[part], task=SAMPLES[part]).square().mean().backward()
     assert all(k.startswith("module.") and ".model." not in k for k in ddp.state_dict())
     assert all(p.grad is None or not p.grad.any() for p in model.parameters(task="b"))
-    dist.destroy_process_group()
+    dist.barrier()
     return [p.grad for p in model.parameters(task="a")]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    torch.save(ddp_gradients(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]), f"{sys.argv[3]}/{sys.argv[1]}.pt")
+    found = ddp_gradients(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    torch.save(found, f"{sys.argv[3]}/{sys.argv[1]}.pt")
+    os._exit(0)

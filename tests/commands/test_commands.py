@@ -13,7 +13,7 @@ from PIL import Image
 
 from sd.commands.args import FLAGS, PictureFlags
 from sd.commands.main import COMMANDS, main
-from sd.commands.parse import sentence_in
+from sd.commands.parse import parse, sentence_in
 from sd.config import TINY
 from sd.errors import NotFiniteError, SDError
 from sd.lora import apply_lora_to_model, get_lora_parameters
@@ -209,7 +209,7 @@ def test_a_damaged_file_is_one_sentence(run, files, kind, sentence, flag):
     (("generate", "x", *MODEL, "--lora", "@tiny.safetensors"), "whole checkpoint, not a LoRA"),
     (("generate", "x", "--model", "@ink.safetensors"), "it seems to be a LoRA, not a checkpoint"),
     (("generate", "x", *MODEL, "--sampler", "foo"), "sampler 'foo' is unknown; allowed: ddpm"),
-    (("generate", "x", "--model", "@tiny.safetensors", "--steps", "-3"), "-3 steps are not possible"),
+    (("generate", "x", "--model", "@tiny.safetensors", "--steps", "-3"), "n_inference_steps is -3; allowed: whole"),
     (("generate", "x", *MODEL, "--width", "65"), "width is 65, no multiple of 8; the nearest are 64 and 72"),
     (("generate", "x", *MODEL, "--mask", "m.png"), "--mask needs --input"),
     (("generate", "x", *MODEL, "--input", "m.png"), "m.png: no such file"),
@@ -351,6 +351,14 @@ def test_tyros_box_becomes_a_sentence():
            "╰────────────────────────────────────────────────╯\n")
     assert sentence_in(box).endswith("Error parsing --steps: invalid literal 'abc'")
     assert sentence_in("╭─ Unrecognized options ──╮\n│ Unrecognized options: --stps │\n╰───╯") == "Unrecognized options: --stps"
+
+
+def test_a_hint_names_a_flag_of_the_same_command():
+    for words, hint in ((["generate", "x", "--stps", "3"], "Perhaps you meant: --steps"),
+                        (["merge", "m", "--stps", "3"], "--stps, 3")):
+        with pytest.raises(SDError) as refused:
+            parse(words, COMMANDS)
+        assert str(refused.value).endswith(hint)
 
 
 @pytest.mark.parametrize("words", [("generate", "x", *MODEL, "--out", "\0"), ("inspect", "a\0"), ("generate", "\0", *MODEL)])

@@ -229,6 +229,12 @@ def test_words_may_be_any_text(word, models):
     assert [i for i in rows[0].tolist() if i >= 49408] == [49409, 49410, 49408]
 
 
+@pytest.mark.parametrize("word", ["get_name", "keys_x", "_call__"])  # with a "_" before it, two are attributes of every module
+def test_a_word_may_be_called_like_an_attribute(word, models):
+    models["clip"].learn({word: ONE})
+    assert list(models["clip"].words) == [word] and torch.equal(models["clip"].learned.of(word), ONE)
+
+
 def test_a_word_is_known_once(models):
     clip = models["clip"]
     assert clip.learn({"<toy>": TWO}) == ["<toy>"] and clip.learn({"<Toy>": TWO}) == []

@@ -27,6 +27,7 @@ def test_the_fields_are_arguments_of_generate_with_the_same_defaults():
     ({"seed": 1.5}, "seed 1.5 is not allowed"), ({"seed": object()}, "is not allowed; a whole number"),
     ({"lora": 3}, "lora is 3; allowed: a dict"), ({"lora": ["a"]}, "allowed: a dict of multipliers"),
     ({"mask": "m.png"}, "input_image is missing"), ({"merged": "yes"}, "merged is 'yes'"), ({"eta": 0.5}, "only ddim"),
+    ({"n_inference_steps": 0}, "n_inference_steps is 0; allowed: whole numbers from 1"), ({"n_inference_steps": 2.0}, "is 2.0"),
     ({"sampler_name": "foo"}, "sampler 'foo' is unknown; allowed: ddpm"),
 ])
 def test_what_needs_no_model_is_refused_at_once(settings, sentence):

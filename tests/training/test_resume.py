@@ -196,11 +196,11 @@ def test_other_pictures_or_another_base_are_refused_and_what_does_not_matter_may
     stopped(config, models, monkeypatch)
     data = pictures()
     data.captions[0] = ("another",)
-    with pytest.raises(TrainError, match="dataset was"):
+    with pytest.raises(TrainError, match=r"training \(the pictures or captions changed\)"):
         train(config, models, data)
     other = copy_of(untrained)
     other["decoder"].conv_in.weight.data[0] += 1
-    with pytest.raises(TrainError, match="base was"):
+    with pytest.raises(TrainError, match="the base model changed"):
         train(config, other, pictures())
     os.rename(tmp_path, tmp_path.with_name("moved"))
     moved = tmp_path.with_name("moved")

@@ -75,7 +75,7 @@ class PictureData:
 class GivenData(PictureData):
     """A user's data set: an object with `captions`, `picture(i)`, `fingerprint()`, a length, and possibly more of the above."""
 
-    OPTIONAL = ("variants", "masked", "entries", "mask", "made_of", "uses", "bucket_of", "options", "regular", "sizes")
+    OPTIONAL = ("variants", "masked", "names", "entries", "mask", "made_of", "uses", "bucket_of", "options", "regular", "sizes")
 
     def __init__(self, given):
         self.given, self.captions = given, given.captions

@@ -32,7 +32,7 @@ from sd.lora import find_targets
 from sd.lora_files.write import write_kohya
 from sd.model_loader import Models, save_checkpoint
 from sd.models import build_networks
-from tests.twins import randomize
+from tests.peers import randomize
 
 CACHE = Path("out/bench")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -14,7 +14,7 @@ from bench.common import GIB, Options, block, difference, isolated, run
 from sd.clip import CLIP
 from sd.unet import UNet
 from sd.vae import VAEDecoder, VAEEncoder
-from tests.twins import copy_from_peer, peer_clip, peer_unet, peer_vae, randomize
+from tests.peers import copy_from_peer, peer_clip, peer_unet, peer_vae, randomize
 
 LIMIT = 2e-5
 HEADER = ("network", "input", "ours - theirs, fp32", "limit", "ours fp32 - theirs fp64", "theirs fp32 - theirs fp64",

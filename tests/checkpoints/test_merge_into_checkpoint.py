@@ -25,65 +25,7 @@ from sd.model_loader import (
     save_checkpoint,
 )
 from sd.models import build_networks
-
-Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"  # no bias
-IN = "lora_unet_conv_in"
-PROJ = "lora_unet_mid_block_attentions_0_proj_in"
-NORM = "lora_unet_mid_block_resnets_0_norm1"
-TEXT = "lora_te_text_model_encoder_layers_1_mlp_fc1"
-LDM = {Q: "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q",
-       IN: "model.diffusion_model.input_blocks.0.0", PROJ: "model.diffusion_model.middle_block.1.proj_in",
-       NORM: "model.diffusion_model.middle_block.0.in_layers.0",
-       TEXT: "cond_stage_model.transformer.text_model.encoder.layers.1.mlp.fc1"}
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def rand(*shape, seed):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.1
-
-
-def low_rank(module, out, into, rank, alpha, kernel=(), seed=0):
-    return {f"{module}.lora_down.weight": rand(rank, into, *kernel, seed=seed), f"{module}.alpha": torch.tensor(alpha),
-            f"{module}.lora_up.weight": rand(out, rank, *[1] * len(kernel), seed=seed + 1)}
-
-
-ONE = low_rank(Q, 32, 32, 3, 2.0) | low_rank(IN, 32, 4, 2, 3.0, (3, 3), seed=2) | low_rank(TEXT, 64, 32, 4, 1.0, seed=4)
-TWO = low_rank(Q, 32, 32, 5, 4.0, seed=6) | {f"{PROJ}.diff": rand(64, 64, 1, 1, seed=8), f"{PROJ}.diff_b": rand(64, seed=9),
-                                            f"{NORM}.w_norm": rand(64, seed=10), f"{NORM}.b_norm": rand(64, seed=11)}
-
-
-def change(tensors, module):
-    """(ΔW, Δb) of one module of a file by the published formulas, in fp64; None where the file has none."""
-    t = {key.removeprefix(module + "."): value.double() for key, value in tensors.items() if key.startswith(module + ".")}
-    if "lora_up.weight" in t:
-        down, up = t["lora_down.weight"], t["lora_up.weight"]
-        return (up.flatten(1) @ down.flatten(1)).reshape(len(up), *down.shape[1:]) * t["alpha"] / len(down), None
-    return t.get("diff", t.get("w_norm")), t.get("diff_b", t.get("b_norm"))
-
-
-def expected(base, loras):
-    """{LDM key: W + Σ m ΔW in fp64} of every tensor that the files change; `base`: {LDM key: tensor}."""
-    sums = {}
-    for tensors, multiplier in loras:
-        for module, ldm in LDM.items():
-            for tail, delta in zip(("weight", "bias"), change(tensors, module)):
-                if delta is not None:
-                    key = f"{ldm}.{tail}"
-                    sums[key] = sums.get(key, base[key].double()) + multiplier * delta
-    return sums
-
-
-def assert_merged(found, base, sums, dtype=None):
-    assert found.keys() == base.keys() and len(sums) > 1
-    for key, tensor in base.items():
-        want = dtype or tensor.dtype
-        assert found[key].dtype == want, key
-        if key in sums:
-            assert not torch.equal(found[key], tensor.to(want)), key
-            ulp = torch.finfo(want).eps * sums[key].abs() / 2  # of the one rounding; fp32 sums round a little before
-            assert ((found[key].double() - sums[key]).abs() <= 1.01 * ulp + 2e-7 * (0.5 + sums[key].abs())).all(), key
-        else:
-            assert torch.equal(found[key].flatten().view(torch.uint8), tensor.to(want).flatten().view(torch.uint8)), key
+from tests.checkpoints.cases import DTYPES, IN, ONE, PROJ, TWO, Q, as_ldm, assert_merged, expected, write
 
 
 def in_dtypes(unet, vae):
@@ -95,11 +37,6 @@ def in_dtypes(unet, vae):
     for key, network in models.items():
         network.to(vae if key in ("encoder", "decoder") else unet)
     return models
-
-
-def write(path, tensors, metadata=None):
-    safetensors.torch.save_file(tensors, path, metadata)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -120,23 +57,6 @@ def bases(tmp_path_factory):
 def loras(tmp_path):
     (tmp_path / "other").mkdir()  # two files of one stem
     return {write(tmp_path / "x.safetensors", ONE): 0.8, write(tmp_path / "other/x.safetensors", TWO): -1.3}
-
-
-def as_ldm(path):
-    """A file's tensors, or a folder's under the names that they have in LDM layout."""
-    if path.is_file():
-        return safetensors.torch.load_file(path)
-    parts = {part: {k: v for file in (path / part).glob("*.safetensors") for k, v in safetensors.torch.load_file(file).items()}
-             for part in ("unet", "vae", "text_encoder")}
-    part_of = {"diffusion": "unet", "clip": "text_encoder", "encoder": "vae", "decoder": "vae"}
-    tensors = {}
-    for name in model_names(TINY):
-        for tail in ("weight", "bias"):
-            tensor = parts[part_of[name.component]].get(f"{name.diffusers}.{tail}")
-            if tensor is not None:
-                conv = name.ldm_conv and tail == "weight"
-                tensors[f"{name.ldm}.{tail}"] = tensor[:, :, None, None] if conv else tensor
-    return tensors
 
 
 # ---- values ----------------------------------------------------------------------------------------------------------

@@ -33,19 +33,16 @@ from sd.pipeline import describe, generate
 from sd.prompts.learned_words import EmbeddingError, word_key
 from sd.prompts.tokenizer import data_dir, tokenize
 from sd.tools.inspect import inspect_file
+from tests.lora_files.cases import random
+from tests.peers import ours_and_peers
 from tests.training.tiny import SMALL
-from tests.twins import twins
 
 D = SMALL.clip.width
 
 
-def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.fixture(scope="module")
 def made():
-    return twins(SMALL)
+    return ours_and_peers(SMALL)
 
 
 @pytest.fixture

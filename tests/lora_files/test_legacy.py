@@ -20,8 +20,8 @@ from sd.lora_files.modules import Modules
 from sd.model_loader import Models
 from sd.unet import UNet
 from tests.lora_files import cases
-from tests.lora_files.cases import outputs
-from tests.twins import twins
+from tests.lora_files.cases import close, our_outputs, outputs
+from tests.peers import ours_and_peers
 
 READ = {name: (detect, read) for name, detect, read in LEGACY}
 FIRST = "down_blocks.0.attentions.0"
@@ -31,7 +31,7 @@ LAYER = "encoder.layers.0"
 
 @pytest.fixture(scope="module")
 def made():
-    return twins(TINY)
+    return ours_and_peers(TINY)
 
 
 @pytest.fixture
@@ -47,11 +47,6 @@ def peers(made):
 random = partial(cases.random, scale=0.3)
 
 
-def same(ours, theirs, tolerance=2e-5):
-    return all(a.shape == b.shape and (a - b).abs().max() <= tolerance * b.abs().max()
-               for a, b in zip(ours, theirs, strict=True))
-
-
 def add(network, path, delta):
     layer = network.get_submodule(path)
     layer.weight.data = (layer.weight.data.double() + delta.reshape(layer.weight.shape)).to(layer.weight.dtype)
@@ -59,10 +54,10 @@ def add(network, path, delta):
 
 def check_models(models, peers, path, tensors, tolerance=2e-5):
     """Loading makes our networks equal to the peers, which hold the change, and accounts for every tensor of the file."""
-    plain = outputs(models["diffusion"], models["clip"])
+    plain = our_outputs(models)
     report = load_lora_weights(models, path)
-    ours, theirs = outputs(models["diffusion"], models["clip"]), outputs(peers["unet"], peers["text_encoder"])
-    assert same(ours, theirs, tolerance) and not same(ours, plain, 1e-3)
+    ours, theirs = our_outputs(models), outputs(peers["unet"], peers["text_encoder"])
+    assert close(ours, theirs, tolerance) and not close(ours, plain, 1e-3)
     assert report.tensors + len(report.skipped) == tensors
     return report
 
@@ -75,7 +70,7 @@ def check_model(model, path, deltas, tensors, x=None):
     x = random(2, 5, 16, scale=1.0) if x is None else x
     plain = model(x)
     report = load_lora_weights(model, path)
-    assert same([model(x)], [want(x)]) and not same([plain], [want(x)], 1e-3)
+    assert close([model(x)], [want(x)]) and not close([plain], [want(x)], 1e-3)
     assert set(lora_layers(model)) == set(deltas) and report.tensors + len(report.skipped) == tensors
     return report
 
@@ -452,10 +447,10 @@ def numbered(peers, tmp_path, targets=ATTENTION, change=None):
 @pytest.mark.parametrize("targets", [ATTENTION, ATTENTION | {"ResnetBlock2D"}])
 def test_cloneofsimos_safetensors_hold_both_networks_and_tokens(targets, models, peers, tmp_path):
     path, tensors = numbered(peers, tmp_path, targets)
-    plain = outputs(models["diffusion"], models["clip"])
+    plain = our_outputs(models)
     report = load_lora_weights(models, path, skip="^<s1>$")
-    ours, theirs = outputs(models["diffusion"], models["clip"]), outputs(peers["unet"], peers["text_encoder"])
-    assert same(ours, theirs) and not same(ours, plain, 1e-3)
+    ours, theirs = our_outputs(models), outputs(peers["unet"], peers["text_encoder"])
+    assert close(ours, theirs) and not close(ours, plain, 1e-3)
     assert report.tensors + 1 == len(tensors) and report.skipped == ["<s1>"]
 
 

@@ -12,7 +12,6 @@ from lycoris import LycorisNetwork, create_lycoris, create_lycoris_from_weights
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from sd.adapters.weights import AdapterWeights
 from sd.checkpoints.names import model_names
 from sd.config import TINY
 from sd.lora import attach_state, modules_of, remove_lora
@@ -21,23 +20,17 @@ from sd.lora_files.read import read_lora
 from sd.lora_files.write import FORMATS, refusals, write_lora
 from sd.model_loader import Models, load_lora_into_models
 from sd.tools.convert import convert
-from tests.twins import twins
+from tests.lora_files import cases
+from tests.lora_files.cases import ATTN, CONV, DOWN, NORM, PROJ, TEXT, close, magnitude, random
+from tests.peers import ours_and_peers
 
-ATTN = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 MID = "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0"
-PROJ = "down_blocks.1.attentions.0.proj_in"  # a 1x1 convolution
-CONV = "up_blocks.1.resnets.0.conv1"  # 3x3
-DOWN = "down_blocks.0.downsamplers.0.conv"  # 3x3 with stride 2
-NORM = "mid_block.attentions.0.norm"
-TEXT = ["encoder.layers.0.self_attn.q_proj", "encoder.layers.1.mlp.fc1"]
-
-
 SMALL = replace(TINY, clip=replace(TINY.clip, vocab_size=300))  # a vocabulary that is quick to copy
 
 
 @pytest.fixture(scope="module")
 def base():
-    return twins(SMALL)
+    return ours_and_peers(SMALL)
 
 
 @pytest.fixture
@@ -83,10 +76,6 @@ def ours_of(models):
 
 def theirs_of(peers):
     return outputs(peers["unet"], peers["text_encoder"])
-
-
-def close(ours, theirs, tolerance=2e-5):
-    return all((a - b).abs().max() <= tolerance * b.abs().max() for a, b in zip(ours, theirs, strict=True))
 
 
 def equal(ours, theirs):
@@ -241,22 +230,15 @@ UNET = {name.diffusers: name.path for name in model_names(SMALL) if name.compone
 CLIP = {name.diffusers.removeprefix("text_model."): name.path for name in model_names(SMALL) if name.component == "clip"}
 
 
-def low_rank(modules, path, rank, alpha, *, dora=False, bias=False, tucker=False, seed=0):
-    g, shape = torch.Generator().manual_seed(seed + sum(map(ord, path))), modules.shapes[path]
-    embedding, ones = path.endswith("_embedding") and path.startswith("clip"), (1,) * (len(shape) - 2)
-
-    def random(*sizes):
-        return torch.randn(sizes, generator=g) * (0.02 if shape[0] in sizes and embedding else 0.3)
-
-    tensors = {"down": random(rank, *(shape[:1] if embedding else shape[1:])),
-               "up": random(shape[int(embedding)], rank, *ones)}
-    if tucker:
-        tensors |= {"down": random(rank, shape[1], *ones), "mid": random(rank, rank, *shape[2:])}
+def low_rank(modules, path, rank, alpha, *, dora=False, bias=False, tucker=False):
+    shape, seed, more = modules.shapes[path], sum(map(ord, path)), {}
+    embedding = path.endswith("_embedding") and path.startswith("clip")
     if dora:
-        tensors["magnitude"] = random(*((1, shape[1]) if embedding else (shape[0], *(1,) * (len(shape) - 1)))).abs() + 0.5
+        more["magnitude"] = magnitude(*((1, shape[1]) if embedding else (shape[0], *(1,) * (len(shape) - 1))), seed=seed)
     if bias:
-        tensors["diff_b"] = random(shape[0])
-    return AdapterWeights("lora", tensors, alpha)
+        more["diff_b"] = random(shape[0], seed=seed, scale=0.3)
+    return cases.low_rank(shape, rank, alpha, seed=seed, scale=0.1 if embedding else 0.3, embedding=embedding, tucker=tucker,
+                          **more)
 
 
 def states(modules, **more):

@@ -18,7 +18,6 @@ from sd.adapters.weights import AdapterWeights
 from sd.checkpoints.names import model_names
 from sd.config import TINY
 from sd.files.hashes import lora_hash
-from sd.files.tensor_file import CheckpointError
 from sd.lora import (
     KINDS,
     LoRAError,
@@ -37,7 +36,6 @@ from sd.lora import (
 )
 from sd.lora_files.modules import Modules
 from sd.lora_files.read import read_lora
-from sd.lora_files.spellings import guess_file
 from sd.lora_files.write import write_kohya
 from sd.model_loader import (
     Models,
@@ -48,21 +46,14 @@ from sd.model_loader import (
     save_models_lora,
 )
 from tests.lora_files import cases
-from tests.lora_files.cases import outputs
-from tests.twins import twins
-
-ATTN = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
-PROJ = "down_blocks.1.attentions.0.proj_in"  # a 1x1 convolution
-CONV = "up_blocks.1.resnets.0.conv1"  # 3x3
-DOWN = "down_blocks.0.downsamplers.0.conv"  # 3x3 with stride 2
-NORM = "mid_block.attentions.0.norm"
-TEXT = "encoder.layers.1.self_attn.q_proj"
+from tests.lora_files.cases import ATTN, FILES, GOOD, PROJ, close, our_outputs, outputs, pair, u, write
+from tests.peers import ours_and_peers
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """(folder with the model as tiny.safetensors and as `tiny`, the peers' networks with the same weights)."""
-    ours, peers = twins(TINY)
+    ours, peers = ours_and_peers(TINY)
     folder = tmp_path_factory.mktemp("base")
     models = Models(ours, TINY)
     save_checkpoint(models, folder / "tiny.safetensors")
@@ -83,13 +74,8 @@ def peers(base):
 random = partial(cases.random, scale=0.3)
 
 
-def our_outputs(models):
-    return outputs(models["diffusion"], models["clip"])
-
-
 def assert_close(ours, theirs, tolerance=2e-5):
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.shape == b.shape and (a - b).abs().max() <= tolerance * b.abs().max() and b.std() > 0.01
+    assert close(ours, theirs, tolerance) and all(b.std() > 0.01 for b in theirs)
 
 
 def differ(a, b):
@@ -128,55 +114,6 @@ def add_by_formula(peers, tensors, multiplier=1.0):
         for name in ("diff_b", "b_norm"):
             if name in t:
                 target.bias.data = (target.bias.data.double() + multiplier * t[name]).to(target.bias.dtype)
-
-
-def pair(module, out, into, rank=3, alpha=None, kernel=(), seed=0):
-    """A LoRA of one module as kohya writes it."""
-    ones = (1,) * len(kernel)
-    found = {f"{module}.lora_down.weight": random(rank, into, *kernel, seed=seed),
-             f"{module}.lora_up.weight": random(out, rank, *ones, seed=seed + 1)}
-    return found if alpha is None else found | {f"{module}.alpha": torch.as_tensor(alpha)}
-
-
-def u(name):
-    return "lora_unet_" + name.replace(".", "_")
-
-
-def t(name, prefix="lora_te_text_model_"):
-    return prefix + name.replace(".", "_")
-
-
-# Files as different programs write them; on TINY the widths are 32, 64, 64, 64 and the context has 32.
-FILES = {
-    "attention": pair(u(ATTN), 32, 32, alpha=2.0)
-    | pair(u("mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0"), 64, 64, rank=5, alpha=0.7),
-    "alpha missing": pair(u(ATTN), 32, 32, rank=4),
-    "alpha of one element": pair(u(ATTN), 32, 32, alpha=[2.0]),
-    "alpha as an integer": pair(u(ATTN), 32, 32, alpha=2),
-    "1x1 convolution 4-D": pair(u(PROJ), 64, 64, alpha=1.0, kernel=(1, 1)),
-    "1x1 convolution 2-D": pair(u(PROJ), 64, 64, alpha=1.0),
-    "3x3 convolution": pair(u(CONV), 64, 128, alpha=1.0, kernel=(3, 3)),
-    "3x3 convolution with stride": pair(u(DOWN), 32, 32, alpha=1.0, kernel=(3, 3)),
-    "time embedding and feed-forward": pair(u("time_embedding.linear_1"), 128, 32, alpha=1.5)
-    | pair(u("up_blocks.1.attentions.1.transformer_blocks.0.ff.net.0.proj"), 512, 64, alpha=1.5),
-    "text encoder": pair(t(TEXT), 32, 32, alpha=1.0) | pair(t("encoder.layers.0.mlp.fc1"), 64, 32, alpha=1.0),
-    "text encoder as te1": pair(t(TEXT, "lora_te1_text_model_"), 32, 32, alpha=1.0),
-    "text encoder without text_model": pair(t(TEXT, "lora_te_"), 32, 32, alpha=1.0),
-    "DoRA on the output axis": pair(u(ATTN), 32, 32, alpha=1.0) | {f"{u(ATTN)}.dora_scale": random(32, 1).abs() + 0.5},
-    "DoRA on the input axis": pair(u(ATTN), 32, 32, alpha=1.0) | {f"{u(ATTN)}.dora_scale": random(1, 32).abs() + 0.5},
-    "DoRA of a convolution": pair(u(CONV), 64, 128, alpha=1.0, kernel=(3, 3))
-    | {f"{u(CONV)}.dora_scale": random(64, 1, 1, 1).abs() + 0.5},
-    "DoRA of a convolution, input axis": pair(u(CONV), 64, 128, alpha=1.0, kernel=(3, 3))
-    | {f"{u(CONV)}.dora_scale": random(1, 128, 1, 1).abs() + 0.5},
-    "DoRA of a 1x1 convolution 2-D": pair(u(PROJ), 64, 64, alpha=1.0) | {f"{u(PROJ)}.dora_scale": random(64, 1).abs() + 0.5},
-    "full difference with bias": {f"{u(PROJ)}.diff": random(64, 64, 1, 1), f"{u(PROJ)}.diff_b": random(64)},
-    "norm": {f"{u(NORM)}.w_norm": random(64), f"{u(NORM)}.b_norm": random(64)},
-}
-
-
-def write(path, tensors, dtype=None, metadata=None):
-    safetensors.torch.save_file({k: v.to(dtype or v.dtype) for k, v in tensors.items()}, path, metadata)
-    return path
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -475,113 +412,12 @@ def test_which_adapter_to_save_must_be_clear(models, tmp_path):
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
-GOOD = FILES["attention"] | FILES["text encoder"]
-NAN = torch.full((32, 3), torch.nan)
-BAD = {
-    "half a pair": (GOOD | {f"{u(PROJ)}.lora_up.weight": random(64, 3)}, f"{u(PROJ)} is half a pair: .* without its down"),
-    "alpha alone": (GOOD | {f"{u(PROJ)}.alpha": torch.tensor(1.0)}, f"{u(PROJ)} is not an adapter of one kind: .* only alpha"),
-    "magnitude alone": (GOOD | {f"{u(PROJ)}.dora_scale": random(64, 1)}, "it has only dora_scale"),
-    "two kinds": (GOOD | {f"{u(ATTN)}.diff": random(32, 32)}, "it has full and lora"),
-    "a bias of another layer": (GOOD | {f"{u(PROJ)}.diff_b": random(48)}, r"diff_b.* \[48\]"),
-    "SDXL, second text encoder": (GOOD | pair("lora_te2_text_model_encoder_layers_0_mlp_fc1", 64, 32),
-                                  "1 of 5 LoRA modules are unknown.*'lora_te2_text_model.*it seems to be a LoRA for SDXL"),
-    "SDXL, UNet": (pair("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q", 64, 64),
-                   "1 of 1 LoRA modules are unknown .* first: 'lora_unet_input_blocks_4_1.*it seems to be a LoRA for SDXL"),
-    "SD 2, text": (GOOD | pair("lora_te_text_model_encoder_layers_17_mlp_fc1", 64, 32), "it seems to be a LoRA for SD 2"),
-    "SD 2, UNet": (pair(u(ATTN), 32, 1024), r"1 of 1 LoRA modules do not fit this model, first: diffusion\.down_blocks\.0\."
-                   r"attentions\.0.*down has shape \[3, 1024\].*wants \[3, 32\].*a LoRA for SD 2 \(text embed.* 1024\)"),
-    "SD 1": (pair(u(ATTN), 32, 768), r"do not fit this model.*a LoRA for SD 1.x \(text embeddings of width 768\)"),
-    "Flux": (pair("lora_unet_double_blocks_0_img_attn_proj", 64, 64), "it seems to be a LoRA for Flux"),
-    "SD 3": (pair("lora_unet_joint_blocks_0_x_block_attn_proj", 64, 64), "it seems to be a LoRA for SD 3"),
-    "another width": (GOOD | pair(u(PROJ), 48, 64), r"1 of 5 LoRA modules do not fit .*up has shape \[48, 3\]"),
-    "another kernel": (GOOD | pair(u(CONV), 64, 128, kernel=(5, 5)), r"down has shape \[3, 128, 5, 5\]"),
-    "NaN": (GOOD | {f"{u(ATTN)}.lora_up.weight": NAN}, f"{u(ATTN)}.lora_up.weight holds values that are not finite"),
-    "infinite alpha": (GOOD | {f"{u(ATTN)}.alpha": torch.tensor(torch.inf)}, r"alpha holds values that are not finite"),
-    "many alphas": (GOOD | {f"{u(ATTN)}.alpha": torch.ones(3)}, r"alpha has shape \[3\]; one number is expected"),
-    "no tensors": ({}, "holds no tensors"),
-    "rank 0": (GOOD | pair(u(PROJ), 64, 64, rank=0), r"lora_down.weight has shape \[0, 64\], which fits no layer"),
-    "a number for a matrix": (GOOD | {f"{u(ATTN)}.lora_down.weight": torch.tensor(1.0)}, r"has shape \[\], which fits no"),
-    "magnitude of another layer": (GOOD | {f"{u(ATTN)}.dora_scale": random(48, 1)}, r"its magnitude has shape \[48, 1\]"),
-    "magnitude of no axis": (GOOD | {f"{u(ATTN)}.dora_scale": random(32, 32)}, r"its magnitude has shape \[32, 32\]"),
-    "a bias where none is": ({f"{u(ATTN)}.diff": random(32, 32), f"{u(ATTN)}.diff_b": random(32)}, "changes a bias that"),
-    "one module in two spellings": (pair(t(TEXT), 32, 32) | pair(t(TEXT, "lora_te1_text_model_"), 32, 32), "a second LoRA for"),
-    "diffusers": ({f"unet.{ATTN}x.lora_A.weight": random(3, 32), f"unet.{ATTN}x.lora_B.weight": random(32, 3)},
-                  "1 of 1 LoRA modules are unknown to this model, first: 'unet.*it is damaged, or a LoRA for another base"),
-    "diffusers, training scripts": ({f"unet.{ATTN}.lora.down.weight": random(3, 32)}, "is half a pair: .* without its up"),
-    "diffusers before 0.18": ({"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.up.weight":
-                               random(3, 32)}, "half a pair: lora_up.weight without its down"),
-    "LyCORIS": ({f"{u(ATTN)}.hada_w1_a": random(32, 3)}, "half a pair: hada_w1_a without its w1_b"),
-    "Kronecker": ({f"{u(ATTN)}.lokr_w1": random(4, 4), f"{u(ATTN)}.lokr_w2_a": random(8, 2)}, "half a pair: .* without its w2"),
-    "a scale of nothing": ({f"{u(ATTN)}.diff": random(32, 32), f"{u(ATTN)}.scale": torch.tensor(2.0)}, "has a scale, but"),
-    "sparse residual": ({f"{u(ATTN)}.bias_values": random(3)} | pair(u(ATTN), 32, 32), "residual without its bias_indices"),
-    "cloneofsimo": ({"unet:0:up": random(32, 3), "unet:0:down": random(3, 32)}, "list of 1 pairs without names"),
-    "a stranger": ({"some.weight": random(3)}, "1 of 1 tensors are not understood, first: 'some.weight'; it does not look"),
-    "an unknown block": (GOOD | pair(u("down_blocks.7.resnets.0.conv1"), 64, 64), "first: 'lora_unet_down_blocks_7.*it seems"),
-}
-
-
-@pytest.fixture(scope="module")
-def loaded(base):
-    """A model with a good LoRA on, and what it gives."""
-    models = preload_models_from_standard_weights(base[0] / "tiny.safetensors", "cpu")
-    load_lora_into_models(models, write(base[0] / "good.safetensors", GOOD), "x", multiplier=0.7)
-    return models, our_outputs(models), copy.deepcopy(lora_state(models, "x"))
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_a_bad_file_is_one_sentence_and_changes_nothing(loaded, tmp_path, name):
-    models, expected, state = loaded
-    tensors, sentence = BAD[name]
-    path = write(tmp_path / "bad.safetensors", tensors)
-    for adapter in ("x", "y"):  # a name in use, and a new one
-        with pytest.raises(LoRAFormatError, match=sentence) as error:
-            load_lora_into_models(models, path, adapter)
-        assert str(error.value).startswith("bad.safetensors") and "\n" not in str(error.value)
-    assert all(torch.equal(a, b) for a, b in zip(our_outputs(models), expected))
-    assert adapter_names(models) == ["x"] and active_multipliers(models) == {"x": 0.7} and list(models.lora_reports) == ["x"]
-    now = lora_state(models, "x")
-    assert now.keys() == state.keys()
-    assert all(torch.equal(v, now[path].tensors[k]) for path, w in state.items() for k, v in w.tensors.items())
-
 
 def test_a_failed_load_converts_no_foreign_layer(tmp_path):
     net = Everything()
     with pytest.raises(LoRAFormatError, match=r"1 of 2 LoRA modules do not fit this model, first: image"):
         load_lora_weights(net, write(tmp_path / "x.safetensors", pair("diff.alpha", 8, 6) | pair("image", 4, 5, kernel=(3, 3))))
     assert {type(m) for m in net.modules()} == {type(m) for m in Everything().modules()}
-
-
-def test_the_base_that_a_file_names_stands_in_the_error(models, tmp_path):
-    header = {"ss_base_model_version": "sdxl_b"}
-    path = write(tmp_path / "x.safetensors", pair("lora_unet_label_emb_0_0", 64, 64), metadata=header)
-    with pytest.raises(LoRAFormatError, match=r"^x.safetensors \(made for sdxl_b\): 1 of 1 LoRA modules are unknown"):
-        load_lora_into_models(models, path)
-
-
-@pytest.mark.parametrize("cut", [0, 5, 100, -1])
-def test_a_truncated_file_is_refused_and_changes_nothing(models, tmp_path, cut):
-    path = write(tmp_path / "x.safetensors", GOOD)
-    path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(CheckpointError, match="x.safetensors"):
-        load_lora_into_models(models, path)
-    assert adapter_names(models) == [] and models.lora_reports == {}
-
-
-@pytest.mark.parametrize("multiplier", [float("nan"), float("inf")])
-def test_a_multiplier_must_be_finite(models, tmp_path, multiplier):
-    with pytest.raises(LoRAError, match="a finite number is needed"):
-        load_lora_into_models(models, write(tmp_path / "x.safetensors", GOOD), multiplier=multiplier)
-    assert adapter_names(models) == []
-
-
-def test_a_text_encoder_part_is_not_dropped_when_only_the_unet_is_there(models, tmp_path):
-    path = write(tmp_path / "x.safetensors", GOOD)
-    with pytest.raises(LoRAFormatError, match="2 of 4 LoRA modules are unknown to this model, first: 'lora_te_text_model"):
-        load_lora_weights({"diffusion": models["diffusion"]}, path)
-
-
-def test_the_guess_never_fails():
-    assert guess_file({}) == "it is empty" and "does not look like" in guess_file({"x": torch.ones(1)})
 
 
 # ---- merging for deployment ------------------------------------------------------------------------------------------
@@ -615,7 +451,7 @@ def test_a_merged_checkpoint_is_the_base_plus_every_weighted_change(base, peers,
 
 def test_merging_with_a_bad_file_writes_nothing(base, tmp_path):
     (tmp_path / "out.safetensors").write_text("precious")
-    bad = write(tmp_path / "bad.safetensors", BAD["another width"][0])
+    bad = write(tmp_path / "bad.safetensors", GOOD | pair(u(PROJ), 48, 64))
     with pytest.raises(LoRAFormatError, match="do not fit"):
         merge_lora_into_checkpoint(base[0] / "tiny.safetensors", {bad: 1.0}, tmp_path / "out.safetensors")
     with pytest.raises(LoRAError, match="nothing to merge"):

@@ -32,16 +32,6 @@ TEXT = "text_model.encoder.layers.1.self_attn.q_proj"
 WIDTH = 32
 
 
-@pytest.fixture(scope="module")
-def models():
-    return new_models(TINY)
-
-
-@pytest.fixture(scope="module")
-def modules(models):
-    return modules_of(models)
-
-
 DOWN, UP = random(3, WIDTH), random(WIDTH, 3)
 
 

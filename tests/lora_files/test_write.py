@@ -15,13 +15,12 @@ from sd.adapters.weights import AdapterWeights, LoRAFormatError
 from sd.config import SD15, TINY
 from sd.files.hashes import lora_hash, tensor_bytes_hash
 from sd.files.tensor_file import CheckpointError
-from sd.lora import modules_of
 from sd.lora_files.header import lora_metadata
 from sd.lora_files.read import read_lora
 from sd.lora_files.write import FORMATS, refusals, write_lora
-from sd.model_loader import new_models, save_checkpoint
+from sd.model_loader import save_checkpoint
 from sd.tools.convert import convert
-from tests.lora_files.cases import random
+from tests.lora_files.cases import low_rank, magnitude, random
 
 ATTN = "diffusion.down_blocks.0.attentions.0.transformer_blocks.0.attn1.out_proj"
 PROJ = "diffusion.down_blocks.1.attentions.0.proj_in"  # a 1x1 convolution
@@ -32,26 +31,7 @@ TOKENS = "clip.token_embedding"
 VAE = "decoder.conv_in"
 
 
-@pytest.fixture(scope="module")
-def models():
-    return new_models(TINY)
-
-
-@pytest.fixture(scope="module")
-def modules(models):
-    return modules_of(models)
-
-
-def lora(into, out, rank=3, alpha=1.5, kernel=(), **more):
-    ones = (1,) * len(kernel)
-    return AdapterWeights("lora", {"down": random(rank, into, *kernel), "up": random(out, rank, *ones, seed=1), **more}, alpha)
-
-
-def magnitude(*shape):
-    return random(*shape).abs() + 0.5
-
-
-LORA = {ATTN: lora(32, 32), CONV: lora(128, 64, 5, 0.7, (3, 3)), TEXT: lora(32, 32, 2, 7.0)}
+LORA = {ATTN: low_rank((32, 32)), CONV: low_rank((64, 128, 3, 3), 5, 0.7), TEXT: low_rank((32, 32), 2, 7.0)}
 LOHA = AdapterWeights("loha", {"w1_a": random(32, 3), "w1_b": random(3, 32), "w2_a": random(32, 3, seed=1),
                                "w2_b": random(3, 32, seed=1)}, 1.5)
 OFT = AdapterWeights("oft", {"blocks": random(8, 4, 4) * 0.1}, 0.0)
@@ -119,7 +99,7 @@ def peft_configs(modules, folder, state):
 
 
 def test_the_config_gives_each_module_its_rank_and_alpha(modules, tmp_path):
-    state = LORA | {PROJ: lora(64, 64, 3, 1.5, (1, 1)), "clip.layers.0.mlp.fc1": lora(32, 64, 2, 0.1)}
+    state = LORA | {PROJ: low_rank((64, 64, 1, 1)), "clip.layers.0.mlp.fc1": low_rank((64, 32), 2, 0.1)}
     config = peft_configs(modules, tmp_path, state)
     conv = "up_blocks.1.resnets.0.conv1"
     assert (config["unet"]["r"], config["unet"]["lora_alpha"]) == (3, 1.5)
@@ -131,7 +111,7 @@ def test_the_config_gives_each_module_its_rank_and_alpha(modules, tmp_path):
 
 
 def test_no_pattern_matches_a_second_module(modules, tmp_path):
-    state = {path: lora(*reversed(modules.shapes[path][:2]), rank=2 + i % 7, alpha=0.5 + i, kernel=modules.shapes[path][2:])
+    state = {path: low_rank(modules.shapes[path], rank=2 + i % 7, alpha=0.5 + i)
              for i, path in enumerate(p for p in modules.shapes if len(modules.shapes[p]) > 1)
              if path.startswith(("diffusion.", "clip.layers"))}
     for part, config in peft_configs(modules, tmp_path, state).items():
@@ -144,7 +124,7 @@ def test_no_pattern_matches_a_second_module(modules, tmp_path):
 
 
 def test_a_1x1_convolution_given_as_matrices_gets_peft_s_four_dimensions(modules, tmp_path):
-    write_lora(tmp_path / "x", {PROJ: lora(64, 64, magnitude=magnitude(64, 1))}, modules, format="peft")
+    write_lora(tmp_path / "x", {PROJ: low_rank((64, 64), magnitude=magnitude(64, 1))}, modules, format="peft")
     tensors = safetensors.torch.load_file(tmp_path / "x" / "unet" / "adapter_model.safetensors")
     name = "base_model.model.down_blocks.1.attentions.0.proj_in."
     assert {key.removeprefix(name): tuple(tensor.shape) for key, tensor in tensors.items()} == {
@@ -164,7 +144,7 @@ def test_a_tucker_core_is_multiplied_in_without_loss(modules, tmp_path, format, 
 
 
 def test_modules_without_a_name_keep_their_path_in_kohya_s_format(modules, tmp_path):
-    write_lora(tmp_path / "x.safetensors", {VAE: lora(4, 32, kernel=(3, 3))}, modules)
+    write_lora(tmp_path / "x.safetensors", {VAE: low_rank((32, 4, 3, 3))}, modules)
     assert safetensors.torch.load_file(tmp_path / "x.safetensors").keys() == {
         "decoder.conv_in.lora_down.weight", "decoder.conv_in.lora_up.weight", "decoder.conv_in.alpha"}
 
@@ -183,7 +163,7 @@ def test_values_are_rounded_to_the_dtype_and_alpha_is_not(modules, tmp_path, for
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_value_that_overflows_the_dtype_is_named_and_nothing_is_written(modules, tmp_path, format):
-    state = {ATTN: LORA[ATTN], TEXT: lora(32, 32)}
+    state = {ATTN: LORA[ATTN], TEXT: low_rank((32, 32))}
     state[TEXT].tensors["up"][3, 1] = 70000.0
     with pytest.raises(LoRAFormatError, match=rf"{re.escape(TEXT)}: (up|lora_B\.weight) holds values .* not finite in float16"):
         write_lora(tmp_path / "x", state, modules, format=format, dtype=torch.float16)
@@ -192,8 +172,8 @@ def test_a_value_that_overflows_the_dtype_is_named_and_nothing_is_written(module
 
 # ---- what a format cannot hold ---------------------------------------------------------------------------------------
 
-PAIR = {ATTN: lora(32, 32), PROJ: lora(64, 64, 4, 8.0, (1, 1))}
-DORA = {ATTN: lora(32, 32, magnitude=magnitude(32, 1))}
+PAIR = {ATTN: low_rank((32, 32)), PROJ: low_rank((64, 64, 1, 1), 4, 8.0)}
+DORA = {ATTN: low_rank((32, 32), magnitude=magnitude(32, 1))}
 REFUSED = {
     "LoHa": ({**PAIR, TEXT: LOHA}, {"diffusers", "peft"}, f"1 of 3 modules, first: {TEXT}, kind 'loha'; kohya and comfyui can"),
     "OFT": ({ATTN: OFT}, {"diffusers", "peft"}, "kind 'oft'; kohya and comfyui can, or approximate it"),
@@ -202,18 +182,18 @@ REFUSED = {
                 {"diffusers", "peft", "comfyui"}, "kind 'oft'"),
     "a norm": ({**PAIR, NORM: NORM_DIFF}, {"diffusers", "peft"},
                f"1 of 3 modules, first: {NORM}, kind 'full'; kohya and comfyui can$"),
-    "the VAE": ({**PAIR, VAE: lora(4, 32, kernel=(3, 3))}, {"diffusers", "peft", "comfyui"},
+    "the VAE": ({**PAIR, VAE: low_rank((32, 4, 3, 3))}, {"diffusers", "peft", "comfyui"},
                 f"first: {VAE}, a module for which it has no name; kohya can$"),
-    "DoRA on the input axis": ({ATTN: lora(32, 32, magnitude=magnitude(1, 32))}, {"diffusers", "peft"},
+    "DoRA on the input axis": ({ATTN: low_rank((32, 32), magnitude=magnitude(1, 32))}, {"diffusers", "peft"},
                                "kind 'lora' with a magnitude on the input axis; kohya and comfyui can"),
     "DoRA on some modules of a network": (DORA | {PROJ: PAIR[PROJ]}, {"diffusers", "peft"},
                                           f"1 of 2 modules, first: {ATTN}, kind 'lora' with a magnitude, which other modules "
                                           f"of the network lack; kohya and comfyui can, or approximate it"),
-    "a bias on some modules": ({ATTN: PAIR[ATTN], PROJ: lora(64, 64, 4, 8.0, (1, 1), diff_b=random(64))},
+    "a bias on some modules": ({ATTN: PAIR[ATTN], PROJ: low_rank((64, 64, 1, 1), 4, 8.0, diff_b=random(64))},
                                {"diffusers", "peft"}, f"first: {PROJ}, kind 'lora' with a bias change .* not all"),
-    "a bias that does not divide": ({PROJ: lora(64, 64, 3, 1.1, (1, 1), diff_b=random(64))}, {"diffusers", "peft"},
+    "a bias that does not divide": ({PROJ: low_rank((64, 64, 1, 1), 3, 1.1, diff_b=random(64))}, {"diffusers", "peft"},
                                     "with a bias change .* alpha / rank does not divide exactly"),
-    "an embedding": ({TOKENS: AdapterWeights("lora", {"down": random(3, 49408), "up": random(32, 3)}, 1.0)}, {"comfyui"},
+    "an embedding": ({TOKENS: low_rank((49408, 32), 3, 1.0, embedding=True)}, {"comfyui"},
                      "a low rank of an embedding"),
     "a difference with a magnitude": ({ATTN: AdapterWeights("full", {"diff": random(32, 32), "magnitude": magnitude(32, 1)})},
                                       {"diffusers", "peft", "comfyui"}, "kind 'full'"),
@@ -289,7 +269,8 @@ def test_a_failed_replacement_leaves_the_former_folder(modules, tmp_path, monkey
 # ---- the header ------------------------------------------------------------------------------------------------------
 
 def test_the_header_says_what_kohya_s_tools_say():
-    header = lora_metadata({ATTN: lora(32, 32), TEXT: lora(32, 32)}, SD15, {"ss_steps": "12", "modelspec.title": "a line"})
+    state = {ATTN: low_rank((32, 32)), TEXT: low_rank((32, 32))}
+    header = lora_metadata(state, SD15, {"ss_steps": "12", "modelspec.title": "a line"})
     assert header["ss_network_module"] == "networks.lora" and "ss_network_args" not in header
     assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("3", "1.5")
     assert (header["ss_base_model_version"], header["ss_v2"]) == ("sd_v1", "False")

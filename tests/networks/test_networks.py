@@ -10,7 +10,7 @@ from sd.clip import CLIP
 from sd.config import DIGITS, SD15, TINY, ModelConfig
 from sd.unet import UNet
 from sd.vae import VAEDecoder, VAEEncoder
-from tests.twins import twins
+from tests.peers import ours_and_peers
 
 DEEP = replace(TINY, name="deep", unet=replace(TINY.unet, layers_per_block=2), vae=replace(TINY.vae, layers_per_block=2))
 INPAINT = replace(TINY, name="inpaint", unet=replace(TINY.unet, in_channels=9))
@@ -23,7 +23,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 def pair(request):
     config, dtype = request.param
     with torch.no_grad():
-        yield config, dtype, *twins(config, dtype)
+        yield config, dtype, *ours_and_peers(config, dtype)
 
 
 def assert_close(ours, peer, dtype):

@@ -11,13 +11,13 @@ from sd.lora import LoRAError, active_multipliers, apply_lora_to_model, get_lora
 from sd.model_loader import Models, preload_models_from_standard_weights, save_checkpoint
 from sd.pipeline import GenerateError, compare, generate
 from sd.sampling.samplers import SAMPLERS
+from tests.peers import ours_and_peers
 from tests.sampling.peers import peer_of
-from tests.twins import twins
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    ours, _ = twins(TINY)
+    ours, _ = ours_and_peers(TINY)
     # Random weights give flat pictures; a louder last layer gives something to compare.
     ours["decoder"].conv_out.weight.data.mul_(3)
     path = tmp_path_factory.mktemp("model") / "tiny"
@@ -188,7 +188,7 @@ def test_compare_makes_one_sheet_of_all_variants(models):
 def test_inpainting_models_with_nine_channels_take_mask_and_picture():
     from dataclasses import replace
     config = replace(TINY, unet=replace(TINY.unet, in_channels=9))
-    ours, _ = twins(config)
+    ours, _ = ours_and_peers(config)
     models = Models(ours, config)
     with pytest.raises(GenerateError, match="input_image is missing"):
         generate("x", models=models, n_inference_steps=2)

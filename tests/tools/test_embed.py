@@ -1,4 +1,4 @@
-"""LoRAs inside a checkpoint: the same model as base and file, out again bit for bit, melted, and damaged ones refused."""
+"""LoRAs inside a checkpoint: the same model as base and file, out again bit for bit, merged; damaged ones are refused."""
 
 import json
 from copy import deepcopy
@@ -19,11 +19,10 @@ from sd.model_loader import (
     load_lora_into_models,
     merge_lora_into_checkpoint,
     new_models,
-    preload_models_from_standard_weights,
     save_checkpoint,
 )
 from sd.tools.embed import embed, take_out
-from tests.checkpoints.test_merge_into_checkpoint import (
+from tests.checkpoints.cases import (
     LDM,
     ONE,
     PROJ,
@@ -33,6 +32,7 @@ from tests.checkpoints.test_merge_into_checkpoint import (
     as_ldm,
     assert_merged,
     expected,
+    load,
     rand,
     write,
 )
@@ -42,10 +42,6 @@ HALF = {key: tensor if key.endswith("alpha") else tensor.half() for key, tensor 
 PEFT = {f"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_{end}.weight": ONE[f"{Q}.lora_{side}.weight"]
         for end, side in (("A", "down"), ("B", "up"))}
 CONFIG = {"lora_adapter_metadata": json.dumps({"unet.r": 3, "unet.lora_alpha": 2.0, "unet.target_modules": ["to_q"]})}
-
-
-def load(path, **kwargs):
-    return preload_models_from_standard_weights(path, "cpu", **kwargs)
 
 
 def outputs(models):

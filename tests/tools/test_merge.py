@@ -1,6 +1,7 @@
 """Merged LoRAs against Σ wᵢ ΔWᵢ in fp64, numpy's SVD and PEFT's functions on ΔW."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from sd.lora_files.write import write_lora
 from sd.model_loader import new_models, save_checkpoint
 from sd.tools.base import base_of
 from sd.tools.merge import METHODS, dare_mask, merge_lora_files, merge_loras
+from tests.lora_files.cases import low_rank
 
 SHAPES = {"linear": LayerShape((24, 20)), "point": LayerShape((12, 16, 1, 1)), "conv": LayerShape((12, 8, 3, 3)),
           "token_embedding": LayerShape((30, 10), embedding=True), "norm": LayerShape((14,))}
@@ -29,15 +31,8 @@ def random(*shape, seed=0, dtype=torch.float64):
 def lora(path, rank, alpha, seed=0, dtype=torch.float64, flat=False, tucker=False):
     """A random LoRA for one of SHAPES. flat: a 1x1 convolution's factors as matrices."""
     shape = SHAPES[path]
-    out, inner = (shape.weight[1], shape.weight[:1]) if shape.embedding else (shape.weight[0], shape.weight[1:])
-    ones = (1,) * (len(inner) - 1)
-    tensors = {"down": random(rank, *inner, seed=seed, dtype=dtype), "up": random(out, rank, *ones, seed=seed + 1, dtype=dtype)}
-    if flat:
-        tensors = {name: t.flatten(1) for name, t in tensors.items()}
-    if tucker:
-        tensors |= {"down": random(rank, inner[0], *ones, seed=seed, dtype=dtype),
-                    "mid": random(rank, rank, *inner[1:], seed=seed + 2, dtype=dtype)}
-    return AdapterWeights("lora", tensors, alpha=alpha)
+    found = low_rank(shape.weight, rank, alpha, seed=10 * seed, embedding=shape.embedding, tucker=tucker)
+    return replace(found, tensors={name: (t.flatten(1) if flat else t).to(dtype) for name, t in found.tensors.items()})
 
 
 def formula(path, weights):

@@ -1,4 +1,4 @@
-"""What is seen of a training is a pure function of the run, changes nothing in it, and outlives a kill without twins."""
+"""What is seen of a training is a pure function of the run, changes nothing in it, and is there once after a kill."""
 
 import importlib
 import json

@@ -20,8 +20,8 @@ from sd.training.dataset.batches import Batches, batch_captions
 from sd.training.optim import make_optimizer
 from sd.training.rules import parse_word
 from sd.training.trained import training
+from tests.peers import ours_and_peers
 from tests.training.tiny import SMALL, changed, copy_of, pictures
-from tests.twins import twins
 
 WORDS = TrainConfig(train="words", new_words=("<toy>:2=number",), prefix="<toy>", steps=4, batch_size=2, accumulate=2,
                     save_every=2, learning_rate=0.02, progress=False)
@@ -32,7 +32,7 @@ FULL = changed(LORA, train="full", text_encoder=True, dropout=0.0)
 
 @pytest.mark.parametrize("weighting", [0.0, 0.01])
 def test_vectors_move_as_rows_of_a_resized_table_in_transformers_and_diffusers(weighting, tmp_path, monkeypatch):
-    ours, peers = twins(SMALL)
+    ours, peers = ours_and_peers(SMALL)
     models = Models(ours, SMALL, new_models(SMALL).tokenizer)
     config = replace(WORDS, accumulate=1, steps=3, clip_norm=0.0, weight_decay=weighting, out=str(tmp_path))
     seen, original = [], batches.diffusion_loss

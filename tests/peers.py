@@ -62,7 +62,7 @@ def copy_from_peer(ours: torch.nn.Module, peer: torch.nn.Module, folder: str) ->
     return ours.eval()
 
 
-def twins(config: ModelConfig, dtype=torch.float32, seed: int = 0):
+def ours_and_peers(config: ModelConfig, dtype=torch.float32, seed: int = 0):
     """(our networks by component, the peer's networks by folder), with equal weights."""
     peers = {"unet": peer_unet(config.unet), "vae": peer_vae(config.vae), "text_encoder": peer_clip(config.clip)}
     for i, peer in enumerate(peers.values()):

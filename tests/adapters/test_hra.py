@@ -11,7 +11,6 @@ import torch.nn as nn
 from peft import HRAConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from sd.adapters.layers import as_lora_layer
 from sd.adapters.orthogonal import HRA
 from sd.adapters.weights import AdapterWeights, LayerShape
 from sd.config import CONFIG_KEY
@@ -33,24 +32,15 @@ from sd.lora_files.write import refusals, write_lora
 from sd.model_loader import load_lora_into_models, new_models, save_checkpoint
 from sd.tools.convert import convert
 from sd.training import TrainConfig, TrainError, train
+from tests.adapters.cases import SHAPES, layer_and_input, model_and_input
 from tests.training.tiny import SMALL, copy_of, metrics, pictures
 
-LAYERS = {"linear": (lambda: nn.Linear(12, 8), (4, 5, 12)), "conv1x1": (lambda: nn.Conv2d(12, 8, 1), (4, 12, 5, 6)),
-          "conv3x3": (lambda: nn.Conv2d(12, 8, 3, stride=2, padding=1), (4, 12, 7, 6))}
-OURS = {**LAYERS, "conv1d": (lambda: nn.Conv1d(12, 8, 3, padding=1), (4, 12, 7)),
-        "conv3d": (lambda: nn.Conv3d(12, 8, (1, 3, 3)), (4, 12, 2, 5, 4)),
-        "grouped": (lambda: nn.Conv2d(12, 8, 3, padding=1, groups=2), (4, 12, 7, 6))}
+WITH_PEER = ["linear", "conv1x1", "conv3x3"]  # the layers that PEFT's HRA fits
 
 
 @pytest.fixture(scope="module")
 def untrained():
     return new_models(SMALL, seed=1)
-
-
-def layer_and_input(name):
-    torch.manual_seed(0)
-    make, shape = OURS[name]
-    return as_lora_layer(make()), torch.randn(shape)
 
 
 def weights(shape, rank, apply_GS=False, seed=0):
@@ -75,7 +65,7 @@ def reflected(W, u, apply_GS):
 
 @pytest.mark.parametrize("apply_GS", [False, True])
 @pytest.mark.parametrize("rank", [1, 2, 5, 8])
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", SHAPES)
 def test_the_change_is_the_product_of_the_reflections(name, rank, apply_GS):
     layer, x = layer_and_input(name)
     given = weights(layer.lora_shape(), rank, apply_GS)
@@ -95,7 +85,7 @@ def test_the_change_is_the_product_of_the_reflections(name, rank, apply_GS):
 
 @pytest.mark.parametrize("apply_GS", [False, True])
 @pytest.mark.parametrize("rank", [1, 4, 7])
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", WITH_PEER)
 def test_it_computes_what_the_layer_of_peft_does_with_the_same_vectors(name, rank, apply_GS):
     layer, x = layer_and_input(name)
     plain = nn.Sequential(copy.deepcopy(layer))
@@ -116,8 +106,7 @@ def test_it_computes_what_the_layer_of_peft_does_with_the_same_vectors(name, ran
 
 @pytest.mark.parametrize("name", ["linear", "conv3x3"])
 def test_a_new_one_changes_no_bit_and_all_of_it_learns(name):
-    torch.manual_seed(0)
-    model, x = nn.Sequential(LAYERS[name][0]()), torch.randn(LAYERS[name][1])
+    model, x = model_and_input(name)
     base = model(x).detach()
     apply_lora_to_model(model, 6, target_modules=["0"], kind="hra")
     W = model[0].weight

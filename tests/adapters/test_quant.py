@@ -45,35 +45,20 @@ from sd.lora import (
 from sd.model_loader import Models, load_lora_into_models, preload_models_from_standard_weights, save_models_lora
 from sd.training import diffusion_loss
 from sd.unet import UNet
+from tests.adapters.cases import MATRICES, model_and_input, random
 from tests.training.tiny import SMALL
 
-LAYERS = {
-    "linear": (lambda: nn.Linear(24, 16), (3, 5, 24)),
-    "no bias": (lambda: nn.Linear(24, 16, bias=False), (5, 24)),
-    "one row": (lambda: nn.Linear(24, 16), (24,)),
-    "conv1x1": (lambda: nn.Conv2d(24, 16, 1), (3, 24, 5, 6)),
-    "conv3x3": (lambda: nn.Conv2d(24, 16, 3, stride=2, padding=1), (3, 24, 7, 6)),
-    "conv1d": (lambda: nn.Conv1d(24, 16, 3, dilation=2), (3, 24, 9)),
-    "conv3d": (lambda: nn.Conv3d(24, 16, (1, 3, 3), padding="same"), (2, 24, 2, 5, 4)),
-    "grouped": (lambda: nn.Conv2d(24, 16, 3, padding=1, groups=4), (3, 24, 7, 6)),
-    "circular": (lambda: nn.Conv2d(24, 16, 3, padding=(1, 0), padding_mode="circular"), (3, 24, 7, 6)),
-}
 ADAPTERS = [(kind, dora) for kind in KINDS for dora in (False, True) if KINDS[kind].takes_dora or not dora]
 
 
-def random(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
-
-
-def twins(name="linear", kind="nf4", dtype=torch.float32):
+def pair(name="linear", kind="nf4", dtype=torch.float32):
     """(quantised layer in a model, plain layer that holds the dequantised weight in a model, input)."""
-    torch.manual_seed(0)
-    make, shape = LAYERS[name]
-    quantised = nn.Sequential(make()).to(dtype).requires_grad_(False)
+    quantised, x = model_and_input(name)
+    quantised.to(dtype).requires_grad_(False)
     plain = copy.deepcopy(quantised)
     quantize_base(quantised, kind)
     plain[0].weight.copy_(quantised[0].weight.dequantize())
-    return quantised, plain, random(*shape).to(dtype)
+    return quantised, plain, x.to(dtype)
 
 
 def adapt(*models, kind="lora", dora=False, **options):
@@ -186,9 +171,9 @@ def test_zeros_and_the_smallest_numbers_are_no_special_case(kind):
 # ---- layers ------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", QUANTIZERS)
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", MATRICES)
 def test_a_quantised_layer_is_the_plain_layer_with_the_dequantised_weight_bit_for_bit(name, kind):
-    quantised, plain, x = twins(name, kind)
+    quantised, plain, x = pair(name, kind)
     with torch.no_grad():
         assert torch.equal(quantised(x), plain(x))
     for a, b in zip(gradients(quantised, x), gradients(plain, x), strict=True):
@@ -203,7 +188,7 @@ def test_a_quantised_layer_is_the_plain_layer_with_the_dequantised_weight_bit_fo
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", ["linear", "conv3x3"])
 def test_the_same_holds_in_every_dtype(name, dtype):
-    quantised, plain, x = twins(name, dtype=dtype)
+    quantised, plain, x = pair(name, dtype=dtype)
     adapt(quantised, plain, dora=True)
     for a, b in zip(gradients(quantised, x), gradients(plain, x), strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b)
@@ -211,7 +196,7 @@ def test_the_same_holds_in_every_dtype(name, dtype):
 
 def test_under_autocast_gradients_are_those_of_the_plain_layer():
     for name in ("linear", "conv3x3"):
-        quantised, plain, x = twins(name)
+        quantised, plain, x = pair(name)
         adapt(quantised, plain)
         a, b = (gradients(model, x, torch.autocast("cpu", torch.bfloat16)(model)) for model in (quantised, plain))
         for got, want in zip(a, b, strict=True):
@@ -220,7 +205,7 @@ def test_under_autocast_gradients_are_those_of_the_plain_layer():
 
 def test_a_bias_that_is_freed_later_gets_its_gradient():
     for name in ("linear", "conv3x3", "circular"):
-        quantised, plain, x = twins(name)
+        quantised, plain, x = pair(name)
         for model in (quantised, plain):
             model[0].bias.requires_grad_(True)
             gradients(model, x)
@@ -238,7 +223,7 @@ def test_channels_last_stays_channels_last_in_the_gradient():
 @pytest.mark.parametrize("kind, dora", ADAPTERS)
 @pytest.mark.parametrize("name", ["linear", "conv3x3"])
 def test_every_kind_of_adapter_works_on_a_quantised_base_as_on_the_plain_one(name, kind, dora):
-    quantised, plain, x = twins(name)
+    quantised, plain, x = pair(name)
     adapt(quantised, plain, kind=kind, dora=dora)
     for a, b in zip(gradients(quantised, x), gradients(plain, x), strict=True):
         assert torch.equal(a, b)
@@ -262,7 +247,7 @@ def test_every_kind_of_adapter_works_on_a_quantised_base_as_on_the_plain_one(nam
 @pytest.mark.parametrize("kind, dora", [("lora", False), ("lora", True), ("oft", False), ("ia3", False), ("glora", False)])
 @pytest.mark.parametrize("name", ["linear", "conv3x3", "circular"])
 def test_the_graph_of_a_training_forward_holds_the_packed_weight_and_never_the_dequantised_one(name, kind, dora):
-    quantised, plain, x = twins(name)
+    quantised, plain, x = pair(name)
     adapt(quantised, plain, kind=kind, dora=dora)
     weight, packed = quantised[0].weight, {b.data_ptr() for b in quantised[0].weight.buffers()}
 
@@ -398,7 +383,7 @@ def test_dequantising_gives_the_plain_model_back_with_its_classes_and_the_order_
 
 @pytest.mark.parametrize("kind", QUANTIZERS)
 def test_copies_pickles_and_moves_keep_what_is_stored(kind):
-    quantised, _, x = twins("conv3x3", kind)
+    quantised, _, x = pair("conv3x3", kind)
     adapt(quantised)
     with torch.no_grad():
         quantised[0].bias.copy_(quantised[0].bias.half())
@@ -416,7 +401,7 @@ def test_copies_pickles_and_moves_keep_what_is_stored(kind):
 
 
 def test_a_merged_weight_is_dropped_when_the_base_beneath_it_is_quantised_or_written():
-    quantised, _, x = twins()
+    quantised, _, x = pair()
     dequantize_base(quantised)
     adapt(quantised)
     quantised.requires_grad_(False)
@@ -430,7 +415,7 @@ def test_a_merged_weight_is_dropped_when_the_base_beneath_it_is_quantised_or_wri
 
 
 def test_checkpointing_of_torch_and_of_ours_gives_the_same_gradients():
-    quantised, _, x = twins("conv3x3")
+    quantised, _, x = pair("conv3x3")
     adapt(quantised, dora=True)
     want = gradients(quantised, x)
     for run in (checkpoint, partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)):
@@ -439,7 +424,7 @@ def test_checkpointing_of_torch_and_of_ours_gives_the_same_gradients():
 
 
 def test_compiled_code_gives_the_same_output_and_gradients():
-    quantised, _, x = twins("conv3x3")
+    quantised, _, x = pair("conv3x3")
     adapt(quantised)
     want, got = gradients(quantised, x), gradients(quantised, x, torch.compile(quantised, backend="aot_eager"))
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(got, want, strict=True))

@@ -27,7 +27,7 @@ from sd.lora import (
     set_adapters,
 )
 from sd.lora_files.write import write_lora
-from tests.any_model.tiny import fill
+from tests.adapters.cases import fill
 
 
 class Block(nn.Module):

@@ -17,8 +17,9 @@ from bench.any_module import time_rank
 from bench.common import Options, environment
 from sd.any_model.tasks import LoRAModel
 from sd.lora import LoRAError, LoRAFormatError, active_multipliers, lora_layers, recomputation
-from tests.any_model.test_any_model import ZOO, assert_near, changed, gpt2, made, run
-from tests.any_model.tiny import ALPHA, RANK, SAMPLES, Net, fill, net, tasked, tokens
+from tests.adapters.cases import fill
+from tests.any_model.tiny import ALPHA, RANK, SAMPLES, Net, net, tasked, tokens
+from tests.any_model.zoo import ZOO, assert_near, changed, gpt2, made, run
 
 ROOT = Path(__file__).resolve().parents[2]
 

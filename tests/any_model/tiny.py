@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from sd.any_model.tasks import LoRAModel
-from sd.lora import get_lora_parameters
+from tests.adapters.cases import fill
 
 RANK, ALPHA = 2, 3.0
 SAMPLES = ["a", None, "a", "a"]
@@ -18,15 +18,6 @@ SAMPLES = ["a", None, "a", "a"]
 
 def tokens(*shape):
     return torch.randint(0, 20, shape)
-
-
-def fill(model, name=None, seed=0):
-    """Random values in all adapters, or in one: an adapter that is zero proves nothing."""
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in get_lora_parameters(model, name):
-            p.add_(torch.randn(p.shape, generator=g) * 0.3)
-    return model
 
 
 class Net(nn.Module):

@@ -1,18 +1,12 @@
 """Reading and writing of files, against safetensors, torch.save, diffusers and hashlib."""
 
 import copy
-import errno
-import hashlib
 import io
 import json
 import os
 import pickle
-import resource
-import signal
 import struct
-import subprocess
 import sys
-import time
 import types
 import zipfile
 from collections import OrderedDict
@@ -27,35 +21,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sd.files.atomic import atomic_write, remove_stale_temporaries
 from sd.files.folder import read_diffusers_folder
-from sd.files.hashes import digest, headed, lora_hash, model_hash, tensor_bytes_hash
-from sd.files.tensor_file import DTYPES, CheckpointError
+from sd.files.hashes import lora_hash, model_hash
+from sd.files.tensor_file import CheckpointError
 from sd.files.tensors import read_tensors, write_pt, write_safetensors, write_tensors
-
-ROOT = Path(__file__).parents[2]
-
-
-def some_tensors() -> dict[str, torch.Tensor]:
-    """One tensor of each dtype, odd sizes, an empty one, a scalar."""
-    generator = torch.Generator().manual_seed(0)
-    raw = torch.randint(0, 2, (7, 3), generator=generator)
-    tensors = {f"of.{name}": raw.to(dtype) for name, dtype in DTYPES.items()}
-    tensors["weight"] = torch.randn(5, 3, generator=generator)
-    return tensors | {"empty": torch.zeros(0, 4), "scalar": torch.tensor(2.5)}
-
-
-def assert_same(ours, theirs):
-    assert set(ours) == set(theirs)
-    for name, tensor in theirs.items():
-        assert ours[name].dtype == tensor.dtype and ours[name].shape == tensor.shape, name
-        assert torch.equal(ours[name].view(-1).view(torch.uint8), tensor.contiguous().view(-1).view(torch.uint8)), name
-
-
-def run(code: str, *args, **env: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", code, *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=os.environ | env)
-
+from tests.files.cases import assert_same, run, some_tensors
 
 # safetensors
 
@@ -492,136 +462,3 @@ def test_a_folder_that_cannot_be_read_says_why(tmp_path):
         read_diffusers_folder(tmp_path)
     with pytest.raises(CheckpointError, match="is a file, a diffusers folder"):
         read_diffusers_folder(index)
-
-
-# atomic files
-
-
-def test_a_writer_killed_at_any_moment_leaves_the_old_file_or_the_new_one(tmp_path):
-    result = run("""if 1:
-        import glob, os, signal, sys, time, torch
-        from sd.files.tensors import read_tensors, write_safetensors
-        path, killed = sys.argv[1] + "/a.safetensors", 0
-        tensors = [{"w": torch.full((2_000_000,), float(i))} for i in range(2)]
-        start = time.perf_counter()
-        write_safetensors(path, tensors[0])
-        once = time.perf_counter() - start
-        for i in range(20):
-            child = os.fork()
-            while not child:
-                for tensor in tensors:
-                    write_safetensors(path, tensor)
-            time.sleep(once * (1 + i / 10))
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            values = read_tensors(path)["w"]
-            assert values.min() == values.max()
-        print(len(glob.glob(sys.argv[1] + "/.*")))
-    """, tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert int(result.stdout) >= 3, "too few kills came in the middle of a write for this to be a test"
-
-
-def test_a_full_disk_leaves_the_old_file_and_no_temporary(tmp_path, monkeypatch):
-    path = tmp_path / "a.safetensors"
-    write_safetensors(path, {"w": torch.ones(3)})
-    before = path.read_bytes()
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:  # a real short write: the kernel refuses the bytes after the first 100,000
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
-        for write in (write_safetensors, write_pt):
-            with pytest.raises(OSError, match=r"File too large: '.*a.safetensors'$"):
-                write(path, {"w": torch.ones(1_000_000)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        signal.signal(signal.SIGXFSZ, handler)
-
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left on device.*a.safetensors"):
-        write_safetensors(path, {"w": torch.ones(5)})
-    assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.safetensors"]
-
-
-def test_an_exception_or_an_interrupt_in_the_block_leaves_nothing(tmp_path):
-    for exception in (ValueError, KeyboardInterrupt):
-        with pytest.raises(exception), atomic_write(tmp_path / "a.png") as file:
-            file.write(b"half")
-            raise exception
-    assert not os.listdir(tmp_path)
-
-
-def test_an_atomic_file_has_usual_permissions_and_keeps_symbolic_links(tmp_path):
-    (tmp_path / "real").write_bytes(b"old")
-    (tmp_path / "link").symlink_to("real")
-    with atomic_write(tmp_path / "link") as file:
-        file.write(b"new")
-        assert (tmp_path / "real").read_bytes() == b"old"
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_bytes() == b"new"
-    (tmp_path / "usual").touch()
-    assert (tmp_path / "real").stat().st_mode == (tmp_path / "usual").stat().st_mode
-
-
-def test_a_file_is_on_disk_before_it_gets_its_name_and_the_folder_after(tmp_path, monkeypatch):
-    calls, replace = [], os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: calls.append(os.path.isdir(f"/proc/self/fd/{fd}")))
-    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("replace"), replace(a, b)))
-    write_safetensors(tmp_path / "a", {"w": torch.ones(3)})
-    assert calls == [False, "replace", True]
-
-
-def test_a_folder_that_is_missing_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere/a.safetensors"):
-        write_safetensors(tmp_path / "nowhere/a.safetensors", {"w": torch.ones(3)})
-
-
-def test_only_temporaries_of_dead_writers_are_removed(tmp_path):
-    with pytest.raises(ValueError), atomic_write(tmp_path / "x"):
-        (temporary,) = os.listdir(tmp_path)
-        raise ValueError
-    for name, age in [(temporary, 7200), ("." + temporary, 60), ("old.txt", 7200), (".old.tmp", 7200)]:
-        (tmp_path / name).touch()
-        os.utime(tmp_path / name, (time.time() - age,) * 2)
-    remove_stale_temporaries(tmp_path)
-    assert set(os.listdir(tmp_path)) == {"." + temporary, "old.txt", ".old.tmp"}
-
-
-# hashes
-
-
-def test_hashes_are_those_of_the_file_and_of_its_tensor_part(tmp_path):
-    path = tmp_path / "lora.safetensors"
-    save_file(some_tensors(), path, metadata={"a": "1"})
-    content = path.read_bytes()
-    assert model_hash(path) == hashlib.sha256(content).hexdigest()[:10]
-    start = 8 + struct.unpack("<Q", content[:8])[0]
-    assert lora_hash(path) == hashlib.sha256(content[start:]).hexdigest()[:12]
-    other = tmp_path / "other.safetensors"
-    save_file(some_tensors(), other, metadata={"another": "header"})
-    assert lora_hash(other) == lora_hash(path) and model_hash(other) != model_hash(path)
-
-
-def test_a_hash_is_computed_once_until_the_file_changes(tmp_path, monkeypatch):
-    path, reads = tmp_path / "a.pt", []
-    digest = hashlib.file_digest
-    monkeypatch.setattr(hashlib, "file_digest", lambda *args: (reads.append(1), digest(*args))[1])
-    torch.save({"w": torch.ones(2)}, path)
-    first = [model_hash(path), model_hash(path), lora_hash(path)]
-    assert len(reads) == 1 and lora_hash(path)[:10] == first[0]
-    torch.save({"w": torch.zeros(2)}, path)
-    os.utime(path, ns=(1, 1))
-    assert model_hash(path) == hashlib.sha256(path.read_bytes()).hexdigest()[:10] != first[0]
-
-
-def test_a_digest_is_that_of_texts_and_of_the_bytes_of_tensors_one_after_the_other(tmp_path):
-    flat, turned = torch.arange(6, dtype=torch.bfloat16), torch.randn(3, 4).T
-    content = "a(6,)torch.bfloat16é".encode() + flat.view(torch.uint8).numpy().tobytes() + turned.contiguous().numpy().tobytes()
-    text, same = headed("a", flat)
-    assert same is flat
-    assert digest([text, "é", flat, torch.empty(0, 3), turned]) == hashlib.sha256(content).hexdigest()
-    path = tmp_path / "x.safetensors"
-    write_safetensors(path, {"flat": flat, "turned": turned})
-    assert tensor_bytes_hash({"flat": flat, "turned": turned})[:12] == lora_hash(path)

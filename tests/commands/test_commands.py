@@ -21,6 +21,7 @@ from sd.model_loader import new_models, preload_models_from_standard_weights, sa
 from sd.pictures.image_io import read_parameters, save_image
 from sd.pipeline import generate
 from sd.prompts.tokenizer import data_dir
+from sd.sampling.samplers import SAMPLERS
 
 
 @pytest.fixture(scope="module")
@@ -339,7 +340,7 @@ def test_the_flags_of_a_picture_are_those_of_the_request(run):
                      "height": None, "clip_skip": 1, "seed": None}
     for command in ("generate", "compare"):
         text = " ".join(run(command, "--help")[1].replace("│", " ").split())
-        assert "ddpm, ddim, pndm, euler, euler_a, heun, dpmpp_2m, dpmpp_2m_sde, unipc, lcm. (default: dpmpp_2m)" in text
+        assert f"{', '.join(SAMPLERS)}. (default: dpmpp_2m)" in text
         assert "leading, trailing, linspace, karras, exponential; none: the sampler's own." in text
 
 

@@ -190,10 +190,10 @@ def test_ranks_that_cannot_be_are_a_sentence_before_anything_is_attached(untrain
 
 # ---- from a file -----------------------------------------------------------------------------------------------------
 
-FILES = {"kohya": {}, "diffusers": {}, "peft": {}, "comfyui": {}, "pt": {}, **{kind: {"kind": kind} for kind in KINDS},
+FILES = {"kohya": {}, "diffusers": {}, "peft": {}, "comfyui": {}, "pt": {},
+         **{kind: {"kind": kind, "rank": 4} for kind in KINDS},
          "dora": {"dora": True}, "tucker": {"tucker": True, "target_modules": ["conv1", "mlp"]},
          "conv": {"target_modules": ["conv1", "mlp", "norm1"]}}
-FILES["boft"] |= {"rank": 4}
 
 
 @pytest.mark.parametrize("case", FILES)
@@ -288,7 +288,7 @@ def test_a_run_goes_on_with_the_same_lora_in_any_place_or_format_and_with_no_oth
 OPTIONS = {
     "plain": {}, "rslora": {"rslora": True}, "dora": {"dora": True}, "dropout": {"dropout": 0.5}, "pissa": {"init": "pissa"},
     "rank_dropout": {"rank_dropout": 0.5}, "module_dropout": {"module_dropout": 0.5}, "max_norm": {"max_norm": 0.01},
-    "block_ranks": {"block_ranks": ("mid_block.attentions=4",)}, "nf4": {"quantize": "nf4"},
+    "block_ranks": {"block_ranks": ("mid_block.attentions=8",)}, "nf4": {"quantize": "nf4"},
     "nf4 dora": {"dora": True, "quantize": "nf4"},
 }
 NEEDED = {"rslora": "scaled", "dora": "takes_dora", "nf4 dora": "takes_dora", "rank_dropout": "drops_ranks",
@@ -301,7 +301,7 @@ REFUSED["pissa"] = KINDS.keys() - {"lora"}
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_option_works_with_a_kind_or_is_refused_and_nothing_is_changed_at_first(
         untrained, tmp_path, first_loss, kind, option):
-    options = {"kind": kind, "rank": 4 if kind == "boft" else 2, "targets": ("mid_block",), **OPTIONS[option]}
+    options = {"kind": kind, "rank": 4, "targets": ("mid_block",), **OPTIONS[option]}
     if kind in REFUSED.get(option, ()):
         with pytest.raises(TrainError, match=r"(kind|rslora|dora|rank_dropout|max_norm|block_ranks) is .*; allowed: "):
             changed(QUICK, **options)

@@ -37,16 +37,16 @@ LORA_AND_WORDS = replace(WORDS, train="lora", rank=2, alpha=3.0, new_words=("<to
 OLD = {"lora": {}, "loha": {"kind": "loha"}, "dora": {"dora": True}}  # LoRAs that runs start from
 FROM = {"rank": TrainConfig.rank, "alpha": TrainConfig.alpha}  # the file says what they are
 NEEDS = {"prodigy": {"learning_rate": 1.0}, "schedule_free": {"schedule": "constant", "ema": 0.0}}
-# A name -> (config, before which steps it is stopped).
+# A name -> (config, before which steps it is stopped; x.5: between the two micro-batches of step x).
 RUNS = {
-    "lora": (LORA, (1, 5, 6)), "full": (FULL, (1, 5, 6)), "vae": (VAE, (1, 5, 6)),
+    "lora": (LORA, (1, 4.5, 5, 6)), "full": (FULL, (1, 5, 6)), "vae": (VAE, (1, 5, 6)),
     **{name: (replace(SHORT, optimizer=name, **NEEDS.get(name, {})), (3,)) for name in OPTIMIZERS},
-    "bf16": (replace(SHORT, precision="bf16"), (3,)), "fp16": (replace(SHORT, precision="fp16"), (3,)),
-    "objective": (replace(SHORT, loss="huber", weighting="min_snr", noise_offset=0.1, pyramid_noise=0.3, input_perturbation=0.1,
-                          min_timestep=10, max_timestep=900, timestep_bias=1.5), (3,)),
+    "bf16": (replace(LORA, precision="bf16"), (5,)), "fp16": (replace(LORA, precision="fp16"), (4.5,)),
+    "objective": (replace(LORA, loss="huber", weighting="min_snr", noise_offset=0.1, pyramid_noise=0.3, input_perturbation=0.1,
+                          min_timestep=10, max_timestep=900, timestep_bias=1.5), (4.5,)),
     "deterministic": (replace(SHORT, deterministic=True), (3,)),
-    "rates": (replace(SHORT, schedule="cosine_restarts", cycles=2, lora_plus=4.0, block_rates=("mid_block=0.5",), max_norm=0.05,
-                      text_learning_rate=1e-3), (3,)),
+    "rates": (replace(LORA, schedule="cosine_restarts", cycles=2, lora_plus=4.0, block_rates=("mid_block=0.5",), max_norm=0.05,
+                      text_learning_rate=1e-3), (5,)),
     "nf4": (replace(SHORT, quantize="nf4"), (3,)),
     "relora": (RELORA, (3, 5)), "relora on nf4": (replace(RELORA, quantize="nf4"), (5,)),
     "relora with adafactor": (replace(RELORA, optimizer="adafactor"), (5,)),
@@ -100,7 +100,7 @@ def test_a_run_stopped_at_step_k_ends_as_if_it_had_never_been(unbroken, untraine
     assert not interrupted["clip"].words and not adapter_names(interrupted)
     assert [m.state_dict().keys() for m in interrupted.values()] == [m.state_dict().keys() for m in untrained.values()]
 
-    torch.manual_seed(k)  # torch's own random state is another one now
+    torch.manual_seed(int(k))  # torch's own random state is another one now
     if config.init == "pissa":  # the frozen start is that of the state: another machine's SVD may end in other bits
         original = trained.truncated_svd
         monkeypatch.setattr(trained, "truncated_svd", lambda D, rule: original(D * 1.5, rule))

@@ -78,8 +78,8 @@ def files(folder: Path) -> dict[str, bytes]:
     return {name: content for name, content in found.items() if name != "timing.jsonl"}
 
 
-def stopped(config: TrainConfig, models: Models, monkeypatch, k: int = 3, held_out: PictureSet | None = None) -> None:
-    """A run that ends before step k is computed, as if somebody had pulled the plug."""
+def stopped(config: TrainConfig, models: Models, monkeypatch, k: float = 3, held_out: PictureSet | None = None) -> None:
+    """A run that ends before step k is computed, as if somebody had pulled the plug; 4.5: in the middle of step 4."""
     loop = importlib.import_module("sd.training.loop")
     original = loop.seed_of
 

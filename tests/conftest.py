@@ -13,3 +13,9 @@ from hypothesis import settings  # noqa: E402
 torch.set_num_threads(1)
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(items):
+    """Start the longest files first, so that both workers end together; they are given out by file in this order."""
+    longest = ("test_resume.py", "test_dist.py", "test_bench.py", "test_start.py")
+    items.sort(key=lambda item: item.path.name not in longest)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import redirect_stderr
 from functools import reduce
 from operator import or_
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -61,8 +61,9 @@ def _parsed(words: list[str], commands: Mapping[str, type]):
     about = {name: (command.__doc__ or "").splitlines()[0] for name, command in commands.items()}
     config: list = [tyro.conf.OmitArgPrefixes]
     if not words or words[0] not in commands:  # --help, or a mistake
-        named = [Annotated[command, tyro.conf.subcommand(name, description=about[name])] for name, command in commands.items()]
-        return tyro.cli(reduce(or_, named), prog="python -m sd", args=words, config=config)
+        any_of: Any = reduce(or_, (Annotated[command, tyro.conf.subcommand(name, description=about[name])]
+                                   for name, command in commands.items()))
+        return tyro.cli(any_of, prog="python -m sd", args=words, config=config)
     name = words[0]
     if commands[name] is not Train:  # train: --no-x overrides its config file's x
         config.append(tyro.conf.FlagCreatePairsOff)

@@ -65,7 +65,7 @@ RUNS = {
     "full and words": (changed(LORA_AND_WORDS, train="full", text_encoder=True, dropout=0.0), (3,)),
     "watched": (WATCHED, (3,)), "watched full": (changed(WATCHED, train="full"), (3,)),
     "watched schedule_free": (replace(WATCHED, optimizer="schedule_free", schedule="constant", ema=0.0), (2,)),
-    "watched vae": (changed(WATCHED, train="vae", sample_prompts=()), (1,)),
+    "watched vae": (changed(WATCHED, train="vae", sample_prompts=()), (3,)),
 }
 
 

@@ -106,7 +106,7 @@ def half_a_run(name: str, folder: Path, models: Models) -> None:
 def trainings(folder: Path) -> None:
     models, rank, found = small_models(), int(os.environ["RANK"]), {}
     if rank:
-        sys.addaudithook(lambda event, args: only_the_chief_writes(folder / "runs", event, args))
+        sys.addaudithook(lambda event, args: only_process_0_writes(folder / "runs", event, args))
     for name in RUNS:
         (half_a_run if "two then one" in name else run)(name, folder / "runs", models)
     half_a_run("lora", folder / "runs" / "again", models)
@@ -137,7 +137,7 @@ def trainings(folder: Path) -> None:
     (folder / f"found-{rank}.json").write_text(json.dumps(found))
 
 
-def only_the_chief_writes(folder: Path, event: str, args) -> None:
+def only_process_0_writes(folder: Path, event: str, args) -> None:
     if event == "open" and str(args[0]).startswith(str(folder)) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
         raise AssertionError(f"process 1 writes {args[0]}")
 

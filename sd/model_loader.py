@@ -26,6 +26,7 @@ from sd.lora_files.header import lora_metadata
 from sd.models import (
     Models,
     NoInitialValues,
+    auto_dtype,
     build_networks,
     count_parameters,
     default_device,
@@ -65,8 +66,9 @@ def preload_models_from_standard_weights(ckpt_path: str | os.PathLike | None = N
     """Load a Stable Diffusion model: an LDM .ckpt or .safetensors, a diffusers folder, or a model in data/ by name (None:
     "emoji").
 
-    `dtype`: None is the device's default (in fp16 the VAE stays fp32); "stored" keeps each tensor's dtype from the file,
-    and on the CPU also maps it from the file without a copy. LoRAs inside a checkpoint are attached, active at their
+    `dtype`: None is the device's default (in fp16 the VAE stays fp32); "auto" is bf16 on a CPU that multiplies it, for models
+    of SD 1.x's size (the VAE stays fp32), else the default; "stored" keeps each tensor's dtype from the file, and on the CPU
+    also maps it from the file without a copy. LoRAs inside a checkpoint are attached, active at their
     multipliers. `vae`, `text_encoder`: files or folders to load these from instead. `ema`: use the averaged UNet of an LDM
     file. `variant`: of a diffusers folder, such as "fp16". `config`: needed only for a checkpoint of an unknown family.
     The networks are in eval mode and frozen. Raises CheckpointError unless the file holds every tensor of the model in its
@@ -75,13 +77,17 @@ def preload_models_from_standard_weights(ckpt_path: str | os.PathLike | None = N
     path = model_path(ckpt_path)
     device = default_device() if device is None else usable_device(device)
     dtype = default_dtype(device) if dtype is None else dtype
-    if dtype != "stored" and not isinstance(dtype, torch.dtype):
-        raise SDError(f"dtype is {dtype!r}; allowed: a torch.dtype, 'stored', or None for the device's default")
+    if dtype not in ("stored", "auto") and not isinstance(dtype, torch.dtype):
+        raise SDError(f"dtype is {dtype!r}; allowed: a torch.dtype, 'auto', 'stored', or None for the device's default")
     checkpoint = open_checkpoint(path, config=config, vae=vae, text_encoder=text_encoder, variant=variant)
     with torch.device("meta"), NoInitialValues():
         networks = build_networks(checkpoint.config)
+    fast = auto_dtype(device, networks["diffusion"]) if dtype == "auto" else dtype
     for component, state in checkpoint.states(networks, ema=ema).items():
-        networks[component].load_state_dict(_placed(state, component, device, dtype), strict=True, assign=True)
+        # The VAE overflows in fp16, and takes a small part of the time of a picture.
+        wide = component in ("encoder", "decoder") and (fast == torch.float16 or dtype == "auto" and device.type == "cpu")
+        state = _placed(state, device, torch.float32 if wide else fast)
+        networks[component].load_state_dict(state, strict=True, assign=True)
         networks[component].eval().requires_grad_(False)
     whole = vae is None and text_encoder is None
     models = Models(networks, checkpoint.config, source=path if whole else None)  # a source must identify all weights
@@ -92,11 +98,14 @@ def preload_models_from_standard_weights(ckpt_path: str | os.PathLike | None = N
     return models
 
 
-def _placed(state: Mapping[str, Tensor], component: str, device: torch.device,
-            dtype: torch.dtype | str) -> dict[str, Tensor]:
-    if dtype == torch.float16 and component in ("encoder", "decoder"):
-        dtype = torch.float32  # the VAE overflows in fp16, and takes a small part of the time of a picture
-    return {k: t.to(device=device, dtype=dtype if isinstance(dtype, torch.dtype) else t.dtype) for k, t in state.items()}
+def _placed(state: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype | str) -> dict[str, Tensor]:
+    """The tensors on the device; in bf16 on the CPU convolutions are in channels_last, the faster format there."""
+    def placed(t: Tensor) -> Tensor:
+        t = t.to(device=device, dtype=dtype if isinstance(dtype, torch.dtype) else t.dtype)
+        last = t.dim() == 4 and dtype == torch.bfloat16 and device.type == "cpu"
+        return t.contiguous(memory_format=torch.channels_last) if last else t
+
+    return {k: placed(t) for k, t in state.items()}
 
 
 def preload_models_with_lora(ckpt_path: str | os.PathLike | None = None, device=None, lora_rank: int = 4,

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from sd.adapters.switch import active_multipliers, adapter_names, exclusive, use_adapters, use_rows
 from sd.config import ModelConfig
+from sd.cpu import memory_returned
 from sd.errors import NotFiniteError
 from sd.models import Models, usable_device
 from sd.pictures.sheets import contact_sheet
@@ -74,7 +75,7 @@ def draw(request: Request, models: Models, *, device=None, idle_device=None, tok
     fitted = request.fit(models.config)  # every check, before any network runs
     device = models.device if device is None else usable_device(device)
     idle_device = None if idle_device is None else usable_device(idle_device)
-    with torch.no_grad(), exclusive(models), adapters_of(models, fitted):
+    with torch.no_grad(), exclusive(models), adapters_of(models, fitted), memory_returned():
         networks = Networks(models, device, idle_device, should_merge(models, fitted.merged))
         noise = image_noise(fitted, models.config)
         context = encode(networks, fitted, tokenizer)
@@ -159,12 +160,20 @@ def image_noise(request: Fitted, config: ModelConfig) -> Iterator[Tensor]:
 
 
 def encode(networks: Networks, request: Fitted, tokenizer=None) -> Tensor:
-    """The context for each row, [R, L, D]."""
-    models = networks.models
+    """The context for each row, [R, L, D]. Rows with the same text and the same adapters are encoded once."""
+    models, images = networks.models, rows_of(request)
     texts = request.prompt if request.cfg_scale == 1 else request.uncond_prompt + request.prompt
-    tokens = tokenize(tokenizer or models.tokenizer, texts, models.config.clip.max_tokens, models["clip"].words)
-    with use_rows(models, rows_of(request)), networks.use("clip") as clip:
-        return clip(tokens.to(networks.device), request.clip_skip)
+    per_image = [m for m in active_multipliers(models["clip"]).values() if isinstance(m, tuple)]
+    kinds = [(text, *(m[i] for m in per_image)) for text, i in zip(texts, images.tolist())]
+    first: dict[tuple, int] = {}  # kind -> the first row of it
+    for row, kind in enumerate(kinds):
+        first.setdefault(kind, row)
+    rows, place = list(first.values()), {kind: i for i, kind in enumerate(first)}
+    tokens = tokenize(tokenizer or models.tokenizer, [texts[row] for row in rows], models.config.clip.max_tokens,
+                      models["clip"].words)
+    with use_rows(models, images[rows]), networks.use("clip") as clip:
+        encoded = clip(tokens.to(networks.device), request.clip_skip)
+    return encoded[[place[kind] for kind in kinds]]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,9 @@ from torch import Tensor
 from sd.adapters.merging import merge, unmerge
 from sd.adapters.quant import quantized_kinds
 from sd.adapters.switch import active_multipliers
+from sd.cpu import tune, tuned
 from sd.models import Models
+from sd.packed import pack, works
 
 
 @contextmanager
@@ -86,7 +88,17 @@ class Networks:
         with at(self.models[key], self.device, self.idle_device) as network:
             if self.merged:
                 merge(network)
+            if self.device.type == "cpu" and key == "diffusion":  # the others run once a picture
+                pack(network)
             yield network
+
+
+def running(device: torch.device) -> str:
+    """How networks run on a device, in words."""
+    if device.type != "cpu":
+        return f"torch {torch.__version__}, {device}"
+    tuning = [*tune(), *(["packed weights"] if tuned() and works(torch.float32) else [])]
+    return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {', '.join(tuning) or 'untuned'}"
 
 
 def should_merge(models: Models, merged: bool | str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +61,7 @@ class Derived:
         self.present: Kept | None = None  # those of the present set
         self.merged: Stamp | None = None  # of the layer's merged buffers
         self.merged_on = False  # whether they were made for the present set
+        self.packed: Any = None  # (x, layer, weight, bias) -> layer.op, for inference on the CPU (sd/packed.py)
 
     def follow(self, layer, on: list[Adapter]) -> None:
         """Switch to the layer's present active set, whose adapters are `on`."""
@@ -72,7 +73,7 @@ class Derived:
 
     def drop(self) -> None:
         """Invalidate everything. The merged buffers stay allocated, to be rewritten in place."""
-        self.present, self.kept = None, {}
+        self.present, self.kept, self.packed = None, {}, None
         self.drop_merged()
 
     def drop_merged(self) -> None:
@@ -81,7 +82,7 @@ class Derived:
     def forward(self, x: Tensor, layer) -> Tensor:
         """Compute layer(x) with the active adapters, for inference: by the merged weight, or base + fused."""
         if self.is_merged(layer):
-            return layer.op(x, layer.merged_weight, layer.bias if layer.merged_bias is None else layer.merged_bias)
+            return layer.product(x, layer.merged_weight, layer.bias if layer.merged_bias is None else layer.merged_bias)
         return self.fused(layer, layer.compute_dtype(x)).add_to(layer.base_forward(x), x, layer)
 
     def fused(self, layer, dtype: torch.dtype) -> Fused:

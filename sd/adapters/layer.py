@@ -81,7 +81,12 @@ class LoRALayer(Base):
         return None if self.bias is None else at_least_fp32(self.bias)
 
     def base_forward(self, x: Tensor) -> Tensor:
-        return self.weight(x, self) if self.is_quantized else self.op(x, self.weight, self.bias)
+        return self.weight(x, self) if self.is_quantized else self.product(x, self.weight, self.bias)
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`op`, for inference by a packed copy of the weight where the layer keeps one."""
+        packed = self.derived.packed
+        return self.op(x, weight, bias) if packed is None or torch.is_grad_enabled() else packed(x, self, weight, bias)
 
     def base_tensors(self) -> list[Tensor | None]:
         """The parameters, or quantised parts, of the base."""

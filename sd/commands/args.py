@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,11 +22,13 @@ if TYPE_CHECKING:
     from sd.models import Models
 
 DType = Literal["float32", "bfloat16", "float16"]
+RunDType = Literal["auto", DType]
 # Longer than a line, at which tyro would break a docstring.
 LORA_HELP = ("LoRA files or folders, each as PATH, PATH:MULTIPLIER or PATH:MULTIPLIER:BLOCKS. BLOCKS sets block "
              "weights: text_encoder=0.5,mid_block=0, or a list of 17, 25 or 26 numbers. LoRAs in data/loras need only a name.")
-DTYPE_HELP = ("Precision of the networks; none: float32 on the CPU, half precision elsewhere. For merge, precision of the "
-              "file; none: the base's, or float32 with --into lora.")
+DTYPE_HELP = ("Precision of the networks; none: float32 on the CPU, half precision elsewhere; auto: bfloat16 also on a CPU "
+              "that multiplies it, for models of SD 1.x's size. For merge, precision of the file; none: the base's, or float32 "
+              "with --into lora.")
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,20 @@ class ModelArgs:
     """VAE to use instead of the model's own: a file or folder."""
     device: str | None = None
     """cuda, mps or cpu; none: the best available (for merge: cpu)."""
-    dtype: Annotated[DType | None, tyro.conf.arg(help=DTYPE_HELP)] = None
+    dtype: Annotated[RunDType | None, tyro.conf.arg(help=DTYPE_HELP)] = None
+    verbose: bool = False
+    """Print how the networks run."""
 
 
 def load(on: ModelArgs, embeddings: tuple[str, ...] = ()) -> Models:
     """Load the model, its LoRAs (active at their multipliers) and its learned words."""
     from sd.model_loader import load_embedding, load_lora_into_models, preload_models_from_standard_weights
-    models = preload_models_from_standard_weights(on.model, on.device, dtype=dtype(on.dtype), vae=on.vae)
+    from sd.placement import running
+    chosen = "auto" if on.dtype == "auto" else dtype(on.dtype)
+    models = preload_models_from_standard_weights(on.model, on.device, dtype=chosen, vae=on.vae)
+    logging.getLogger("sd").info("%s on %s", str(models.dtype).removeprefix("torch."), models.device)
+    if on.verbose:
+        logging.getLogger("sd").info("%s", running(models.device))
     if on.skip is not None and not on.lora:
         raise SDError("--skip needs --lora: it leaves out parts of the LoRAs")
     for path, multiplier, blocks in map(lora, on.lora):

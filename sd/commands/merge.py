@@ -45,6 +45,8 @@ class Merge:
         if (self.density != Merge.density and self.method not in ("ties", "dare", "magnitude")
                 or self.seed != Merge.seed and self.method != "dare"):
             raise SDError("--density is for ties, dare and magnitude, --seed for dare")
+        if self.on.dtype == "auto":
+            raise SDError("--dtype auto is for running a model; for a file: float32, bfloat16 or float16")
 
     @writes
     def run(self) -> None:

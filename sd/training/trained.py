@@ -24,6 +24,7 @@ from sd.lora_files.block_weights import BlockWeightError, block_multipliers
 from sd.lora_files.modules import Modules, modules_of
 from sd.lora_files.read import read_lora
 from sd.models import Models
+from sd.packed import unpack
 from sd.tools.decompose import RankRule, truncated_svd
 from sd.training.dataset.randomness import seed_of
 from sd.training.errors import TrainError
@@ -40,6 +41,7 @@ def training(config, models: Models) -> Iterator[dict[str, nn.Parameter]]:
     unet, checkpointing, adapters = models["diffusion"], models["diffusion"].checkpointing, adapter_names(models)
     learned, words = models["clip"].learned, set(models["clip"].words)
     try:
+        unpack(models)
         for network in models.values():
             network.eval().requires_grad_(False)
         parameters = trained_parameters(config, models)

@@ -10,12 +10,12 @@ from tests.docs.reading import ROOT
 
 # A file imports from its own folder, and from files and folders on lower floors; the ground floor comes first.
 FLOORS = (
-    ("errors", "escape"),
+    ("errors", "escape", "cpu"),
     ("config", "adapters", "files"),
     ("attention", "prompts", "sampling", "pictures"),
     ("clip", "unet", "vae", "checkpoints"),
     ("lora_files",),
-    ("models", "lora"),
+    ("models", "lora", "packed"),
     ("request", "placement", "model_loader"),
     ("pipeline", "tools"),
     ("training", "any_model"),

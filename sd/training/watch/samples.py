@@ -18,6 +18,7 @@ from PIL import Image
 from sd.errors import NotFiniteError
 from sd.pictures.image_io import load_image, save_image
 from sd.pictures.sheets import contact_sheet
+from sd.packed import unpack
 from sd.pipeline import draw
 from sd.placement import placed
 from sd.request import Request
@@ -80,6 +81,8 @@ class Samples:
         except NotFiniteError as error:
             log.warning("step %d: no sample of %r: %s", step, request.prompt, error)
             return
+        finally:
+            unpack(self.models)  # a step trains on plain weights; packed ones would only take memory
         if is_main():
             save_image(picture, self._file(row, column), self._saved(column) | {"training_step": step})
 

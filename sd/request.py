@@ -282,6 +282,14 @@ def again(about: Mapping[str, Any], path, models: Models, **others) -> Request:
     return Request(**others | {key: about[key] for key in keys if key in about}, lora=about.get("lora") or {})
 
 
+def made_in(about: Mapping[str, Any], path) -> Any:
+    """The name of the dtype that the picture file `path` records in its parameters (`about`); None for older files."""
+    dtype = about.get("dtype")
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise GenerateError(f"{path}: cannot be made again: its dtype is {dtype!r:.40}; allowed: float32, bfloat16, float16")
+    return dtype
+
+
 def _check_same_loras(about: Mapping[str, Any], path, models: Models) -> None:
     used, reports = about.get("lora") or {}, models.lora_reports
     missing = sorted(set(used) - set(reports))

@@ -10,7 +10,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # also for processes that tests start
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+from sd.cpu import tune  # noqa: E402
+
 torch.set_num_threads(1)
+tune()  # at once, so that no test computes one half of a comparison untuned
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 

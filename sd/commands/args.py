@@ -52,12 +52,8 @@ class ModelArgs:
 def load(on: ModelArgs, embeddings: tuple[str, ...] = ()) -> Models:
     """Load the model, its LoRAs (active at their multipliers) and its learned words."""
     from sd.model_loader import load_embedding, load_lora_into_models, preload_models_from_standard_weights
-    from sd.placement import running
     chosen = "auto" if on.dtype == "auto" else dtype(on.dtype)
     models = preload_models_from_standard_weights(on.model, on.device, dtype=chosen, vae=on.vae)
-    logging.getLogger("sd").info("%s on %s", str(models.dtype).removeprefix("torch."), models.device)
-    if on.verbose:
-        logging.getLogger("sd").info("%s", running(models.device))
     if on.skip is not None and not on.lora:
         raise SDError("--skip needs --lora: it leaves out parts of the LoRAs")
     for path, multiplier, blocks in map(lora, on.lora):
@@ -67,6 +63,13 @@ def load(on: ModelArgs, embeddings: tuple[str, ...] = ()) -> Models:
     for path, word in map(embedding, embeddings):
         load_embedding(models, path, word)
     return models
+
+
+def say_how(models: Models, on: ModelArgs) -> None:
+    """Log the dtype and device that pictures were made in; with --verbose, all that decides their speed and last bits."""
+    from sd.placement import running
+    more = f" ({running(models.device)})" if on.verbose else ""
+    logging.getLogger("sd").info("%s on %s%s", str(models.dtype).removeprefix("torch."), models.device, more)
 
 
 def lora(text: str) -> tuple[Path, float, str | None]:

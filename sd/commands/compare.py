@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import Positional
 
-from sd.commands.args import ModelArgs, PictureFlags, load, picture_paths, settings
+from sd.commands.args import ModelArgs, PictureFlags, load, picture_paths, say_how, settings
 from sd.errors import SDError
 
 
@@ -44,5 +44,7 @@ class Compare:
         seed, how = secrets.randbits(32) if self.how.seed is None else self.how.seed, settings(self.how)
         (path,) = picture_paths(self.out, 1)
         sheet = pipeline.compare(self.prompts, models, variants, seed=seed, **how)
-        save_image(sheet, path, {"prompts": list(self.prompts), "variants": variants, "seed": seed, **how})
+        say_how(models, self.on)
+        save_image(sheet, path, {"prompts": list(self.prompts), "variants": variants, "seed": seed, **how,
+                                 "dtype": str(models.dtype).removeprefix("torch.")})
         print(f"{path}  {len(self.prompts)} prompts x {len(variants)} variants, seed {seed}")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import secrets
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import tyro
 from tyro.conf import Positional
 
-from sd.commands.args import ModelArgs, PictureFlags, load, picture_paths, settings
+from sd.commands.args import ModelArgs, PictureFlags, load, picture_paths, say_how, settings
 from sd.errors import SDError
-from sd.request import Request, again, parameters_of
+from sd.request import Request, again, made_in, parameters_of
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,12 @@ class Generate:
             request = Request(self.prompts, seed=seed, images_per_prompt=self.count, **settings(self.how), **given)
             models = load(self.on, self.embedding)
         else:
-            models = load(self.on, self.embedding)
+            models = load(replace(self.on, dtype=self.on.dtype or made_in(about, self.again)), self.embedding)
             request = again(about, self.again, models, **given)
         with ThreadPoolExecutor(1) as beside:  # hashing gigabytes takes seconds: do it while the sampler runs
             beside.submit(lambda: models.model_hash)
             pictures = draw(request, models)
+        say_how(models, self.on)
         for one, picture, path in zip(request.singles(), pictures, paths):
             save_image(picture, path, parameters_of(one, models))
             print(f"{path}  seed {one.seed}  {one.prompt}")

@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image
 
 from sd.errors import NotFiniteError
+from sd.packed import unpack
 from sd.pictures.image_io import load_image, save_image
 from sd.pictures.sheets import contact_sheet
-from sd.packed import unpack
 from sd.pipeline import draw
 from sd.placement import placed
 from sd.request import Request

@@ -10,6 +10,7 @@ import ctypes
 import mmap
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from sd.adapters.layer import LoRALayer
 from sd.adapters.layers import LoRAConv2d, LoRALinear, as_lora_layer
-from sd.adapters.targets import lora_layers
+from sd.adapters.targets import named_layers
 from sd.adapters.weights import LoRAError
 from sd.cpu import tuned
 
@@ -53,8 +54,9 @@ def pack(network: nn.Module) -> None:
 
 def unpack(models) -> None:
     """Drop all packed copies of a network or of all networks of a model."""
-    for layer in lora_layers(models).values():
-        layer.derived.packed = None
+    for _, layer in named_layers(models):
+        if isinstance(layer, LoRALayer):
+            layer.derived.packed = None
 
 
 class Packed:
@@ -141,20 +143,19 @@ def works(dtype: torch.dtype) -> bool:
 
 
 def _packable(network: nn.Module) -> Iterator[LoRALayer]:
-    """The layers that the operators can compute, as LoRA layers. Those with hooks or a quantised weight are left alone."""
+    """The layers that the operators can compute, as LoRA layers. Layers with hooks or a quantised weight are left alone."""
     for name, module in list(network.named_modules()):
-        if type(module) not in (nn.Linear, nn.Conv2d, LoRALinear, LoRAConv2d):
+        if type(module) not in (nn.Linear, nn.Conv2d, LoRALinear, LoRAConv2d) or not _is_frozen_on_cpu(module.weight):
             continue
         if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)
                                               or module.in_channels < 16):
             continue  # few channels: nothing to gain, and a plain conv_in hands its memory format to what follows
-        try:
-            layer = as_lora_layer(module, name)
-        except LoRAError:
-            continue
-        weight = layer.weight
-        if not layer.is_quantized and weight.device.type == "cpu" and not weight.requires_grad and works(weight.dtype):
-            yield layer
+        with suppress(LoRAError):
+            yield as_lora_layer(module, name)
+
+
+def _is_frozen_on_cpu(weight) -> bool:
+    return isinstance(weight, Tensor) and weight.device.type == "cpu" and not weight.requires_grad and works(weight.dtype)
 
 
 # ---- memory -----------------------------------------------------------------------------------------------------------

@@ -54,8 +54,8 @@ def train_text(config: TrainConfig, models: Models, dataset) -> Drawer:
     parameters = {f"{key}.{name}": p.requires_grad_(True) for key, network in networks.items()
                   for name, p in network.train().named_parameters()}
     optimizer, folder = make_optimizer(parameters, config), open_folder(config.out)
-    facts = run_facts(config, ("out", "save_every", "progress"), dataset=dataset.fingerprint())
-    latents, _ = Posteriors(models, dataset)(range(len(dataset)))
+    facts = run_facts(config, ("out", "cache", "save_every", "progress"), dataset=dataset.fingerprint())
+    latents, _ = Posteriors(models, dataset, config.cache)(range(len(dataset)))
     batches, contexts = Batches(dataset, config), Contexts(models, trained=True)
     with alone_in(folder), asked_to_stop() as stop:
         done, losses = load_state(folder, parameters, optimizer, {}, facts, made_with=made_with(latents.device)), []

@@ -192,7 +192,8 @@ def _run_steps(run: _Run, config: TrainConfig, models: Models, base: HalfBase, m
             (micro * scale[0]).backward()
             loss += micro.detach()
         loss, stopping = all_reduce(parameters.values(), loss, stop())
-        unscale(parameters.values(), scale[0])
+        if config.precision == "fp16":
+            unscale(parameters.values(), scale[0])
         norm = clip_gradients(parameters.values(), config.clip_norm)
         bad = ~(norm.isfinite() & (loss < MAX_LOSS))
         step_unless(bad, optimizer)

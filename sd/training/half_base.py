@@ -24,12 +24,14 @@ class HalfBase:
     """The weights that can be rounded once, and their full values, which return at the end.
 
     The full values of a GPU's weights wait in the computer's memory. On the CPU they stay where they are: beside the rounded
-    ones, or in the file that they are mapped from.
+    ones, which take no more than the copies that backward kept, or in the file that they are mapped from. With checkpointing
+    backward keeps those of one block only, so there the CPU rounds at every use.
     """
 
     def __init__(self, config, models: Models):
         self.dtype = PRECISIONS[config.precision]
-        self.weights = [] if self.dtype is None else _frozen(config, models)
+        costs_memory = config.checkpointing and models.device.type == "cpu"
+        self.weights = [] if self.dtype is None or costs_memory else _frozen(config, models)
         self.full: list[Tensor] = []
 
     def round(self) -> None:
@@ -82,4 +84,5 @@ def _frozen(config, models: Models) -> list[nn.Parameter]:
 
 
 def _is_read(layer: nn.Module) -> bool:
-    return isinstance(layer, LoRALayer) and (layer.is_quantized or not all(map(is_pair, layer.adapters.values())))
+    return isinstance(layer, LoRALayer) and (
+        layer.is_quantized or not all(is_pair(layer.adapter(name)) for name in layer.adapter_names))

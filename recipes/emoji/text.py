@@ -20,7 +20,7 @@ from sd.training.dataset.cache import Posteriors
 from sd.training.dataset.contexts import Contexts
 from sd.training.interrupt import asked_to_stop
 from sd.training.optim import autocast, lr_factor, make_optimizer, set_learning_rate
-from sd.training.run_state import Progress, alone_in, load_state, open_folder, run_facts, save_state
+from sd.training.run_state import Progress, alone_in, load_state, made_with, open_folder, run_facts, save_state
 
 
 class Drawer(nn.Module):
@@ -54,11 +54,11 @@ def train_text(config: TrainConfig, models: Models, dataset) -> Drawer:
     parameters = {f"{key}.{name}": p.requires_grad_(True) for key, network in networks.items()
                   for name, p in network.train().named_parameters()}
     optimizer, folder = make_optimizer(parameters, config), open_folder(config.out)
-    facts = run_facts(config, ("out", "save_every", "progress"), dataset=dataset.fingerprint())
-    latents, _ = Posteriors(models, dataset)(range(len(dataset)))
+    facts = run_facts(config, ("out", "cache", "save_every", "progress"), dataset=dataset.fingerprint())
+    latents, _ = Posteriors(models, dataset, config.cache)(range(len(dataset)))
     batches, contexts = Batches(dataset, config), Contexts(models, trained=True)
     with alone_in(folder), asked_to_stop() as stop:
-        done, losses = load_state(folder, parameters, optimizer, {}, facts), []
+        done, losses = load_state(folder, parameters, optimizer, {}, facts, made_with=made_with(latents.device)), []
         for step in range(done.step, config.steps):
             set_learning_rate(optimizer, lr_factor(step, config))
             indices = batches(step)
@@ -72,7 +72,7 @@ def train_text(config: TrainConfig, models: Models, dataset) -> Drawer:
             losses.append(loss.item())
             stopping = stop()
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps or stopping:
-                save_state(folder, Progress(step + 1), parameters, optimizer, {}, facts)
+                save_state(folder, Progress(step + 1), parameters, optimizer, {}, facts, made_with(latents.device))
             if (step + 1) % 100 == 0:
                 print(f"step {step + 1} of {config.steps}, loss {sum(losses) / len(losses):.4f}", flush=True)
                 losses.clear()

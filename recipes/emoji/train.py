@@ -127,6 +127,11 @@ def fold_statistics(models: Models, dataset) -> None:
 
 # ---- text encoder and UNet -------------------------------------------------------------------------------------------
 
+def in_folder(config: TrainConfig, run: str) -> TrainConfig:
+    """The options in out/emoji/`run`; pictures are encoded once for all runs and starts."""
+    return replace(config, out=str(OUT / run), cache=str(OUT / "cache"))
+
+
 def base_rows(rows: list[Row]) -> list[Row]:
     """The training rows of the base."""
     return [row for row in rows if row.split == "train" and row.style in BASE]
@@ -136,7 +141,7 @@ def train_text_encoder(run: str) -> None:
     """Train the text encoder from scratch, and write READS."""
     pictures, rows = build(EMOJI.image_size)
     models = preload_models_from_standard_weights(START, "cpu", dtype=torch.float32)
-    train_text(replace(TEXT, out=str(OUT / run)), models, choose(pictures, base_rows(rows)))
+    train_text(in_folder(TEXT, run), models, choose(pictures, base_rows(rows)))
     models.source = None  # the models no longer match that file
     save_checkpoint(models, READS)
 
@@ -145,14 +150,14 @@ def train_unet(run: str, start: Path | None) -> None:
     """Train the UNet from scratch or from an exported model, or resume the run in out/emoji/`run`."""
     pictures, rows = build(EMOJI.image_size)
     models = preload_models_from_standard_weights(start or READS, "cpu", dtype=torch.float32)
-    train(replace(UNET, out=str(OUT / run)), models, choose(pictures, base_rows(rows)))
+    train(in_folder(UNET, run), models, choose(pictures, base_rows(rows)))
 
 
 def finish_unet(run: str, begun: str, start: Path | None = None) -> None:
     """Train the last steps, from the last save of the run `begun` (from the checkpoint `start`), which must not be running."""
     models, _ = latest(begun, start)
     pictures, rows = build(models.config.image_size)
-    train(replace(FINISH, out=str(OUT / run)), models, choose(pictures, base_rows(rows)))
+    train(in_folder(FINISH, run), models, choose(pictures, base_rows(rows)))
 
 
 def export(run: str, to: Path, start: Path | None = None) -> None:

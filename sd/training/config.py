@@ -136,7 +136,7 @@ class TrainConfig:
     max_norm: float = 0.0
     """Maximum norm of a layer's weight change; 0: no limit."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of matrix products and convolutions; weights and optimizer stay in fp32."""
+    """Precision of matrix products and convolutions, and of frozen weights; what is trained and the optimizer stay in fp32."""
     warmup: int = 0
     """Warm-up steps of the learning rate."""
     weight_decay: float = 0.01

@@ -8,7 +8,6 @@ gradient and of the optimizer's state.
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import socket
@@ -219,7 +218,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
         square = norm.square()
         dist.all_reduce(square)
         norm = square.sqrt()
-    nn.utils.clip_grads_with_norm_(parameters, most or math.inf, norm)
+    if most:
+        nn.utils.clip_grads_with_norm_(parameters, most, norm)
     return norm
 
 

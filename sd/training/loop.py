@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from sd.training.dist import (
     processes,
 )
 from sd.training.errors import TrainError
+from sd.training.half_base import HalfBase, half_base
 from sd.training.interrupt import asked_to_stop
 from sd.training.loss import vae_loss
 from sd.training.optim import (
@@ -51,7 +53,16 @@ from sd.training.optim import (
 )
 from sd.training.relora import fold, restart
 from sd.training.result import save_result
-from sd.training.run_state import Progress, alone_in, fingerprint, load_state, open_folder, run_facts, save_state
+from sd.training.run_state import (
+    Progress,
+    alone_in,
+    fingerprint,
+    load_state,
+    made_with,
+    open_folder,
+    run_facts,
+    save_state,
+)
 from sd.training.shard import shard, unshard
 from sd.training.step import diffusion_batches, idle_networks, vae_batches
 from sd.training.trained import frozen_parts, start_hash, training
@@ -93,14 +104,16 @@ def train(config: TrainConfig, models: Models | None = None, dataset=None, *, he
         return models
     with alone_in(folder), torch.random.fork_rng(devices()), training(config, models) as parameters, run_as(config, models):
         run = _start_or_resume(config, models, folder, dataset, held_out, parameters)
-        micro_loss = (vae_batches(config, models, dataset, autoencoder_loss) if config.train == "vae" else
-                      diffusion_batches(config, models, dataset))
-        watch = Monitor(config, models, folder, run.done.step, held_out, autoencoder_loss)
-        # Before asked_to_stop, Ctrl-C ends the program at once; whatever is cached by then is kept.
-        with placed(models, idle_networks(config, models, dataset), "cpu"), asked_to_stop() as stop:
-            _run_steps(run, config, models, micro_loss, watch, stop)
-            watch.close()
-            _finish(run, config, models, pictures=len(dataset))
+        with half_base(config, models) as base:
+            micro_loss = (vae_batches(config, models, dataset, autoencoder_loss) if config.train == "vae" else
+                          diffusion_batches(config, models, dataset))
+            watch = Monitor(config, models, folder, run.done.step, held_out, autoencoder_loss)
+            # Before asked_to_stop, Ctrl-C ends the program at once; whatever is cached by then is kept.
+            with placed(models, idle_networks(config, models, dataset), "cpu"), asked_to_stop() as stop:
+                _run_steps(run, config, models, base, micro_loss, watch, stop)
+                watch.close()
+                base.restore()
+                _finish(run, config, models, pictures=len(dataset))
     return models
 
 
@@ -128,7 +141,7 @@ def _start_or_resume(config: TrainConfig, models: Models, folder: Path, dataset,
     ema = {name: p.detach().clone() for name, p in parameters.items()} if config.ema else {}
     weights = parameters | frozen_parts(config, models)
     done = load_state(folder, weights, optimizer, ema, facts, run_facts(TrainConfig(), FREE),
-                      ("steps",) if config.schedule == "constant" else ())
+                      ("steps",) if config.schedule == "constant" else (), made_with(models.device))
     if done.step > config.steps:
         raise TrainError(f"steps is {config.steps}, and {folder} has done {done.step}; allowed: {done.step} or more")
     check_same(weights, **facts, step=done.step)
@@ -140,8 +153,8 @@ def _start_or_resume(config: TrainConfig, models: Models, folder: Path, dataset,
     return _Run(folder, parameters, weights, optimizer, ema, facts, done)
 
 
-def _run_steps(run: _Run, config: TrainConfig, models: Models, micro_loss: Callable[[int], Tensor], watch: Monitor,
-               stop: Callable[[], bool]) -> None:
+def _run_steps(run: _Run, config: TrainConfig, models: Models, base: HalfBase, micro_loss: Callable[[int], Tensor],
+               watch: Monitor, stop: Callable[[], bool]) -> None:
     """Run from the last save to the last step. Saves and samples come before a step, so the loop runs once more at the end."""
     parameters, optimizer, ema, done = run.parameters, run.optimizer, run.ema, run.done
     device = next(iter(parameters.values())).device
@@ -156,13 +169,14 @@ def _run_steps(run: _Run, config: TrainConfig, models: Models, micro_loss: Calla
         if save or look or len(unread) == READ_EVERY:
             _read(unread, step, done, watch, config)
         if look:
-            with as_result(models, parameters, optimizer, ema):
+            plain = config.precision == "fp16"  # samples run without autocast then
+            with as_result(models, parameters, optimizer, ema), base.restored() if plain else nullcontext():
                 watch.look(step)
         if save:
             check_same(run.weights, step=step)
             watch.save(step)
             done.step, done.loss_scale, done.good_steps = step, *scale.tolist()
-            save_state(run.folder, done, run.weights, optimizer, ema, run.facts)
+            save_state(run.folder, done, run.weights, optimizer, ema, run.facts, made_with(device))
         if last:
             return
         if stopping:
@@ -178,7 +192,8 @@ def _run_steps(run: _Run, config: TrainConfig, models: Models, micro_loss: Calla
             (micro * scale[0]).backward()
             loss += micro.detach()
         loss, stopping = all_reduce(parameters.values(), loss, stop())
-        unscale(parameters.values(), scale[0])
+        if config.precision == "fp16":
+            unscale(parameters.values(), scale[0])
         norm = clip_gradients(parameters.values(), config.clip_norm)
         bad = ~(norm.isfinite() & (loss < MAX_LOSS))
         step_unless(bad, optimizer)

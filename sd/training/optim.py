@@ -244,7 +244,13 @@ def limit_norms(layers: Mapping[str, LoRALayer], name: str, max_norm: float) -> 
 def update_ema(ema: dict[str, Tensor], parameters: dict[str, nn.Parameter], decay: float, step: int,
                bad: Tensor | bool = False) -> None:
     """ema += (1 - d) (p - ema), in place, unless the step was bad; d rises to `decay`, so the random start fades quickly."""
-    if ema:
-        away = torch._foreach_sub([parameters[name].data for name in ema], list(ema.values()))
-        torch._foreach_mul_(away, (1 - min(decay, (1 + step) / (10 + step))) * (1 - torch.as_tensor(bad).float()))
-        torch._foreach_add_(list(ema.values()), away)
+    if not ema:
+        return
+    rate = (1 - min(decay, (1 + step) / (10 + step))) * (1 - torch.as_tensor(bad).float())
+    values, weights = list(ema.values()), [parameters[name].data for name in ema]
+    # On a GPU in few kernels; on the CPU tensor by tensor, each of which stays in the processor's cache.
+    each = [(values, weights)] if values[0].is_cuda else [([value], [weight]) for value, weight in zip(values, weights)]
+    for some, new in each:
+        away = torch._foreach_sub(new, some)
+        torch._foreach_mul_(away, rate)
+        torch._foreach_add_(some, away)

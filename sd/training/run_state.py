@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Collection, Iterator, Mapping
@@ -26,6 +27,8 @@ from sd.training.shard import own_part, whole
 
 if sys.platform != "win32":
     import fcntl
+
+log = logging.getLogger("sd")
 
 STATE = "state.safetensors"
 # Facts that are hashes, whose values tell a reader nothing.
@@ -78,8 +81,9 @@ def alone_in(folder: Path) -> Iterator[None]:
 # ---- state -----------------------------------------------------------------------------------------------------------
 
 def save_state(folder: Path, progress: Progress, parameters: Mapping[str, Tensor],
-               optimizer: torch.optim.Optimizer, ema: Mapping[str, Tensor], facts: Mapping[str, object]) -> None:
-    """Write the run's state atomically: weights, optimizer, moving average, progress, facts of the run."""
+               optimizer: torch.optim.Optimizer, ema: Mapping[str, Tensor], facts: Mapping[str, object],
+               made_with: Mapping[str, str] | None = None) -> None:
+    """Write the run's state atomically: weights, optimizer, moving average, progress, facts of the run, `made_with()`."""
     tensors = {f"weights/{name}": whole(p, p.detach()) for name, p in parameters.items()}
     tensors |= {f"ema/{name}": whole(parameters[name], value) for name, value in ema.items()}
     for name, p in parameters.items():
@@ -89,6 +93,7 @@ def save_state(folder: Path, progress: Progress, parameters: Mapping[str, Tensor
                "states": {name: _numbers(optimizer.state[p]) for name, p in parameters.items()}}
     if is_main():
         write_safetensors(folder / STATE, tensors, {"progress": json.dumps(asdict(progress)), "facts": json.dumps(facts),
+                                                    "made_with": json.dumps(made_with or {}, sort_keys=True),
                                                     "optimizer": json.dumps(numbers, sort_keys=True)})
     wait()
 
@@ -100,11 +105,11 @@ def _numbers(values: Mapping[str, object]) -> dict[str, float]:
 @torch.no_grad()
 def load_state(folder: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer,
                ema: dict[str, Tensor], facts: Mapping[str, object], defaults: Mapping[str, object] | None = None,
-               free: Collection[str] = ()) -> Progress:
+               free: Collection[str] = (), made_with: Mapping[str, str] | None = None) -> Progress:
     """Restore the last save of a run, in place; without one the run starts at step 0.
 
-    defaults: values assumed for options that older versions did not save. free: facts that may differ. Raises TrainError,
-    with everything that differs, if the folder has another run.
+    defaults: values assumed for options that older versions did not save. free: facts that may differ. made_with: warn if it
+    is not what the save was made with. Raises TrainError, with everything that differs, if the folder has another run.
     """
     path = folder / STATE
     if not path.exists():
@@ -113,6 +118,7 @@ def load_state(folder: Path, parameters: Mapping[str, Tensor], optimizer: torch.
         tensors = read_tensors(path)
         progress, saved = Progress(**json.loads(tensors.metadata["progress"])), json.loads(tensors.metadata["facts"])
         numbers = json.loads(tensors.metadata.get("optimizer", '{"groups": [], "states": {}}'))
+        before = json.loads(tensors.metadata.get("made_with", "{}"))
     except (CheckpointError, KeyError, ValueError, TypeError) as error:
         raise TrainError(f"{path}: is not the state of a training ({error}); remove it, or choose another out "
                          f"folder") from None
@@ -124,6 +130,8 @@ def load_state(folder: Path, parameters: Mapping[str, Tensor], optimizer: torch.
                          f"or choose another out folder")
     if {key.split("/")[1] for key in tensors} != set(parameters):
         raise TrainError(f"{path}: holds other weights than those that are trained now; choose another out folder")
+    if others := [f"{key} {before[key]}, now {now}" for key, now in (made_with or {}).items() if before.get(key, now) != now]:
+        log.warning("%s: the run was made with %s; it goes on, but not to the same last bits", folder, "; ".join(others))
     for name, p in parameters.items():
         p.copy_(own_part(p, tensors[f"weights/{name}"]))
         state = {key.rsplit("/", 1)[1]: value for key, value in tensors.items() if key.startswith(f"optimizer/{name}/")}
@@ -154,3 +162,9 @@ def fingerprint(models: Models, trained: Mapping[str, nn.Parameter]) -> str:
 def run_facts(config, free: tuple[str, ...], **more: object) -> dict[str, object]:
     """The facts that a resumed run must share: every field of its config except the `free` ones, and more."""
     return {f.name: getattr(config, f.name) for f in fields(config) if f.name not in free} | more
+
+
+def made_with(device: torch.device) -> dict[str, str]:
+    """What the last bits of a run depend on besides its facts. A run may go on with another value, but not in silence."""
+    return {"device": device.type, "torch": torch.__version__,
+            **({"threads": str(torch.get_num_threads())} if device.type == "cpu" else {})}

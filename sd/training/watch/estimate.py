@@ -25,6 +25,7 @@ from sd.placement import placed_for
 from sd.training.config import TrainConfig
 from sd.training.dataset.data import PictureData
 from sd.training.dist import devices, world
+from sd.training.half_base import half_base
 from sd.training.loss import diffusion_loss, vae_loss
 from sd.training.optim import OPTIMIZERS, autocast
 from sd.training.step import idle_networks
@@ -91,14 +92,16 @@ def estimate(config: TrainConfig, models, dataset: PictureData, parameters: Mapp
 
     encoded = 0 if config.train == "vae" else min(16, len(dataset)) if len(set(sizes)) == 1 and not config.cache else 1
     idle = () if models.device.type == "cpu" else idle_networks(config, models, dataset)
-    return Estimate(
-        weights=_bytes(models.values()), idle=_bytes(models[key] for key in idle), gradients=gradients,
-        optimizer=optimizer_bytes(config, parameters.values()), average=gradients if config.ema else 0,
-        activations=activations(config.checkpointing), checkpointing=config.checkpointing,
-        other_activations=activations(not config.checkpointing) if compare and config.train != "vae" and config.unet else None,
-        encoding=peak_bytes(models, _encode(models, largest, encoded)) if encoded else 0,
-        seconds=area * config.accumulate / world() * _seconds(config, models, parameters, largest),
-        steps=steps)
+    compare = compare and config.train != "vae" and config.unet
+    with half_base(config, models) as base:
+        return Estimate(
+            weights=_bytes(models.values()) + base.beside, idle=_bytes(models[key] for key in idle), gradients=gradients,
+            optimizer=optimizer_bytes(config, parameters.values()), average=gradients if config.ema else 0,
+            activations=activations(config.checkpointing), checkpointing=config.checkpointing,
+            other_activations=activations(not config.checkpointing) if compare else None,
+            encoding=peak_bytes(models, _encode(models, largest, encoded)) if encoded else 0,
+            seconds=area * config.accumulate / world() * _seconds(config, models, parameters, largest),
+            steps=steps)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

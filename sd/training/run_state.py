@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sd.adapters.layer import MERGED
+from sd.cpu import products
 from sd.files.atomic import atomic_write
 from sd.files.hashes import digest, headed
 from sd.files.tensor_file import CheckpointError
@@ -167,4 +168,4 @@ def run_facts(config, free: tuple[str, ...], **more: object) -> dict[str, object
 def made_with(device: torch.device) -> dict[str, str]:
     """What the last bits of a run depend on besides its facts. A run may go on with another value, but not in silence."""
     return {"device": device.type, "torch": torch.__version__,
-            **({"threads": str(torch.get_num_threads())} if device.type == "cpu" else {})}
+            **({"threads": str(torch.get_num_threads()), "fp32 products": products()} if device.type == "cpu" else {})}

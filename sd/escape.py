@@ -1,7 +1,8 @@
-"""Escape names chosen by users for keys whose parts are joined by dots."""
+"""Escape names chosen by users, for keys whose parts are joined by dots and for names of files."""
 
 from __future__ import annotations
 
+import re
 from urllib.parse import quote, unquote
 
 
@@ -27,3 +28,8 @@ def as_key(name: str, empty: object) -> str:
 def from_key(key: str) -> str:
     """Inverse of `as_key`."""
     return unescaped(key[1:])
+
+
+def file_name(word: str) -> str:
+    """The file name for a word: <cat-toy> -> cat-toy.safetensors."""
+    return (re.sub(r"[^\w.+-]+", "-", word).strip("-.") or "word") + ".safetensors"

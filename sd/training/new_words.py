@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sd.lora_files.embedding_files import file_name
+from sd.escape import file_name
 from sd.prompts.learned_words import EmbeddingError, word_key
 from sd.prompts.tokenizer import find_words, tokens_of
 from sd.training.dataset.batches import picture_options

@@ -12,10 +12,11 @@ from transformers import CLIPTokenizer
 
 from sd.adapters.weights import LoRAFormatError
 from sd.commands.main import main
+from sd.escape import file_name
 from sd.files.tensor_file import CheckpointError
 from sd.files.tensors import read_tensors
 from sd.lora import adapter_names, apply_lora_to_model, load_lora_weights, modules_of, remove_lora
-from sd.lora_files.embedding_files import file_name, read_embeddings
+from sd.lora_files.embedding_files import read_embeddings
 from sd.lora_files.read import read_lora
 from sd.model_loader import (
     Models,

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 
 from sd.commands.main import main
+from sd.escape import file_name
 from sd.files.tensors import read_tensors
 from sd.lora import adapter_names
-from sd.lora_files.embedding_files import file_name, read_embeddings
+from sd.lora_files.embedding_files import read_embeddings
 from sd.model_loader import Models, load_embedding, load_lora_into_models, new_models, save_checkpoint
 from sd.prompts.learned_words import word_key
 from sd.prompts.tokenizer import tokenize

@@ -1,8 +1,7 @@
-"""Escape names chosen by users, for keys whose parts are joined by dots and for names of files."""
+"""Escape names chosen by users for keys whose parts are joined by dots."""
 
 from __future__ import annotations
 
-import re
 from urllib.parse import quote, unquote
 
 
@@ -28,8 +27,3 @@ def as_key(name: str, empty: object) -> str:
 def from_key(key: str) -> str:
     """Inverse of `as_key`."""
     return unescaped(key[1:])
-
-
-def file_name(word: str) -> str:
-    """The file name for a word: <cat-toy> -> cat-toy.safetensors."""
-    return (re.sub(r"[^\w.+-]+", "-", word).strip("-.") or "word") + ".safetensors"

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, cast
 
-from sd.config import ModelConfig
 from sd.errors import SDError
 from sd.sampling.samplers import SAMPLERS, Sampler, check_eta, sampler_schedule
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from sd.config import ModelConfig
     from sd.models import Models
     from sd.sampling.noise import Schedule
 

@@ -1,4 +1,4 @@
-"""The table of all kinds of adapter; a new kind takes a class and a row here."""
+"""The table of all kinds of adapter; a new kind takes a class, a row here, and its name in TrainConfig.kind."""
 
 from __future__ import annotations
 

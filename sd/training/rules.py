@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from sd.escape import file_name
 from sd.training.errors import TrainError
 
 OPTIMIZERS_THAT_FORGET = ("adamw", "adamw8bit", "adafactor", "lion")  # that can drop a parameter's state in mid-run
@@ -142,6 +141,11 @@ def parse_word(text: str) -> NewWord | None:
 def words_of(config) -> list[NewWord]:
     """The words of `new_words` that can be parsed."""
     return [word for text in config.new_words if (word := parse_word(text))]
+
+
+def file_name(word: str) -> str:
+    """The name of the file in which a word is saved: <cat-toy> -> cat-toy.safetensors."""
+    return (re.sub(r"[^\w.+-]+", "-", word).strip("-.") or "word") + ".safetensors"
 
 
 def new_words(config) -> Iterator[Rule]:

@@ -17,9 +17,9 @@ from sd.checkpoints.reader import open_checkpoint
 from sd.checkpoints.writer import check_target, save_checkpoint, save_merged
 from sd.config import SD15, ModelConfig
 from sd.errors import SDError
-from sd.files.atomic import keep_sources
 from sd.files.hashes import old_model_hash
 from sd.files.tensor_file import TensorFile
+from sd.files.tensors import keep_sources
 from sd.lora import load_lora_weights, save_lora_weights
 from sd.lora_files.embedding_files import read_embeddings, write_embedding
 from sd.lora_files.header import lora_metadata

@@ -44,7 +44,7 @@ class Models(dict):
 
     @property
     def tokenizer(self):
-        """Built on first use: importing transformers takes longer than loading a model."""
+        """Built on first use: reading the vocabulary takes longer than loading a small model."""
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer()
         return self._tokenizer

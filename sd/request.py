@@ -1,7 +1,8 @@
 """Request: all settings of a picture, checked before any network runs; and the parameters recorded in picture files.
 
 Its fields, the arguments of generate() and the keys in picture files share their names. Only the command line has shorter
-ones for some: FLAGS in sd/commands/args.py.
+ones for some: FLAGS in sd/commands/args.py, where flags are described from the fields. That needs neither torch nor Pillow,
+so here the functions that need them import them.
 """
 
 from __future__ import annotations
@@ -13,19 +14,15 @@ from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, cast
 
-from PIL import Image
-
-from sd.adapters.switch import active_multipliers
-from sd.config import ModelConfig
 from sd.errors import SDError
-from sd.pictures.image_io import load_image
-from sd.prompts.learned_words import vectors_hash
-from sd.prompts.tokenizer import find_words
-from sd.sampling.noise import Schedule, alphas_cumprod, cut
 from sd.sampling.samplers import SAMPLERS, Sampler, check_eta, sampler_schedule
 
 if TYPE_CHECKING:
+    from PIL import Image
+
+    from sd.config import ModelConfig
     from sd.models import Models
+    from sd.sampling.noise import Schedule
 
 MAX_IMAGES = 4096  # in one call
 # Parameters that every picture file records, in this order, with their types; and those that only newer versions write.
@@ -126,6 +123,7 @@ class Request:
 
     def schedule(self, config: ModelConfig) -> Schedule:
         """Noise levels of the steps: all, or with an input_image the last `strength` of them. Raises GenerateError."""
+        from sd.sampling.noise import alphas_cumprod, cut
         try:
             steps = sampler_schedule(self.sampler_name, self.n_inference_steps, alphas_cumprod(config), self.spacing)
             return steps if self.input_image is None else cut(steps, self.strength)
@@ -203,7 +201,12 @@ def _size(pixels: int | None, what: str, config) -> int:
 
 
 def _opened(image, mode: str, size: tuple[int, int]) -> Image.Image | None:
-    return None if image is None else load_image(image).convert(mode).resize(size, Image.Resampling.LANCZOS)
+    if image is None:
+        return None
+    from PIL import Image
+
+    from sd.pictures.image_io import load_image
+    return load_image(image).convert(mode).resize(size, Image.Resampling.LANCZOS)
 
 
 # ---- the parameters in a picture file --------------------------------------------------------------------------------
@@ -222,6 +225,7 @@ def describe(models: Models, prompt: str, *, seed: int, **arguments) -> dict[str
 
 def parameters_of(request: Request, models: Models) -> dict[str, Any]:
     """What `describe` returns, for a request for one picture. Raises GenerateError for several."""
+    from sd.adapters.switch import active_multipliers
     applied: Any = active_multipliers(models) if request.lora is None else request.lora
     if not isinstance(applied, Mapping) or not isinstance(request.prompt, str):
         raise GenerateError("describe() is for one picture: lora must be that picture's dict")
@@ -252,6 +256,8 @@ def parameters_of(request: Request, models: Models) -> dict[str, Any]:
 
 def used_embeddings(models: Models, *texts: str) -> dict[str, str]:
     """The learned words in these texts -> hashes of their vectors (`vectors_hash`)."""
+    from sd.prompts.learned_words import vectors_hash
+    from sd.prompts.tokenizer import find_words
     learned = models["clip"].learned
     words = {word for text in texts for *_, word in find_words(text, learned.ids)}
     return {word: vectors_hash(learned.of(word)) for word in sorted(words)}

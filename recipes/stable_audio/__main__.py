@@ -12,7 +12,7 @@ import tyro
 from recipes.stable_audio import model as audio
 from recipes.stable_audio.tones import PATCH, PITCHES, RATE, harmonics, to_wave, write_wav
 from recipes.stable_audio.train import read_config, train_base, train_lora
-from sd.files.atomic import keep_sources
+from sd.files.tensors import keep_sources
 from sd.lora import merge_lora_weights, save_lora_weights
 
 OUT = Path("out/stable_audio")

@@ -1,8 +1,6 @@
-"""The table of all kinds of adapter; a new kind takes a class and a row here."""
+"""The table of all kinds of adapter; a new kind takes a class, a row here, and its name in TrainConfig.kind."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING, Literal
 
 from sd.adapters.adapter import Adapter
 from sd.adapters.low_rank import Full, LowRank
@@ -21,11 +19,6 @@ KINDS: dict[str, type[Adapter]] = {kind.kind: kind for kind in (
     BOFT,
     HRA,
 )}
-
-if TYPE_CHECKING:
-    Kind = str  # type checkers cannot read the choices from a table
-else:
-    Kind = Literal[tuple(KINDS)]
 
 
 def needs_base(weights: AdapterWeights) -> bool:

@@ -51,16 +51,17 @@ class ModelArgs:
 
 def load(on: ModelArgs, embeddings: tuple[str, ...] = ()) -> Models:
     """Load the model, its LoRAs (active at their multipliers) and its learned words."""
+    if on.skip is not None and not on.lora:
+        raise SDError("--skip needs --lora: it leaves out parts of the LoRAs")
+    loras, words = [lora(text) for text in on.lora], [embedding(text) for text in embeddings]
     from sd.model_loader import load_embedding, load_lora_into_models, preload_models_from_standard_weights
     chosen = "auto" if on.dtype == "auto" else dtype(on.dtype)
     models = preload_models_from_standard_weights(on.model, on.device, dtype=chosen, vae=on.vae)
-    if on.skip is not None and not on.lora:
-        raise SDError("--skip needs --lora: it leaves out parts of the LoRAs")
-    for path, multiplier, blocks in map(lora, on.lora):
+    for path, multiplier, blocks in loras:
         if path.stem in models.lora_reports:
             raise SDError(f"two LoRAs are named {path.stem!r}; rename one of the files")
         load_lora_into_models(models, path, multiplier=multiplier, skip=on.skip, block_weights=blocks)
-    for path, word in map(embedding, embeddings):
+    for path, word in words:
         load_embedding(models, path, word)
     return models
 
@@ -106,8 +107,11 @@ def embedding(text: str) -> tuple[Path, str | None]:
 
 
 def dtype(name: str | None) -> torch.dtype | None:
+    """torch's dtype of that name."""
+    if name is None:
+        return None
     import torch
-    return None if name is None else getattr(torch, name)
+    return getattr(torch, name)
 
 
 LoRAFormat = Literal["kohya", "diffusers", "peft", "comfyui"]

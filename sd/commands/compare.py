@@ -11,6 +11,7 @@ from tyro.conf import Positional
 
 from sd.commands.args import ModelArgs, PictureFlags, load, picture_paths, say_how, settings
 from sd.errors import SDError
+from sd.request import Request
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,13 @@ class Compare:
     """File to write the contact sheet to."""
 
     def run(self) -> None:
+        seed, how = secrets.randbits(32) if self.how.seed is None else self.how.seed, settings(self.how)
+        Request(self.prompts, seed=seed, **how)  # what is wrong is said before anything is loaded
+        (path,) = picture_paths(self.out, 1)
+        models = load(self.on, self.embedding)
         from sd import pipeline
         from sd.adapters.switch import active_multipliers
         from sd.pictures.image_io import save_image
-        models = load(self.on, self.embedding)
         loaded: dict[str, Any] = active_multipliers(models)
         if not loaded:
             raise SDError("nothing to compare with the base: name at least one LoRA with --lora")
@@ -41,8 +45,6 @@ class Compare:
             variants = [{}, *({name: m} for name in loaded for m in self.multipliers)]
         else:
             variants = [{}, *({name: m} for name, m in loaded.items()), *([loaded] if len(loaded) > 1 else [])]
-        seed, how = secrets.randbits(32) if self.how.seed is None else self.how.seed, settings(self.how)
-        (path,) = picture_paths(self.out, 1)
         sheet = pipeline.compare(self.prompts, models, variants, seed=seed, **how)
         say_how(models, self.on)
         save_image(sheet, path, {"prompts": list(self.prompts), "variants": variants, "seed": seed, **how,

@@ -22,12 +22,12 @@ class Embed:
 
     @writes
     def run(self) -> None:
-        from sd.tools.embed import embed as run
         if not self.on.lora:
             raise SDError("nothing to embed: name at least one LoRA with --lora PATH:MULTIPLIER")
         chosen = [lora(text) for text in self.on.lora]
         if any(blocks is not None for *_, blocks in chosen) or self.on != ModelArgs(self.on.model, self.on.lora):
             raise SDError("a LoRA is embedded whole, with one multiplier, and the base's tensors are not changed; leave out "
                           "block weights and all flags except --model and --lora")
+        from sd.tools.embed import embed as run
         run(self.on.model, {path: m for path, m, _ in chosen}, self.out)
         print(f"{self.out}: the model with {', '.join(path.stem for path, *_ in chosen)} inside")

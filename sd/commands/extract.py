@@ -44,15 +44,15 @@ class Extract:
 
     @writes
     def run(self) -> None:
-        from sd.tools.embed import take_out
-        from sd.tools.extract import extract_lora
         if self.tuned is None:
             if self.model is None:
                 raise SDError("nothing to extract from: give the fine-tuned checkpoint with --tuned and its base with "
                               "--model, or only --model for a checkpoint that has LoRAs inside")
+            from sd.tools.embed import take_out
             for path in take_out(self.model, self.out):
                 print(path)
             return
+        from sd.tools.extract import extract_lora
         report = extract_lora(self.model, self.tuned, self.out, rank=self.rank, conv_rank=self.conv_rank,
                               threshold=self.threshold, frobenius=self.frobenius, randomized=self.randomized, vae=self.vae,
                               format=self.format, dtype=dtype(self.dtype))

@@ -50,7 +50,6 @@ class Generate:
 
     def run(self) -> None:
         from sd.pictures.image_io import read_parameters, save_image
-        from sd.pipeline import draw
         about = {} if self.again is None else read_parameters(self.again)
         paths = picture_paths(self.out, self.count * max(1, len(self.prompts)))
         given: dict[str, Any] = {"use_lora": not self.no_lora}
@@ -63,6 +62,7 @@ class Generate:
         else:
             models = load(replace(self.on, dtype=self.on.dtype or made_in(about, self.again)), self.embedding)
             request = again(about, self.again, models, **given)
+        from sd.pipeline import draw
         with ThreadPoolExecutor(1) as beside:  # hashing gigabytes takes seconds: do it while the sampler runs
             beside.submit(lambda: models.model_hash)
             pictures = draw(request, models)

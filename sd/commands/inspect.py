@@ -24,9 +24,9 @@ class Inspect:
     """Print one JSON object, {path: facts}."""
 
     def run(self) -> None:
-        from sd.tools.inspect import as_text, inspect_file
         if not self.paths:
             raise SDError("nothing to inspect: name files or folders")
+        from sd.tools.inspect import as_text, inspect_file
         facts = {path: inspect_file(path, self.model, verify=self.verify) for path in self.paths}
         if self.json:
             print(json.dumps(facts, indent=2, ensure_ascii=False))

@@ -50,7 +50,6 @@ class Merge:
 
     @writes
     def run(self) -> None:
-        from sd.model_loader import merge_lora_into_checkpoint
         on, chosen = self.on, [lora(text) for text in self.on.lora]
         if len({path for path, *_ in chosen}) < len(chosen):
             raise SDError("the same LoRA is given twice; give it once, with the sum of the multipliers")
@@ -64,6 +63,7 @@ class Merge:
                                       skip=on.skip, block_weights=blocks)
             print(f"{self.out}: {names}; {report}")
         else:
+            from sd.model_loader import merge_lora_into_checkpoint
             merge_lora_into_checkpoint(on.model, multipliers, self.out, dtype=dtype(on.dtype), vae=on.vae,
                                        device=on.device or "cpu", skip=on.skip, block_weights=blocks)
             print(f"{self.out}: the model with {names} merged into it")

@@ -13,8 +13,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from sd.files.tensor_file import CheckpointError
-
 _TEMPORARY = ".sd-tmp"
 
 
@@ -46,14 +44,6 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def keep_sources(out: str | os.PathLike, *sources: str | os.PathLike) -> None:
-    """Raises CheckpointError if `out` is one of the files to read, or a folder that contains one."""
-    target = Path(os.path.realpath(out))
-    for path in sources:
-        if Path(os.path.realpath(path)).is_relative_to(target):
-            raise CheckpointError(f"{out}: is read by this and would be lost; name another file to write")
 
 
 @contextmanager

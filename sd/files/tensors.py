@@ -237,6 +237,14 @@ def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata:
     write_pt(path, tensors)
 
 
+def keep_sources(out: str | os.PathLike, *sources: str | os.PathLike) -> None:
+    """Raises CheckpointError if `out` is one of the files to read, or a folder that contains one."""
+    target = Path(os.path.realpath(out))
+    for path in sources:
+        if Path(os.path.realpath(path)).is_relative_to(target):
+            raise CheckpointError(f"{out}: is read by this and would be lost; name another file to write")
+
+
 def _check_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor | Lazy], lazy: type | tuple = ()) -> None:
     for name, tensor in tensors.items():
         if not isinstance(name, str) or name == "__metadata__":

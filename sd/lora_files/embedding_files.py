@@ -76,8 +76,3 @@ def write_embedding(path: str | os.PathLike, word: str, vectors: Tensor, metadat
         raise EmbeddingError(f"the word {word!r} holds values that are not finite in "
                              f"{str(vectors.dtype).removeprefix('torch.')}, so it is not written")
     write_tensors(path, {word: vectors}, dict(metadata or {}))
-
-
-def file_name(word: str) -> str:
-    """The file name for a word: <cat-toy> -> cat-toy.safetensors."""
-    return (re.sub(r"[^\w.+-]+", "-", word).strip("-.") or "word") + ".safetensors"

@@ -9,11 +9,15 @@ import warnings
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from sd.errors import SDError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Files in which a tokenizer of transformers is saved with special tokens and settings of its own, as that of SD 2.x.
+SETTINGS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def data_dir() -> Path:
@@ -27,17 +31,20 @@ def data_dir() -> Path:
 
 
 def load_tokenizer(folder: str | Path | None = None):
-    """transformers' CLIPTokenizer from a folder with vocab.json and merges.txt; default: the one in data/.
+    """CLIP's tokenizer from a folder with vocab.json and merges.txt; default: the one in data/.
 
-    Does not use the network. Raises FileNotFoundError.
+    Where the folder has more than the two files, transformers' CLIPTokenizer, which reads them all. Does not use the network.
+    Raises FileNotFoundError.
     """
     folder = data_dir() if folder is None else Path(folder)
     for name in ("vocab.json", "merges.txt"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder}: not a tokenizer folder, it has no {name}")
-    from transformers import CLIPTokenizer  # takes seconds
-
-    return CLIPTokenizer.from_pretrained(str(folder), model_max_length=77, local_files_only=True)
+    if any((folder / name).is_file() for name in SETTINGS):
+        import transformers  # takes seconds
+        return transformers.CLIPTokenizer.from_pretrained(str(folder), model_max_length=77, local_files_only=True)
+    from sd.prompts.clip_tokenizer import CLIPTokenizer
+    return CLIPTokenizer(folder)
 
 
 @lru_cache(maxsize=1)
@@ -49,13 +56,15 @@ def vocabulary() -> frozenset[str]:
 def tokenize(tokenizer, prompts: list[str], max_tokens: int, words: Mapping[str, Sequence[int]] | None = None) -> Tensor:
     """Token ids [B, max_tokens]: start, prompt, end, padded with the tokenizer's pad token (in SD 1.x the end token).
 
-    `words`: learned word -> its token ids (`CLIP.words`). A prompt that is too long is cut, with a warning that shows what
-    was cut. Raises TypeError if `prompts` is not a list of strings, SDError for max_tokens below 2 and lone surrogates.
+    `tokenizer`: what `load_tokenizer` returns, or one of transformers'. `words`: learned word -> its token ids (`CLIP.words`).
+    A prompt that is too long is cut, with a warning that shows what was cut. Raises TypeError if `prompts` is not a list of
+    strings, SDError for max_tokens below 2 and lone surrogates.
     """
     if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
         raise TypeError(f"prompts must be a list of strings, not {prompts!r:.200}")
     if max_tokens < 2:
         raise SDError(f"max_tokens is {max_tokens}; start and end need at least 2")
+    import torch  # here: commands that only look at their arguments use this file too
     ids = torch.full((len(prompts), max_tokens), tokenizer.pad_token_id, dtype=torch.long)
     for row, prompt in zip(ids, prompts, strict=True):
         try:

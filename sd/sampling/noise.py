@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sd.config import ModelConfig
 from sd.errors import SDError
+from sd.sampling.spacings import SPACINGS
 
-SPACINGS = ("leading", "trailing", "linspace", "karras", "exponential", "lcm")
 LCM_STEPS = 50  # timesteps on which LCM models are distilled; sampling uses a subset
 KARRAS_RHO = 7.0
 LOG_SNR = 20.0  # of the cosine schedule at t = 0; -LOG_SNR at its end

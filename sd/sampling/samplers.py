@@ -7,6 +7,7 @@ requests, answer them in one network call (each row with its own sigma), and sen
 x [B, C, H, W] is fp32 in VE scale (x0 + sigma noise); `sigmas` [n + 1] fall. `noise(i)`, shaped like x, is the N(0, 1)
 noise of step i: requested in rising order, at most once per step, and not by steps that add none (those to a sigma of 0).
 In this scale DDPM, DDIM and Euler share one formula and differ in schedule, start and end.
+The formulas are plain arithmetic on x, so that this file, whose table the flags are described from, does without torch.
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import expm1, log, sqrt
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from sd.errors import SDError
-from sd.sampling.noise import SPACINGS, Schedule, schedule
+from sd.sampling.spacings import SPACINGS
 
-Walk = Generator[tuple[int, Tensor, float], Tensor, Tensor]  # yields (step, x, sigma), is sent x0, returns x
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sd.sampling.noise import Schedule
+
+    Walk = Generator[tuple[int, Tensor, float], Tensor, Tensor]  # yields (step, x, sigma), is sent x0, returns x
 
 
 def run(name: str, denoise: Callable[[Tensor, float], Tensor], x: Tensor, schedule: Schedule, *,
@@ -263,5 +268,6 @@ def sampler_schedule(name: str, n: int, alphas_cumprod: Tensor, spacing: str | N
     spacing = row.spacing if spacing is None else spacing
     if spacing not in row.spacings:
         raise SDError(f"spacing {spacing!r} is not possible with sampler {name}; allowed: {', '.join(row.spacings)}")
+    from sd.sampling.noise import schedule
     return schedule(spacing, n, alphas_cumprod, extra_point=row.extra_point, fractional=row.fractional,
                     to_zero=row.to_zero, unit_start=row.unit_start)

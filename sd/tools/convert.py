@@ -13,7 +13,7 @@ import torch
 from sd.adapters.kinds import needs_base
 from sd.adapters.weights import AdapterWeights, LoRAFormatError
 from sd.config import CONFIG_KEY, SD15
-from sd.files.atomic import keep_sources
+from sd.files.tensors import keep_sources
 from sd.lora_files.write import UNNAMED, check_format, refusals, write_lora
 from sd.tools.base import Base, fit, load_base, load_lora_file
 from sd.tools.decompose import Approximation, RankRule, Report, approximate

@@ -12,9 +12,8 @@ from sd.checkpoints.names import model_names
 from sd.checkpoints.reader import config_of_file
 from sd.checkpoints.writer import ldm_metadata, ldm_tensors
 from sd.config import ModelConfig
-from sd.files.atomic import keep_sources
 from sd.files.tensor_file import CheckpointError
-from sd.files.tensors import read_tensors, write_safetensors
+from sd.files.tensors import keep_sources, read_tensors, write_safetensors
 from sd.lora_files.header import renewed
 from sd.lora_files.modules import modules_of
 from sd.lora_files.read import read_lora

@@ -20,7 +20,7 @@ from sd.adapters.adapter import at_least_fp32
 from sd.adapters.switch import adapter_names
 from sd.adapters.targets import named_layers
 from sd.adapters.weights import AdapterWeights, LoRAError
-from sd.files.atomic import keep_sources
+from sd.files.tensors import keep_sources
 from sd.lora_files.header import lora_metadata
 from sd.lora_files.modules import modules_of
 from sd.lora_files.write import write_lora

@@ -19,7 +19,7 @@ from torch import Tensor
 from sd.adapters.adapter import at_least_fp32
 from sd.adapters.kinds import KINDS, needs_base
 from sd.adapters.weights import AdapterWeights, LayerShape, LoRAError, LoRAFormatError
-from sd.files.atomic import keep_sources
+from sd.files.tensors import keep_sources
 from sd.lora_files.block_weights import block_multipliers
 from sd.lora_files.header import lora_metadata
 from sd.lora_files.write import write_lora

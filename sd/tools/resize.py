@@ -9,7 +9,7 @@ import torch
 
 from sd.adapters.adapter import MODIFIERS
 from sd.adapters.weights import AdapterWeights, LoRAError
-from sd.files.atomic import keep_sources
+from sd.files.tensors import keep_sources
 from sd.lora_files.header import lora_metadata
 from sd.lora_files.write import write_lora
 from sd.tools.base import load_base, load_lora_file

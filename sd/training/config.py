@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from sd.adapters.kinds import Kind
 from sd.training.rules import check
 
 
@@ -68,7 +67,7 @@ class TrainConfig:
 
     name: str = "lora"
     """Name of the LoRA and of its file in the out folder."""
-    kind: Kind = "lora"
+    kind: Literal["lora", "full", "loha", "lokr", "ia3", "glora", "oft", "boft", "hra"] = "lora"
     """Kind of adapter: see sd/adapters/kinds.py."""
     rank: int = 4
     """Rank of the LoRA."""

@@ -9,14 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sd.lora_files.embedding_files import file_name
 from sd.prompts.learned_words import EmbeddingError, word_key
 from sd.prompts.tokenizer import find_words, tokens_of
 from sd.training.dataset.batches import picture_options
 from sd.training.dataset.captions import seen_caption
 from sd.training.dataset.randomness import torch_rng
 from sd.training.errors import TrainError
-from sd.training.rules import NewWord, words_of
+from sd.training.rules import NewWord, file_name, words_of
 
 
 def new_words(config, models) -> dict[str, nn.Parameter]:

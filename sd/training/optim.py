@@ -14,7 +14,7 @@ from sd.lora_files.block_weights import BlockWeightError, block_multipliers
 from sd.lora_files.modules import Modules
 from sd.training.errors import TrainError
 from sd.training.relora import rewarm_factor
-from sd.training.rules import PRODUCTS
+from sd.training.rules import kinds_with
 
 WORDS = "clip.learned."  # prefix of the canonical names of new words' vectors
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -230,7 +230,7 @@ def limit_norms(layers: Mapping[str, LoRALayer], name: str, max_norm: float) -> 
         adapter = layer.adapter(name)
         if not adapter.is_product:
             raise TrainError(f"max_norm is {max_norm}, which does not go with kind {adapter.kind!r} (on {path}); "
-                             f"allowed: {', '.join(sorted(PRODUCTS))}")
+                             f"allowed: {', '.join(sorted(kinds_with('is_product')))}")
         factors: list[Tensor] = [p for key, p in adapter.named_parameters() if key not in ("magnitude", "diff_b")]
         if not factors:  # a difference of the bias alone
             continue

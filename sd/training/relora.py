@@ -23,7 +23,7 @@ from sd.adapters.weights import AdapterWeights
 from sd.tools.decompose import RankRule, Report, approximate
 from sd.training.dataset.randomness import seed_of
 from sd.training.errors import TrainError
-from sd.training.rules import KINDS_THAT_ADD
+from sd.training.rules import kinds_with
 
 
 def merged_name(name: str) -> str:
@@ -43,7 +43,7 @@ def attach_merged(name: str, adapters: dict[str, Adapter], layers: dict[str, LoR
     for path, adapter in adapters.items():
         if not (adapter.adds or isinstance(adapter, Full)) or adapter.magnitude is not None:
             what = "a magnitude (DoRA)" if adapter.magnitude is not None else f"kind {adapter.kind!r}"
-            raise TrainError(f"relora_every does not go with {what} (on {path}); allowed: {', '.join(KINDS_THAT_ADD)}")
+            raise TrainError(f"relora_every does not go with {what} (on {path}); allowed: {', '.join(kinds_with('adds'))}")
     for path, adapter in adapters.items():
         merged = Full(layers[path].lora_shape())
         if adapter.diff_b is not None:

@@ -1,6 +1,7 @@
 """Every rule of a TrainConfig: the values that an option may have, alone and beside the others.
 
-The allowed names of an option are in its type, a Literal of config.py; nothing here imports the code that implements them.
+The allowed names of an option are in its type, a Literal of config.py; nothing here imports the code that implements them,
+apart from the facts about kinds of adapter, which are looked up last: `--help` and most mistakes need no torch.
 """
 
 from __future__ import annotations
@@ -12,13 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from sd.adapters.kinds import KINDS
-from sd.lora_files.embedding_files import file_name
 from sd.training.errors import TrainError
 
-SCALED, SIZED, PRODUCTS, KINDS_THAT_ADD = (
-    tuple(name for name, kind in KINDS.items() if getattr(kind, fact)) for fact in ("scaled", "sized", "is_product", "adds"))
-WITH_ALPHA = tuple(name for name, kind in KINDS.items() if kind.scaled or kind.bounded)
 OPTIMIZERS_THAT_FORGET = ("adamw", "adamw8bit", "adafactor", "lion")  # that can drop a parameter's state in mid-run
 
 Rule = tuple[bool, str, str]  # (whether it holds, field, what is allowed)
@@ -38,6 +34,12 @@ def check(config) -> None:
     if config.train != "vae" and not (config.unet or config.text_encoder):
         raise TrainError("nothing is trained: unet and text_encoder are both off")
     check_all(effects(config))
+
+
+def kinds_with(*facts: str) -> tuple[str, ...]:
+    """The kinds of adapter that have at least one of these facts (attributes of Adapter)."""
+    from sd.adapters.kinds import KINDS
+    return tuple(name for name, kind in KINDS.items() if any(getattr(kind, fact) for fact in facts))
 
 
 # ---- one option by itself --------------------------------------------------------------------------------------------
@@ -141,6 +143,11 @@ def words_of(config) -> list[NewWord]:
     return [word for text in config.new_words if (word := parse_word(text))]
 
 
+def file_name(word: str) -> str:
+    """The name of the file in which a word is saved: <cat-toy> -> cat-toy.safetensors."""
+    return (re.sub(r"[^\w.+-]+", "-", word).strip("-.") or "word") + ".safetensors"
+
+
 def new_words(config) -> Iterator[Rule]:
     words = words_of(config)
     yield (len(words) == len(config.new_words), "new_words",
@@ -169,13 +176,16 @@ def lora(config) -> Iterator[Rule]:
         for field in ("kind", "rank", "alpha", "rslora", "dora", "targets", "init", "block_ranks"):
             yield is_default(config, field), field, "left out with from_lora, whose file says it"
         return
+    from sd.adapters.kinds import KINDS
     kind = KINDS[config.kind]
-    yield config.kind in SCALED or not config.rslora, "rslora", f"off unless kind is one of {', '.join(SCALED)}"
-    yield config.kind in SIZED or not config.block_ranks, "block_ranks", f"left out unless kind is one of {', '.join(SIZED)}"
+    yield kind.scaled or not config.rslora, "rslora", f"off unless kind is one of {', '.join(kinds_with('scaled'))}"
+    yield (kind.sized or not config.block_ranks, "block_ranks",
+           f"left out unless kind is one of {', '.join(kinds_with('sized'))}")
     yield kind.takes_dora or not config.dora, "dora", f"off with kind {config.kind}, which has no magnitude"
     yield kind.drops_ranks or not config.rank_dropout, "rank_dropout", f"0 with kind {config.kind}, which has no ranks to drop"
     yield not (config.dora and config.rank_dropout), "rank_dropout", "0 with dora, whose norm is that of the whole change"
-    yield kind.is_product or not config.max_norm, "max_norm", f"0 unless kind is one of {', '.join(sorted(PRODUCTS))}"
+    products = ", ".join(sorted(kinds_with("is_product")))
+    yield kind.is_product or not config.max_norm, "max_norm", f"0 unless kind is one of {products}"
     if config.init == "pissa":
         yield config.kind == "lora", "kind", "lora with init pissa"
         yield config.alpha > 0, "alpha", "above 0 with init pissa"
@@ -186,7 +196,8 @@ def relora(config) -> Iterator[Rule]:
     if not config.relora_every:
         return
     yield config.train == "lora", "relora_every", "0 unless a LoRA is trained"
-    yield config.kind in KINDS_THAT_ADD, "kind", f"{', '.join(KINDS_THAT_ADD)} with relora_every"
+    adding = kinds_with("adds")
+    yield config.kind in adding, "kind", f"{', '.join(adding)} with relora_every"
     yield not config.dora, "dora", "off with relora_every: the magnitude is that of one whole change"
     yield config.init == "default", "init", "default with relora_every, which begins anew from a change of 0"
     yield not config.ema, "ema", "0 with relora_every: no average goes across a restart"
@@ -215,8 +226,8 @@ DIFFUSION = ("loss", "weighting", "zero_terminal_snr", "min_timestep", "max_time
 # (fields, whether they have an effect, where they have one)
 EFFECTS = (
     (LORA, lambda c: c.train == "lora", "train lora"),
-    (("rank",), lambda c: c.kind in SIZED, "a kind that has ranks"),
-    (("alpha",), lambda c: c.kind in WITH_ALPHA, "a kind that has a scale"),
+    (("rank",), lambda c: c.kind in kinds_with("sized"), "a kind that has ranks"),
+    (("alpha",), lambda c: c.kind in kinds_with("scaled", "bounded"), "a kind that has a scale"),
     (("relora_warmup", "relora_save"), lambda c: c.relora_every, "relora_every"),
     (("relora_rank",), lambda c: c.relora_every and c.relora_save == "svd", "relora_every and relora_save svd"),
     (("unet", "text_encoder", *CAPTIONS, *DIFFUSION), lambda c: c.train != "vae", "a train other than vae"),

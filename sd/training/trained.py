@@ -30,7 +30,7 @@ from sd.training.dataset.randomness import seed_of
 from sd.training.errors import TrainError
 from sd.training.new_words import new_words
 from sd.training.relora import adapters_in_training, attach_merged, merged_name
-from sd.training.rules import PRODUCTS, SCALED
+from sd.training.rules import kinds_with
 
 
 @contextmanager
@@ -156,7 +156,7 @@ def _ranks(config, networks: Mapping[str, nn.Module]) -> tuple[dict[str, int], d
 
 def _alpha(config, rank: int) -> float:
     """Keep alpha / rank (with rsLoRA alpha / sqrt(rank)) the same for every rank; leave alpha alone where it is not a scale."""
-    if config.kind not in SCALED:
+    if config.kind not in kinds_with("scaled"):
         return config.alpha
     return config.alpha * (math.sqrt(rank) if config.rslora else rank / config.rank)
 
@@ -195,7 +195,8 @@ def _prepare(adapter: Adapter, config, where: str) -> None:
     if why := adapter.why_not_trained():
         raise TrainError(f"{where} {why}")
     if config.max_norm and not adapter.is_product:
-        raise TrainError(f"{where}: max_norm does not go with kind {adapter.kind!r}; allowed: {', '.join(sorted(PRODUCTS))}")
+        raise TrainError(f"{where}: max_norm does not go with kind {adapter.kind!r}; "
+                         f"allowed: {', '.join(sorted(kinds_with('is_product')))}")
     adapter.from_file = False
     try:
         full = adapter.kind == "full"  # has no ranks to drop

@@ -15,7 +15,7 @@ from sd.commands.main import main
 from sd.files.tensor_file import CheckpointError
 from sd.files.tensors import read_tensors
 from sd.lora import adapter_names, apply_lora_to_model, load_lora_weights, modules_of, remove_lora
-from sd.lora_files.embedding_files import file_name, read_embeddings
+from sd.lora_files.embedding_files import read_embeddings
 from sd.lora_files.read import read_lora
 from sd.model_loader import (
     Models,
@@ -445,8 +445,3 @@ def test_inspect_tells_words_of_embeddings_and_of_loras(models, tmp_path):
     facts = inspect_file(tmp_path / "style.safetensors", tmp_path / "m.safetensors")
     assert facts["kind"] == "LoRA" and facts["learned words"] == {"bad_v1.3": f"2 vectors of width {D}"}
     assert inspect_file(tmp_path / "m.safetensors")["kind"] == "checkpoint"
-
-
-def test_names_of_files_are_fit_for_every_system():
-    assert [file_name(w) for w in ("<cat-toy>", "a/b\\c", "..", "v1.3", "日本")] == [
-        "cat-toy.safetensors", "a-b-c.safetensors", "word.safetensors", "v1.3.safetensors", "日本.safetensors"]

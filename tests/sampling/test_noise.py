@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from sd.config import SD15, ConfigError, ModelConfig
 from sd.sampling.noise import (
-    SPACINGS,
     add_noise,
     alphas_cumprod,
     betas,
@@ -20,6 +19,7 @@ from sd.sampling.noise import (
     t_to_sigma,
     velocity,
 )
+from sd.sampling.spacings import SPACINGS
 
 ABAR = alphas_cumprod(SD15)
 

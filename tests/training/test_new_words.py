@@ -10,7 +10,7 @@ from diffusers import DDPMScheduler
 from sd.commands.main import main
 from sd.files.tensors import read_tensors
 from sd.lora import adapter_names
-from sd.lora_files.embedding_files import file_name, read_embeddings
+from sd.lora_files.embedding_files import read_embeddings
 from sd.model_loader import Models, load_embedding, load_lora_into_models, new_models, save_checkpoint
 from sd.prompts.learned_words import word_key
 from sd.prompts.tokenizer import tokenize
@@ -18,7 +18,7 @@ from sd.training import PictureSet, TrainConfig, TrainError, train
 from sd.training import step as batches
 from sd.training.dataset.batches import Batches, batch_captions
 from sd.training.optim import make_optimizer
-from sd.training.rules import parse_word
+from sd.training.rules import file_name, parse_word
 from sd.training.trained import training
 from tests.peers import ours_and_peers
 from tests.training.tiny import SMALL, changed, copy_of, pictures
@@ -196,3 +196,8 @@ def test_the_command_line_trains_a_word_and_says_where_it_is(tmp_path, monkeypat
     assert file_name("<cat-toy>") == "cat-toy.safetensors" and list(read_embeddings("run/cat-toy.safetensors")) == ["<cat-toy>"]
     assert main(["generate", "a <cat-toy>", "--model", "m.safetensors", "--steps", "2", "--embedding",
                  "run/cat-toy.safetensors", "--out", "a.png"]) == 0
+
+
+def test_names_of_files_are_fit_for_every_system():
+    assert [file_name(w) for w in ("<cat-toy>", "a/b\\c", "..", "v1.3", "日本")] == [
+        "cat-toy.safetensors", "a-b-c.safetensors", "word.safetensors", "v1.3.safetensors", "日本.safetensors"]

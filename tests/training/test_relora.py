@@ -19,7 +19,7 @@ from sd.training import TrainConfig, TrainError, train
 from sd.training.loss import diffusion_loss
 from sd.training.optim import lr_factor, make_optimizer
 from sd.training.relora import adapters_in_training, attach_merged, fold, restart
-from sd.training.rules import KINDS_THAT_ADD, OPTIMIZERS_THAT_FORGET
+from sd.training.rules import OPTIMIZERS_THAT_FORGET, kinds_with
 from sd.training.trained import frozen_parts, training
 from tests.training.tiny import copy_of, metrics, output, pictures, stopped
 
@@ -73,7 +73,7 @@ def test_restarts_take_the_steps_of_a_linear_layer_whose_weight_is_written():
     assert torch.linalg.matrix_rank(layer.adapter("lora.merged").diff.double(), rtol=1e-5) == 4 > adapter.rank
 
 
-@pytest.mark.parametrize("kind", KINDS_THAT_ADD)
+@pytest.mark.parametrize("kind", kinds_with("adds"))
 def test_the_loss_does_not_jump_across_a_restart(untrained, kind):
     models, config = copy_of(untrained), replace(EVERY, kind=kind, targets=("kohya", "norm1"))
     with training(config, models) as parameters:

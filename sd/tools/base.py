@@ -16,6 +16,7 @@ from sd.adapters.kinds import KINDS
 from sd.adapters.targets import layer_shapes
 from sd.adapters.weights import AdapterWeights, LayerShape, LoRAFormatError
 from sd.config import CONFIG_KEY, PRESETS, SD15, ModelConfig
+from sd.cpu import tune
 from sd.errors import SDError
 from sd.files.tensor_file import TensorFile
 from sd.lora_files.modules import Modules, modules_of
@@ -71,6 +72,7 @@ def load_lora_file(path: str | os.PathLike, base: Base | None = None, *, skip: s
                    words: bool = False) -> tuple[LoRAFile, Base]:
     """Read a LoRA file of any program and check each tensor against its base. `words` and errors: see `read_lora`."""
     found_base = base
+    tune()  # tools multiply matrices too
 
     def modules(file: TensorFile) -> Modules:
         nonlocal found_base

@@ -19,7 +19,7 @@ MISTAKES = (
 DAY = (["generate", "7", "--model", "digits", "--steps", "1"],
        ["compare", "7", "--model", "digits", "--steps", "1", "--lora", "digits-inverted"],
        ["train", "--model", "digits", "--data", str(ROOT / "data/digits-thick"), "--steps", "1", "--batch-size", "1",
-        "--sample-prompts", "7", "--sample-steps", "1", "--out", "run"],
+        "--sample-prompts", "7", "--sample-steps", "1", "--no-progress", "--out", "run"],
        ["merge", "m.safetensors", "--model", "digits", "--lora", "run/lora.safetensors"],
        ["convert", "run/lora.safetensors", "peft", "--format", "peft", "--model", str(ROOT / "data/digits.safetensors")],
        ["inspect", "run/lora.safetensors", "out/0001.png"])

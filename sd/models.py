@@ -15,6 +15,7 @@ from sd.clip import CLIP
 from sd.config import ModelConfig
 from sd.errors import SDError
 from sd.files.hashes import model_hash
+from sd.graphs import forget
 from sd.prompts.learned_words import LearnedWords
 from sd.prompts.tokenizer import load_tokenizer
 from sd.unet import UNet
@@ -62,6 +63,7 @@ class Models(dict):
 
     def to(self, device) -> Models:
         for network in self.values():
+            forget(network)
             network.to(device)
         return self
 

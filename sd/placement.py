@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from sd.adapters.merging import merge, unmerge
 from sd.adapters.quant import quantized_kinds
 from sd.adapters.switch import active_multipliers
+from sd.graphs import forget, repeated
 from sd.models import Models
 
 
@@ -82,11 +83,16 @@ class Networks:
 
     @contextmanager
     def use(self, key: str) -> Iterator[nn.Module]:
-        """The network on the device inside the block, merged if `merged`. Its merged weights stay until it moves."""
+        """The network on the device inside the block, merged if `merged`. Its merged weights stay until it moves.
+
+        The UNet of a CUDA device, called many times, is repeated from graphs, unless it goes away after each use.
+        """
+        stays = _is_at(self.models[key], self.device) and self.idle_device is None
         with at(self.models[key], self.device, self.idle_device) as network:
             if self.merged:
                 merge(network)
-            yield network
+            with repeated(network) if key == "diffusion" and stays else nullcontext():
+                yield network
 
 
 def should_merge(models: Models, merged: bool | str) -> bool:
@@ -107,10 +113,15 @@ def _device_of(network: nn.Module, default) -> torch.device:
     return torch.device(default) if weight is None else weight.device
 
 
-def _move(network: nn.Module, device) -> None:
+def _is_at(network: nn.Module, device) -> bool:
     there, wanted = _device_of(network, device), torch.device(device)
-    if there.type != wanted.type or wanted.index not in (None, there.index):  # "cuda" means any of its devices
-        network.to(wanted)
+    return there.type == wanted.type and wanted.index in (None, there.index)  # "cuda" means any of its devices
+
+
+def _move(network: nn.Module, device) -> None:
+    if not _is_at(network, device):
+        forget(network)
+        network.to(torch.device(device))
 
 
 def _free_cache() -> None:

@@ -13,8 +13,8 @@ import pytest
 from tests.docs.reading import ROOT
 
 # A module -> how many lines of definitions its closure may have.
-LIMITS = {"adapters/layer": 1050, "attention": 1250, "unet": 1900, "training/loss": 1900, "training/config": 2400,
-          "pipeline": 4500}
+LIMITS = {"adapters/layer": 1120, "attention": 1280, "unet": 2000, "training/loss": 1900, "training/config": 2400,
+          "pipeline": 4700}
 
 
 @cache

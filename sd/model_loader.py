@@ -30,6 +30,7 @@ from sd.models import (
     count_parameters,
     default_device,
     default_dtype,
+    memory_format,
     new_models,
     usable_device,
 )
@@ -96,7 +97,9 @@ def _placed(state: Mapping[str, Tensor], component: str, device: torch.device,
             dtype: torch.dtype | str) -> dict[str, Tensor]:
     if dtype == torch.float16 and component in ("encoder", "decoder"):
         dtype = torch.float32  # the VAE overflows in fp16, and takes a small part of the time of a picture
-    return {k: t.to(device=device, dtype=dtype if isinstance(dtype, torch.dtype) else t.dtype) for k, t in state.items()}
+    layout = memory_format(device)
+    return {k: t.to(device=device, dtype=dtype if isinstance(dtype, torch.dtype) else t.dtype,
+                    memory_format=layout if t.dim() == 4 else torch.preserve_format) for k, t in state.items()}
 
 
 def preload_models_with_lora(ckpt_path: str | os.PathLike | None = None, device=None, lora_rank: int = 4,

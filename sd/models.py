@@ -95,6 +95,11 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float16
 
 
+def memory_format(device: torch.device) -> torch.memory_format:
+    """The layout of networks on a device: channels_last on CUDA, where it has the fastest convolutions."""
+    return torch.channels_last if device.type == "cuda" else torch.preserve_format
+
+
 def build_networks(config: ModelConfig) -> dict[str, nn.Module]:
     """The four networks with torch's random initial weights; inside `with torch.device("meta")`, without any."""
     return {"clip": CLIP(config.clip), **build_vae(config.vae), "diffusion": UNet(config.unet)}

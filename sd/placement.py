@@ -15,19 +15,20 @@ from sd.adapters.merging import merge, unmerge
 from sd.adapters.quant import quantized_kinds
 from sd.adapters.switch import active_multipliers
 from sd.graphs import forget, repeated
-from sd.models import Models
+from sd.models import Models, memory_format
 
 
 @contextmanager
 def run_as(config, models: Models) -> Iterator[None]:
     """Apply `config.compile` and `config.deterministic` inside the block, and undo both afterwards.
 
-    On CUDA the UNet is in channels_last, the layout of the fastest convolutions. It is compiled for each shape separately:
+    On CUDA the networks are in channels_last, as loaded ones are. The UNet is compiled for each shape separately:
     dynamic code depends on which shapes came first, so a resumed run would not give the same bits.
     """
     unet, before = models["diffusion"], torch.are_deterministic_algorithms_enabled()
     if models.device.type == "cuda":
-        unet.to(memory_format=torch.channels_last)
+        for network in models.values():
+            network.to(memory_format=memory_format(models.device))
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
         torch.use_deterministic_algorithms(True)
@@ -45,6 +46,11 @@ def placed_for(network: nn.Module, x: Tensor) -> Tensor:
     """x on the device and in the dtype of the network's weights; unchanged for a network without weights."""
     weight = next(network.parameters(), x)
     return x.to(weight.device, weight.dtype)
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """x from the host on the device, without waiting for what runs there."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 @contextmanager

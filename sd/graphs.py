@@ -169,6 +169,11 @@ def forget(network: nn.Module) -> None:
         graphs.kept, graphs.checked = {}, None
 
 
+def captured(network: nn.Module) -> list[Graph]:
+    """The graphs that the network has."""
+    return [graph for graph in _GRAPHS[network].kept.values() if graph is not None] if network in _GRAPHS else []
+
+
 def _base(network: nn.Module) -> Hashable | None:
     """Where all tensors but those of adapters are; None if the network is trained, or has hooks, which a graph would omit."""
     places, waiting = [], [network]

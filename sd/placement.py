@@ -49,8 +49,9 @@ def placed_for(network: nn.Module, x: Tensor) -> Tensor:
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:
-    """x from the host on the device, without waiting for what runs there."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    """x on the device; from the host without waiting for what runs there."""
+    waits = device.type == "cuda" and x.device.type == "cpu"
+    return x.pin_memory().to(device, non_blocking=True) if waits else x.to(device)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ The tests need torch and sd/ alone: `python -m bench.gpu` calls them one by one,
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,10 @@ from sd.models import Models, new_models
 from sd.pipeline import Start, guided, sample
 from sd.placement import Networks, placed_for, sent
 from sd.request import Request
+from sd.training.config import TrainConfig
+from sd.training.dataset.data import as_picture_data
+from sd.training.step import diffusion_batches
+from sd.training.trained import training
 
 NAMES = ("a", "b", "c", "d")
 
@@ -128,6 +132,31 @@ def test_no_sampler_waits_for_the_device():
             with no_waiting():
                 got = sample(denoise, start, request, TINY, noise)
         assert got.isfinite().all() and got.shape == want.shape
+
+
+def test_no_step_of_training_waits_for_the_device():
+    class Pictures:
+        captions = ["red", "green", "blue", "grey"]
+
+        def __len__(self):
+            return 4
+
+        def picture(self, i):
+            return torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(i)) * 2 - 1
+
+        def fingerprint(self):
+            return "four"
+
+    for weighting in ("none", "min_snr"):
+        models = tiny(torch.float32)
+        config = TrainConfig(batch_size=2, size=64, steps=3, precision="bf16", progress=False, weighting=weighting)
+        with training(config, models) as parameters:
+            micro_loss = diffusion_batches(config, models, as_picture_data(Pictures()))
+            for number in range(3):
+                with no_waiting() if number else nullcontext(), torch.autocast("cuda", torch.bfloat16):
+                    loss = micro_loss(number)
+                    loss.backward()
+            assert loss.isfinite() and all(p.grad is not None for p in parameters.values())
 
 
 def test_what_is_sent_arrives():

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 
@@ -370,6 +371,28 @@ def test_without_memory_for_a_graph_the_network_is_called_as_it_is(models, monke
     monkeypatch.setitem(graphs.TAPES, "cpu", lambda: Full)
     assert np.array_equal(pictures(models), want) and np.array_equal(pictures(models), want)
     assert len(made) == 1
+
+
+def test_the_tape_of_cuda_captures_in_the_shared_pool_and_replays(monkeypatch):
+    done = []
+
+    class Fake:
+        def replay(self):
+            done.append("replay")
+
+    @contextmanager
+    def capture(graph, pool, capture_error_mode):
+        assert isinstance(graph, Fake) and pool == "pool" and capture_error_mode == "thread_local"
+        done.append("capture")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Fake)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    tape = graphs.TAPES["cuda"]()()
+    output = tape.capture(lambda: X)
+    tape.replay()
+    assert output is X and done == ["capture", "replay", "replay"]
 
 
 def test_there_are_graphs_on_cuda_alone():

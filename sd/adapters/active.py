@@ -44,6 +44,13 @@ class ActiveSet:
         return int.from_bytes(digest, "little") >> 1
 
     @cached_property
+    def mark(self) -> Tensor:
+        """The fingerprint as a tensor on the CPU, made once; `frombuffer`, since another constructor would give that of a
+        tracing, a transform or a default device when the first forward happens to be inside one."""
+        with torch.inference_mode(False):
+            return torch.frombuffer(bytearray(self.fingerprint.to_bytes(8, "little")), dtype=torch.int64)
+
+    @cached_property
     def per_image(self) -> bool:
         return any(isinstance(m, tuple) for m in self.multipliers.values())
 

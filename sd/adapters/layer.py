@@ -183,7 +183,7 @@ class LoRALayer(Base):
             out = out + times(change, multiplier)
         if pairs:
             out = fuse(self, pairs, self.compute_dtype(x)).add_to(out, x, self)
-        return _SameActiveSet.apply(out, torch.tensor(self.effective.fingerprint))
+        return _SameActiveSet.apply(out, self.effective.mark)
 
     def prepare(self) -> None:
         """Fuse the present active set for inference, so that code compiled as one graph need not."""
@@ -274,18 +274,18 @@ class _SameActiveSet(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(change, fingerprint):
+    def forward(change, mark):
         return change.view_as(change)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(inputs[1])
-        ctx.fingerprint = inputs[1]
+        ctx.mark = inputs[1]
 
     @staticmethod
     def backward(ctx, grad):
         (recomputed,) = ctx.saved_tensors
-        if not torch.equal(recomputed, ctx.fingerprint):
+        if recomputed is not ctx.mark and not torch.equal(recomputed, ctx.mark):  # a recomputation, or a hook, has a copy
             raise LoRAError("the active LoRA set changed between the forward and its recomputation for the backward; "
                             "use sd.lora.checkpoint, or keep the backward inside the same use_adapters()")
         return grad, None

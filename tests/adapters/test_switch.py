@@ -6,7 +6,9 @@ import threading
 import pytest
 import torch
 import torch.nn as nn
+from torch._subclasses import FakeTensorMode
 
+from sd.adapters.layers import LoRALinear
 from sd.lora import (
     LoRAError,
     active_multipliers,
@@ -133,3 +135,17 @@ def test_a_block_multiplier_that_changes_before_a_recomputation_raises():
     layer.set_block_multiplier("a", 0.5)
     with pytest.raises(LoRAError, match="the active LoRA set changed"):
         out.sum().backward()
+
+
+def test_the_mark_of_an_active_set_is_made_once_for_all_layers_and_plain_whatever_the_first_forward_is_inside():
+    model = nn.Sequential(LoRALinear(4, 4, rank=2), LoRALinear(4, 4, rank=2))
+    with use_adapters(model, {"default": 0.5}):
+        with FakeTensorMode(), torch.inference_mode(), torch.device("meta"):
+            mark = model[0].effective.mark
+        assert type(mark) is torch.Tensor and not mark.is_inference() and mark.device.type == "cpu"
+        for run in (model, lambda x: checkpoint(model, x)):
+            run(torch.randn(2, 4, requires_grad=True)).sum().backward()
+            assert model[0].effective.mark is model[1].effective.mark is mark
+        assert mark.item() == model[0].effective.fingerprint
+    with use_adapters(model, {"default": -0.5}):
+        assert not torch.equal(model[0].effective.mark, mark)

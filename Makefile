@@ -4,7 +4,7 @@ BIN = .venv/bin
 # Two processes; the tests of a file stay together, since they share what their fixtures computed.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-recipes lint install clean
+.PHONY: demo test test-recipes lint gpu install clean
 install: .venv/installed
 
 demo: install
@@ -20,6 +20,12 @@ test-recipes: install
 lint: install
 	$(BIN)/ruff check
 	$(BIN)/mypy --no-error-summary
+
+# Eight minutes on a CUDA machine (docs/benchmarks.md), with .venv if it is there, else with a Python that has torch.
+gpu:
+	@python=$(PYTHON); if [ -x $(BIN)/python ]; then python=$(BIN)/python; fi; \
+	if ! $$python -c 'import torch' 2>/dev/null; then $(MAKE) install && python=$(BIN)/python || exit 1; fi; \
+	$$python -m bench.gpu
 
 # Exact versions from constraints.txt; installed again only when what to install changes.
 .venv/installed: pyproject.toml constraints.txt

@@ -31,6 +31,7 @@ from sd.models import (
     count_parameters,
     default_device,
     default_dtype,
+    memory_format,
     new_models,
     usable_device,
 )
@@ -99,11 +100,10 @@ def preload_models_from_standard_weights(ckpt_path: str | os.PathLike | None = N
 
 
 def _placed(state: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype | str) -> dict[str, Tensor]:
-    """The tensors on the device; in bf16 on the CPU convolutions are in channels_last, the faster format there."""
+    """The tensors on the device, in the layout of its fastest convolutions."""
     def placed(t: Tensor) -> Tensor:
-        t = t.to(device=device, dtype=dtype if isinstance(dtype, torch.dtype) else t.dtype)
-        last = t.dim() == 4 and dtype == torch.bfloat16 and device.type == "cpu"
-        return t.contiguous(memory_format=torch.channels_last) if last else t
+        to = dtype if isinstance(dtype, torch.dtype) else t.dtype
+        return t.to(device=device, dtype=to, memory_format=memory_format(device, to) if t.dim() == 4 else torch.preserve_format)
 
     return {k: placed(t) for k, t in state.items()}
 

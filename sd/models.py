@@ -16,6 +16,7 @@ from sd.config import ModelConfig
 from sd.cpu import has_bf16, tune
 from sd.errors import SDError
 from sd.files.hashes import model_hash
+from sd.graphs import forget
 from sd.prompts.learned_words import LearnedWords
 from sd.prompts.tokenizer import load_tokenizer
 from sd.unet import UNet
@@ -64,6 +65,7 @@ class Models(dict):
 
     def to(self, device) -> Models:
         for network in self.values():
+            forget(network)
             network.to(device)
         return self
 
@@ -102,6 +104,12 @@ def auto_dtype(device: torch.device, unet: nn.Module) -> torch.dtype:
     """The fastest dtype: bf16 on a CPU that multiplies it, for a large UNet; else the device's default."""
     large = sum(p.numel() for p in unet.parameters()) >= LARGE
     return torch.bfloat16 if device.type == "cpu" and large and has_bf16() else default_dtype(device)
+
+
+def memory_format(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
+    """The layout of the fastest convolutions: channels_last on CUDA, and on the CPU in bf16."""
+    fast = device.type == "cuda" or device.type == "cpu" and dtype == torch.bfloat16
+    return torch.channels_last if fast else torch.preserve_format
 
 
 def build_networks(config: ModelConfig) -> dict[str, nn.Module]:

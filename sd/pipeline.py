@@ -27,7 +27,7 @@ from sd.cpu import memory_returned
 from sd.errors import NotFiniteError
 from sd.models import Models, usable_device
 from sd.pictures.sheets import contact_sheet
-from sd.placement import Networks, placed_for, should_merge
+from sd.placement import Networks, placed_for, sent, should_merge
 from sd.prompts.tokenizer import tokenize
 from sd.request import GenerateError, Request, check_number, describe, texts
 from sd.sampling.denoiser import DENOISERS, CFGDenoiser
@@ -252,7 +252,7 @@ def sample(denoise: Callable[[Tensor, float], Tensor], x: Tensor, request: Reque
             bar.update()
             if on_step is not None:
                 on_step(i, n, x0)
-        x = run(request.sampler_name, denoise, x, steps, noise=lambda i: next(noise).to(x.device), on_step=done,
+        x = run(request.sampler_name, denoise, x, steps, noise=lambda i: sent(next(noise), x.device), on_step=done,
                 eta=request.eta)
     return x * steps.end
 

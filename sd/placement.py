@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from sd.adapters.merging import merge, unmerge
 from sd.adapters.quant import quantized_kinds
 from sd.adapters.switch import active_multipliers
 from sd.cpu import tune, tuned
+from sd.graphs import forget, repeated
 from sd.models import Models
 from sd.packed import pack, works
 
@@ -23,12 +24,13 @@ from sd.packed import pack, works
 def run_as(config, models: Models) -> Iterator[None]:
     """Apply `config.compile` and `config.deterministic` inside the block, and undo both afterwards.
 
-    On CUDA the UNet is in channels_last, the layout of the fastest convolutions. It is compiled for each shape separately:
+    On CUDA the networks are in channels_last, as loaded ones are. The UNet is compiled for each shape separately:
     dynamic code depends on which shapes came first, so a resumed run would not give the same bits.
     """
     unet, before = models["diffusion"], torch.are_deterministic_algorithms_enabled()
     if models.device.type == "cuda":
-        unet.to(memory_format=torch.channels_last)
+        for network in models.values():
+            network.to(memory_format=torch.channels_last)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
         torch.use_deterministic_algorithms(True)
@@ -46,6 +48,12 @@ def placed_for(network: nn.Module, x: Tensor) -> Tensor:
     """x on the device and in the dtype of the network's weights; unchanged for a network without weights."""
     weight = next(network.parameters(), x)
     return x.to(weight.device, weight.dtype)
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device; from the host without waiting for what runs there."""
+    waits = device.type == "cuda" and x.device.type == "cpu"
+    return x.pin_memory().to(device, non_blocking=True) if waits else x.to(device)
 
 
 @contextmanager
@@ -84,13 +92,18 @@ class Networks:
 
     @contextmanager
     def use(self, key: str) -> Iterator[nn.Module]:
-        """The network on the device inside the block, merged if `merged`. Its merged weights stay until it moves."""
+        """The network on the device inside the block, merged if `merged`. Its merged weights stay until it moves.
+
+        The UNet of a CUDA device, called many times, is repeated from graphs, unless it goes away after each use.
+        """
+        stays = _is_at(self.models[key], self.device) and self.idle_device is None
         with at(self.models[key], self.device, self.idle_device) as network:
             if self.merged:
                 merge(network)
             if self.device.type == "cpu" and key == "diffusion":  # the others run once a picture
                 pack(network)
-            yield network
+            with repeated(network) if key == "diffusion" and stays else nullcontext():
+                yield network
 
 
 def running(device: torch.device) -> str:
@@ -119,10 +132,15 @@ def _device_of(network: nn.Module, default) -> torch.device:
     return torch.device(default) if weight is None else weight.device
 
 
-def _move(network: nn.Module, device) -> None:
+def _is_at(network: nn.Module, device) -> bool:
     there, wanted = _device_of(network, device), torch.device(device)
-    if there.type != wanted.type or wanted.index not in (None, there.index):  # "cuda" means any of its devices
-        network.to(wanted)
+    return there.type == wanted.type and wanted.index in (None, there.index)  # "cuda" means any of its devices
+
+
+def _move(network: nn.Module, device) -> None:
+    if not _is_at(network, device):
+        forget(network)
+        network.to(torch.device(device))
 
 
 def _free_cache() -> None:

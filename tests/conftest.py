@@ -7,6 +7,7 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # also for processes that tests start
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
@@ -22,3 +23,6 @@ def pytest_collection_modifyitems(items):
     """Start the longest files first, so that both workers end together; they are given out by file in this order."""
     longest = ("test_resume.py", "test_dist.py", "test_bench.py", "test_start.py")
     items.sort(key=lambda item: item.path.name not in longest)
+    for item in items:
+        if item.path.name == "test_cuda.py" and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

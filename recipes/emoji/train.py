@@ -146,10 +146,10 @@ def train_text_encoder(run: str) -> None:
     save_checkpoint(models, READS)
 
 
-def train_unet(run: str, start: Path | None) -> None:
+def train_unet(run: str, start: Path | None, device: str) -> None:
     """Train the UNet from scratch or from an exported model, or resume the run in out/emoji/`run`."""
     pictures, rows = build(EMOJI.image_size)
-    models = preload_models_from_standard_weights(start or READS, "cpu", dtype=torch.float32)
+    models = preload_models_from_standard_weights(start or READS, device, dtype=torch.float32)
     train(in_folder(UNET, run), models, choose(pictures, base_rows(rows)))
 
 
@@ -252,6 +252,7 @@ def main() -> None:
     parser.add_argument("--begun", default="unet", help="finish: the run to finish (default unet)")
     parser.add_argument("--model", type=Path, default=MODEL, help=f"style, concept: the base (default {MODEL})")
     parser.add_argument("--to", type=Path, help=f"export: the file (default {MODEL}); LoRAs: the folder (default {LORAS})")
+    parser.add_argument("--device", default="cpu", help="unet: where it is trained (default cpu)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; use the same number throughout a run, since it "
                                                                "changes the last bit of sums")
     args = parser.parse_args()
@@ -262,7 +263,7 @@ def main() -> None:
         case "text":
             train_text_encoder(args.run or "text")
         case "unet":
-            train_unet(args.run or "unet", args.start)
+            train_unet(args.run or "unet", args.start, args.device)
         case "finish":
             finish_unet(args.run or "finish", args.begun, args.start)
         case "export":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from sd.adapters.adapter import Adapter
 from sd.adapters.fused import Fused, fuse
 
 SETS_KEPT = 8
+STRUCTURES_KEPT = 4
 
 
 class Stamp(NamedTuple):
@@ -59,25 +61,32 @@ class Derived:
         self.any_on = False
         self.kept: dict[int, Kept] = {}  # fused weights of the last sets, by fingerprint, since tasks recur
         self.present: Kept | None = None  # those of the present set
+        self.fixed: dict[Hashable, Fused] = {}  # by structure, the tensors that `hold` has them copied into
         self.merged: Stamp | None = None  # of the layer's merged buffers
         self.merged_on = False  # whether they were made for the present set
         self.packed: Any = None  # (x, layer, weight, bias) -> layer.op, for inference on the CPU (sd/packed.py)
+        self.changes = 0  # of what the forward reads, but for values written into adapters
 
     def follow(self, layer, on: list[Adapter]) -> None:
         """Switch to the layer's present active set, whose adapters are `on`."""
-        self.on, self.any_on = on, bool(on)
+        self.on, self.any_on, self.changes = on, bool(on), self.changes + 1
         fingerprint = layer.effective.fingerprint
         self.merged_on = self.merged is not None and self.merged.fingerprint == fingerprint
         kept = self.kept.get(fingerprint)
         self.present = kept if kept is not None and kept.stamp.still_valid(layer) else None
 
     def drop(self) -> None:
-        """Invalidate everything. The merged buffers stay allocated, to be rewritten in place."""
+        """Invalidate everything. The merged buffers and those of `hold` stay allocated, to be rewritten in place."""
         self.present, self.kept, self.packed = None, {}, None
         self.drop_merged()
 
+    def free(self) -> None:
+        """Invalidate everything, and free the buffers of `hold` too."""
+        self.drop()
+        self.fixed = {}
+
     def drop_merged(self) -> None:
-        self.merged, self.merged_on = None, False
+        self.merged, self.merged_on, self.changes = None, False, self.changes + 1
 
     def forward(self, x: Tensor, layer) -> Tensor:
         """Compute layer(x) with the active adapters, for inference: by the merged weight, or base + fused."""
@@ -96,6 +105,30 @@ class Derived:
             if len(self.kept) > SETS_KEPT:
                 del self.kept[next(iter(self.kept))]
         return kept.fused
+
+    def hold(self, layer, dtype: torch.dtype) -> list[Tensor]:
+        """Let the forward read the present set from fixed tensors, which are returned: merged, or those of its structure.
+
+        A graph of the forward then serves every set of this structure, whatever its values.
+        """
+        if self.is_merged(layer):
+            return [t for t in (layer.merged_weight, layer.merged_bias) if t is not None]
+        made = self.fused(layer, dtype)
+        fixed = self.fixed.pop(made.structure, None)
+        if fixed is None:
+            with exact():
+                fixed = made.empty_like()
+        self.fixed[made.structure] = fixed  # the latest is the last
+        if len(self.fixed) > STRUCTURES_KEPT:
+            del self.fixed[next(iter(self.fixed))]
+        tensors = fixed.tensors()
+        if fixed is not made:
+            assert self.present is not None
+            with exact():
+                if tensors:
+                    torch._foreach_copy_(tensors, made.tensors())
+            self.present = self.present._replace(fused=fixed)
+        return tensors
 
     def is_merged(self, layer) -> bool:
         """Whether the merged buffers are those of the present set."""

@@ -5,8 +5,8 @@ Legend: A adapters, R rank, ΣR the ranks of all, g groups of a convolution; row
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 import torch
@@ -74,7 +74,7 @@ class Delta:
 
     weight: Tensor  # ΔW
     bias: Tensor | None  # Δb
-    multiplier: float | Tensor  # [rows] where images differ; else 1, the multiplier being folded in
+    multiplier: float | Tensor  # [rows] in compute dtype where images differ; else 1, the multiplier being folded in
 
     def add_to(self, out: Tensor, x: Tensor, layer) -> Tensor:
         return out + times(layer.op(x, self.weight, self.bias), self.multiplier)
@@ -94,6 +94,24 @@ class Fused:
         for part in self.parts:
             out = part.add_to(out, x, layer)
         return out
+
+    def tensors(self) -> list[Tensor]:
+        return [value for part in self.parts for value in vars(part).values() if isinstance(value, Tensor)]
+
+    @property
+    def structure(self) -> Hashable:
+        """All but the values: two of equal structure run the same kernels, and fit into each other's tensors."""
+        return self.rows, tuple((type(part), *map(_form, vars(part).values())) for part in self.parts)
+
+    def empty_like(self) -> Fused:
+        """The same structure in new tensors without values."""
+        def empty(part: Any):
+            return replace(part, **{k: torch.empty_like(v) for k, v in vars(part).items() if isinstance(v, Tensor)})
+        return Fused([empty(part) for part in self.parts], self.rows)
+
+
+def _form(value) -> Hashable:
+    return (value.shape, value.stride(), value.dtype, value.device) if isinstance(value, Tensor) else value
 
 
 def _expanded(t: Tensor, rows: int) -> Tensor:
@@ -137,9 +155,11 @@ def fuse(layer, weighted: Sequence[tuple[Adapter, Any]], dtype: torch.dtype) -> 
     return Fused(parts, len(weighted[0][1]) if layer.effective.per_image else None)
 
 
-def _delta(layer, adapter: Adapter, m: float | Tensor, dtype: torch.dtype) -> Delta:
+def _delta(layer, adapter: Adapter, m: Any, dtype: torch.dtype) -> Delta:
     delta, bias = adapter.effective_delta(layer.base_weight()), adapter.bias_delta(layer.base_bias())
-    if not layer.effective.per_image:  # folded in while everything is fp32
+    if layer.effective.per_image:
+        m = m.to(dtype)
+    else:  # folded in while everything is fp32
         delta, bias, m = delta * m, None if bias is None else bias * m, 1.0
     return Delta(delta.to(dtype), None if bias is None else bias.to(dtype), m)
 

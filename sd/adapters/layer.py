@@ -195,6 +195,14 @@ class LoRALayer(Base):
         if self.is_on and not self._is_trained() and not self.is_merged():
             self.derived.fused(self, self.weight.dtype)
 
+    def hold(self) -> list[Tensor] | None:
+        """For a graph of the forward: fix, and return, what it reads beside the base; None where adapters are trained."""
+        if not self.is_on:
+            return []
+        if self._is_trained() or any(p.requires_grad or p.grad is not None or p.is_inference() for p in self.sources()):
+            return None
+        return self.derived.hold(self, self.weight.dtype)
+
     def weighted(self) -> list[tuple[Adapter, Any]]:
         """The active adapters, each with its multiplier: a number, or fp32 [rows] where images differ."""
         if not self.effective.per_image:
@@ -248,6 +256,7 @@ class LoRALayer(Base):
 
     def _apply(self, fn, recurse=True):
         self.drop_derived()
+        self.derived.free()
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args, **kwargs):
@@ -256,7 +265,7 @@ class LoRALayer(Base):
 
     def __getstate__(self):
         derived = copy(self.derived)
-        derived.drop()
+        derived.free()
         return self.__dict__ | {"derived": derived, "_buffers": self._buffers | dict.fromkeys(MERGED)}
 
 

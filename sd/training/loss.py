@@ -93,7 +93,7 @@ def diffusion_loss(models, latents: Tensor, context: Tensor, t: Tensor, noise: T
     each = (error if mask is None else error * mask).flatten(1).mean(1)
     if objective.weighting != "none":
         table = snr_weights(abar, models.config.prediction, objective)
-        each = each * table.float().to(t.device)[at]
+        each = each * table.float().to(t.device, non_blocking=t.device.type == "cuda")[at]
     return (each if weights is None else each * weights).mean()
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from sd.models import Models
+from sd.placement import sent
 from sd.training.config import TrainConfig
 from sd.training.dataset.batches import Batches, batch_captions, batch_noise, batch_variants, batch_weights
 from sd.training.dataset.cache import Posteriors
@@ -45,9 +46,9 @@ def diffusion_batches(config: TrainConfig, models: Models, dataset: PictureData)
         context = contexts(batch_captions(dataset, indices, config, number))
         t = draw_timesteps(len(indices), models.config, config, number)
         noise, input_noise = draw_noise(latents.shape, config, number)
-        return diffusion_loss(models, latents.to(device), context, t.to(device), noise.to(device), objective=config,
-                              input_noise=input_noise.to(device), weights=None if weights is None else weights.to(device),
-                              mask=None if mask is None else mask.to(device))
+        return diffusion_loss(models, sent(latents, device), context, sent(t, device), sent(noise, device), objective=config,
+                              input_noise=sent(input_noise, device), weights=None if weights is None else sent(weights, device),
+                              mask=None if mask is None else sent(mask, device))
 
     return micro_loss
 
@@ -62,6 +63,6 @@ def vae_batches(config: TrainConfig, models: Models, dataset: PictureData, loss:
         pictures = torch.stack([dataset.picture(i, variant) for i, variant in shown])
         b, _, h, w = pictures.shape
         noise = batch_noise((b, vae.latent_channels, h // vae.factor, w // vae.factor), config, number, "posterior")
-        return loss(models, pictures.to(device), noise.to(device), config.kl_weight)
+        return loss(models, sent(pictures, device), sent(noise, device), config.kl_weight)
 
     return micro_loss

@@ -13,8 +13,8 @@ import pytest
 from tests.docs.reading import ROOT
 
 # A module -> how many lines of definitions its closure may have.
-LIMITS = {"adapters/layer": 1050, "attention": 1300, "unet": 2050, "training/loss": 1900, "training/config": 550,
-          "pipeline": 4900}
+LIMITS = {"adapters/layer": 1120, "attention": 1350, "unet": 2100, "training/loss": 1900, "training/config": 550,
+          "pipeline": 5000}
 
 
 @cache

@@ -12,7 +12,7 @@ from tests.docs.reading import ROOT
 FLOORS = (
     ("errors", "escape", "cpu"),
     ("config", "adapters", "files"),
-    ("attention", "prompts", "sampling", "pictures"),
+    ("attention", "graphs", "prompts", "sampling", "pictures"),
     ("clip", "unet", "vae", "checkpoints"),
     ("lora_files",),
     ("models", "lora", "packed"),

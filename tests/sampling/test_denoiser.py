@@ -4,6 +4,7 @@ import torch
 from sd.config import SD15
 from sd.sampling.denoiser import DENOISERS, CFGDenoiser, EpsDenoiser, VDenoiser
 from sd.sampling.noise import add_noise, alphas_cumprod, schedule, velocity
+from sd.sampling.samplers import SAMPLERS, run, sampler_schedule
 
 ABAR = alphas_cumprod(SD15)
 SCHEDULE = schedule("leading", 20, ABAR)
@@ -134,3 +135,29 @@ def test_the_arguments_are_left_as_they_were():
     network = Recorder(lambda x, context: x[:, :4])
     CFGDenoiser(VDenoiser(network, SCHEDULE, extra=extra), cond, uncond, 7.5)(x, SIGMA)
     assert all(torch.equal(a, b) for a, b in zip((x, cond, uncond, extra), before, strict=True))
+
+
+class OnDevice(torch.Tensor):
+    """A tensor whose values the host may not have: asking for them would wait for the device in every step."""
+
+    WAIT = {getattr(torch.Tensor, name) for name in (
+        "item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__", "__index__", "__array__")} | {
+        torch.equal, torch.allclose, torch.nonzero, torch.unique}
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        assert func not in cls.WAIT, f"{func.__name__} waits for the device"
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("kind", DENOISERS)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_no_step_waits_for_the_device(name, kind):
+    steps = sampler_schedule(name, 6, ABAR)
+    cond, uncond, extra = (randn(*shape).as_subclass(OnDevice) for shape in ((2, 7, 5), (2, 7, 5), (2, 5, 8, 8)))
+    network = DENOISERS[kind](lambda x, t, context, rows: mix(x[:, :4], context), steps, extra=extra)
+    x = run(name, CFGDenoiser(network, cond, uncond, 3.0), randn(2, 4, 8, 8).as_subclass(OnDevice), steps,
+            noise=lambda i: randn(2, 4, 8, 8, seed=i).as_subclass(OnDevice))
+    assert type(x) is OnDevice
+    with pytest.raises(AssertionError, match="item waits"):
+        x.sum().item()

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sd.placement import sent
 from sd.prompts.tokenizer import tokenize
 from sd.training.dataset.batches import picture_options
 from sd.training.dataset.cache import Store, network_hash
@@ -35,7 +36,7 @@ class Contexts:
         if self.trained:
             return self._encode(unique)[[unique.index(caption) for caption in captions]]
         found = {caption: self._frozen(caption) for caption in unique}
-        return torch.stack([found[caption] for caption in captions]).to(self.models.device)
+        return sent(torch.stack([found[caption] for caption in captions]), self.models.device)
 
     def fill(self, captions: Iterable[str]) -> None:
         """Encode captions in advance, so that the text encoder can leave the device. Does nothing if it is trained."""
@@ -63,7 +64,7 @@ class Contexts:
 
     def _encode(self, captions: list[str]) -> Tensor:
         clip = self.models["clip"]
-        return clip(self.tokens(captions).to(clip.token_embedding.weight.device), self.clip_skip)
+        return clip(sent(self.tokens(captions), clip.token_embedding.weight.device), self.clip_skip)
 
     def tokens(self, captions: list[str]) -> Tensor:
         return tokenize(self.models.tokenizer, captions, self.models.config.clip.max_tokens, self.models["clip"].words)

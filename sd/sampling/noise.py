@@ -185,5 +185,5 @@ def velocity(x0: Tensor, noise: Tensor, t: Tensor, alphas_cumprod: Tensor) -> Te
 
 def _at(values: Tensor, t: Tensor, like: Tensor) -> Tensor:
     # dtype first: not every device supports fp64.
-    values = values.to(like.dtype).to(like.device, non_blocking=like.device.type == "cuda")
+    values = values.to(like.dtype).to(like.device)
     return values[t.to(like.device)].view(-1, *[1] * (like.ndim - 1))

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sd.config import ModelConfig
 from sd.errors import SDError
 from sd.sampling.noise import LOG_SNR, add_noise, alphas_cumprod, cosine_angle, velocity, zero_terminal
 from sd.training.errors import TrainError
@@ -75,7 +76,7 @@ def diffusion_loss(models, latents: Tensor, context: Tensor, t: Tensor, noise: T
                                ("weights", weights, (b,)), ("mask", mask, (b, 1, h, w))):
         if value is not None and value.shape != shape:
             raise SDError(f"latents are {list(latents.shape)}, so {name} must be {list(shape)}; it is {list(value.shape)}")
-    unet, abar = models["diffusion"], noise_levels(models.config, objective.zero_terminal_snr)
+    unet, abar = models["diffusion"], _levels_on(latents.device, models.config, objective.zero_terminal_snr)
     dtype = unet.conv_in.weight.dtype  # the network may be half; noise levels and the loss are fp32
     at = t  # indices of the images' noise levels in abar
     if t.is_floating_point():
@@ -93,8 +94,22 @@ def diffusion_loss(models, latents: Tensor, context: Tensor, t: Tensor, noise: T
     each = (error if mask is None else error * mask).flatten(1).mean(1)
     if objective.weighting != "none":
         table = snr_weights(abar, models.config.prediction, objective)
-        each = each * table.float().to(t.device, non_blocking=t.device.type == "cuda")[at]
+        each = each * table.float().to(t.device)[at]
     return (each if weights is None else each * weights).mean()
+
+
+_ON_CUDA: dict[tuple[torch.device, ModelConfig, bool], Tensor] = {}
+
+
+def _levels_on(device: torch.device, config: ModelConfig, zero_terminal_snr: bool) -> Tensor:
+    """Those of `noise_levels`: on CUDA sent once, not in each step; elsewhere on the CPU, since not every device has fp64."""
+    abar = noise_levels(config, zero_terminal_snr)
+    if device.type != "cuda" or type(abar) is not Tensor:  # a fake one, when memory is counted, must not be kept
+        return abar
+    key = device, config, zero_terminal_snr
+    if key not in _ON_CUDA:
+        _ON_CUDA[key] = abar.to(device)
+    return _ON_CUDA[key]
 
 
 def noise_levels(config, zero_terminal_snr: bool = False) -> Tensor:

@@ -19,6 +19,7 @@ from sd.placement import Networks, placed_for, sent
 from sd.request import Request
 from sd.training.config import TrainConfig
 from sd.training.dataset.data import as_picture_data
+from sd.training.loss import diffusion_loss
 from sd.training.step import diffusion_batches
 from sd.training.trained import training
 
@@ -173,16 +174,17 @@ def test_the_autoencoder_in_bf16_is_near_that_in_fp32():
 
 
 def test_a_training_step_can_be_captured_whole():
-    unet = tiny()["diffusion"]
-    set_adapters(unet, {"a": 1.0})
-    factors = [p.requires_grad_(True) for layer in lora_layers(unet).values() for p in layer.adapter("a").parameters()]
+    models = tiny()
+    set_adapters(models, {"a": 1.0})
+    factors = [p.requires_grad_(True) for layer in lora_layers(models).values() for p in layer.adapter("a").parameters()]
     optimizer = torch.optim.AdamW(factors, lr=1e-3, fused=True, capturable=True)
-    given, target = inputs(2), torch.randn(2, 4, 8, 8, device="cuda")
+    latents, _, context = inputs(2, torch.float32)
+    t, noise = torch.tensor([300, 700], device="cuda"), torch.randn(2, 4, 8, 8, device="cuda")
 
     def step() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cuda", torch.bfloat16):
-            loss = nn.functional.mse_loss(unet(*given).float(), target)
+            loss = diffusion_loss(models, latents, context, t, noise)
         loss.backward()
         nn.utils.clip_grad_norm_(factors, 1.0)
         optimizer.step()
@@ -201,4 +203,3 @@ def test_a_training_step_can_be_captured_whole():
         whole.replay()
         losses.append(float(loss))
     assert losses[-1] < losses[0] < first[0] * 1.01
-    set_adapters(unet, {})

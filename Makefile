@@ -4,7 +4,7 @@ BIN = .venv/bin
 # Two processes; the tests of a file stay together, since they share what their fixtures computed.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-recipes lint gpu install clean
+.PHONY: demo test test-recipes lint gpu bench-peers install clean
 install: .venv/installed
 
 demo: install
@@ -27,6 +27,16 @@ gpu:
 	if ! $$python -c 'import torch' 2>/dev/null; then $(MAKE) install && python=$(BIN)/python || exit 1; fi; \
 	$$python -m bench.gpu
 
+# One step in ours, diffusers and OpenVINO, which has an environment of its own. OPTIONS="--former PATH" adds an earlier state.
+OPTIONS ?=
+bench-peers: install .venv-peers/installed
+	$(BIN)/python -m bench.openvino --full $(OPTIONS)
+
+.venv-peers/installed: bench/peers.txt constraints.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r bench/peers.txt
+	touch $@
+
 # Exact versions from constraints.txt; installed again only when what to install changes.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -35,4 +45,4 @@ gpu:
 	touch $@
 
 clean:
-	rm -rf .venv out
+	rm -rf .venv .venv-peers out

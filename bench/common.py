@@ -1,29 +1,23 @@
-"""Shared by the benchmarks: random models on disk, fresh processes, medians, memory, the markdown block.
-
-The printing process never computes: it forks, so each measurement has its own memory, threads and CUDA context, with
-all imports done and nothing else.
-"""
+"""Shared by the benchmarks: flags, random models on disk, medians, the markdown block. What measures is in process.py."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import platform
 import statistics
 import subprocess
-import sys
-import time
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import tyro
+from numpy.typing import ArrayLike
 
+from bench.process import isolated
 from sd.adapters.weights import AdapterWeights
 from sd.checkpoints.names import model_names
 from sd.config import SD15, TINY, ModelConfig
@@ -65,7 +59,7 @@ class Options:
         return DTYPES[self.dtype]
 
 
-def run(main: Callable[[Options], str], flags: type[Options] = Options) -> None:
+def run(main: Callable[[Any], str], flags: type[Options] = Options) -> None:
     """Parse the flags, print the block that `main` returns, and append it to `--out`."""
     options = tyro.cli(flags)
     text = main(options)
@@ -75,108 +69,7 @@ def run(main: Callable[[Options], str], flags: type[Options] = Options) -> None:
             file.write(text)
 
 
-# ---- fresh processes and memory --------------------------------------------------------------------------------------
-
-class Measured(NamedTuple):
-    result: object
-    peak: int  # peak growth of the process in bytes since it was forked; on CUDA, peak memory allocated by torch
-
-
-def isolated(options: Options, function: Callable, *args) -> Measured:
-    """Run function(*args) in a forked process with `options.threads` threads. Raises RuntimeError with its traceback."""
-    context = multiprocessing.get_context("fork")
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(send, options, function, args))
-    sys.stdout.flush()
-    process.start()
-    send.close()
-    try:
-        result, peak, error = receive.recv()
-    except EOFError:
-        result, peak, error = None, 0, "it died"
-    process.join()
-    if error:
-        raise RuntimeError(f"{function.__name__} failed with exit code {process.exitcode}: {error}")
-    return Measured(result, peak)
-
-
-def _child(send, options: Options, function: Callable, args: tuple) -> None:
-    torch.set_num_threads(options.threads)
-    reset_peak()
-    try:
-        send.send((function(*args), peak(options.device), None))
-    except BaseException:  # noqa: B036 (the parent reports it)
-        send.send((None, 0, traceback.format_exc()))
-
-
-_start = 0
-
-
-def reset_peak() -> None:
-    """Measure peak memory from here on."""
-    global _start
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes VmRSS (proc(5))
-    if torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
-    _start = _status("VmRSS")
-
-
-def peak(device: str) -> int:
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
-    return _status("VmHWM") - _start
-
-
-def _status(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
-    return int(line.split()[1]) * 1024
-
-
-def read_from_disk() -> int:
-    """Bytes that this process read from storage; 0 if all were in the page cache."""
-    line = next(line for line in Path("/proc/self/io").read_text().splitlines() if line.startswith("read_bytes:"))
-    return int(line.split()[1])
-
-
-def set_page_cache(path: Path, warm: bool) -> None:
-    """Read a file or folder into the page cache, or ask the kernel to drop it from the cache."""
-    for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
-        with open(file, "rb") as f:
-            if warm:
-                while f.read(2**24):
-                    pass
-            else:
-                os.fsync(f.fileno())
-                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-# ---- time ------------------------------------------------------------------------------------------------------------
-
-def timed(function: Callable, device: str) -> tuple[float, object]:
-    """(seconds, result)."""
-    synchronize(device)
-    start = time.perf_counter()
-    result = function()
-    synchronize(device)
-    return time.perf_counter() - start, result
-
-
-def synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
-def alternate(runs: Mapping[str, Callable], options: Options) -> tuple[dict[str, list[float]], dict[str, object]]:
-    """Time each of `runs` n times after a warm-up, in alternating order; returns the seconds and the last results."""
-    times, results = {name: [] for name in runs}, {}
-    for i in range(options.n + 1):
-        for name in list(runs) if i % 2 else list(runs)[::-1]:
-            results.pop(name, None)  # free it before the next is made
-            taken, results[name] = timed(runs[name], options.device)
-            if i:
-                times[name].append(taken)
-    return times, results
-
+# ---- figures ---------------------------------------------------------------------------------------------------------
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> list[str]:
     """Three cells: median of ours, median of theirs, ours / theirs."""
@@ -188,9 +81,9 @@ def duration(s: float) -> str:
     return f"{s:.2f} s" if s >= 1 else f"{s * 1e3:.1f} ms" if s >= 1e-3 else f"{s * 1e6:.0f} µs"
 
 
-def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+def difference(a: ArrayLike | torch.Tensor, b: ArrayLike | torch.Tensor) -> float:
     """max |a - b| / max |b|."""
-    a, b = a.double(), b.double()
+    a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
     return ((a - b).abs().max() / b.abs().max()).item()
 
 

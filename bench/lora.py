@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -19,22 +19,17 @@ from pathlib import Path
 import torch
 
 from bench import any_module, peers
-from bench.common import (
-    Options,
+from bench.common import Options, block, checkpoints, difference, duration, lora_file, ratio, run
+from bench.process import (
+    Worker,
     alternate,
-    block,
-    checkpoints,
-    difference,
-    duration,
     isolated,
-    lora_file,
     peak,
-    ratio,
     read_from_disk,
     reset_peak,
-    run,
     set_page_cache,
     timed,
+    workers,
 )
 from sd.lora import lora_layers, merge, remove_lora, set_adapters, unmerge
 from sd.model_loader import load_lora_into_models, preload_models_from_standard_weights
@@ -46,7 +41,8 @@ excluded: the same calls load the tiny model first. Cold: the files are dropped 
 "from disk" is what the process then reads. Peak is the growth of the process, relative to the size of the weight files.
 Ours is lazy: mapped weights are read on first use."""
 LORA_NOTES = """LoRAs of rank 8 on q, k, v and out of every attention of the UNet. "+ step" includes one UNet call with
-latents [2, 4, 8, 8], since each side leaves some work to the next step; the step alone is listed for comparison. A new
+latents [2, 4, 8, 8], since each side leaves some work to the next step; the step alone is listed for comparison. Each side is
+a process of its own; the two are asked in turn. A new
 file is in the page cache and is loaded into models without LoRA. Merging: ours `merge` / `unmerge`, theirs `fuse_lora` /
 `unfuse_lora`. Exactness: max |W - W0| over all adapted weights at the end."""
 SIDES = {"ours, file": "file", "theirs, from_single_file": "file",
@@ -124,93 +120,152 @@ def _python(code: str) -> None:
 
 # ---- LoRA ------------------------------------------------------------------------------------------------------------
 
-@torch.no_grad()
-def time_loras(options: Options, folder: Path, files: list[Path]) -> tuple[list[list], list[list]]:
-    """Rows of the LoRA table and of the merging table. `files`: enough for each load to use a new one."""
-    models = preload_models_from_standard_weights(folder, options.device, dtype=options.torch_dtype)
-    pipe = peers.from_pretrained(options, folder)
-    to, g = {"device": options.device, "dtype": options.torch_dtype}, torch.Generator().manual_seed(1)
-    x = torch.randn(2, options.config.unet.in_channels, 8, 8, generator=g).to(**to)
-    context = torch.randn(2, 77, options.config.unet.context_width, generator=g).to(**to)
-    t = torch.tensor([500, 500], device=options.device)
-    steps = {"ours": lambda: models["diffusion"](x, t, context), "theirs": lambda: pipe.unet(x, t, context).sample}
+class Side:
+    """A model whose LoRAs change. A subclass has `unet` and the changes, each a method of the number of the call."""
+
+    names = ["a", "b", "c", "d"]
+
+    def __init__(self, options: Options, files: list[Path]):
+        """`files`: enough for each load to use a new one."""
+        to, g = {"device": options.device, "dtype": options.torch_dtype}, torch.Generator().manual_seed(1)
+        x = torch.randn(2, options.config.unet.in_channels, 8, 8, generator=g).to(**to)
+        context = torch.randn(2, 77, options.config.unet.context_width, generator=g).to(**to)
+        self.files, self.given = files, (x, torch.tensor([500, 500], device=options.device), context)
+
+    def change(self, what: str, i: int, step: bool) -> Callable:
+        """A change, which may be followed by a step; both are timed."""
+        @torch.no_grad()
+        def both():
+            getattr(self, what)(i)
+            return self.unet(*self.given) if step else None
+        return both
+
+    def nothing(self, i: int) -> None:
+        pass
+
+    def new(self, i: int) -> None:
+        self.load(self.files[i], "new")
+
+    def load_some(self, count: int) -> None:
+        for name, file in zip(self.names[:count], self.files):
+            self.load(file, name)
+        self.strength(7)
+
+
+class Ours(Side):
+    def __init__(self, options: Options, folder: Path, files: list[Path]):
+        super().__init__(options, files)
+        self.models = preload_models_from_standard_weights(folder, options.device, dtype=options.torch_dtype)
+        self.unet = self.models["diffusion"]
+
+    def load(self, file: Path, name: str) -> None:
+        load_lora_into_models(self.models, file, name)
+
+    def remove(self) -> None:
+        remove_lora(self.models)
+
+    def switch(self, i: int) -> None:
+        set_adapters(self.models, {self.names[i % 4]: 1.0})
+
+    def strength(self, i: int) -> None:
+        set_adapters(self.models, {"a": (i + 1) / 8})
+
+    def remember(self) -> int:
+        """Keep the weights as they are now; returns the number of layers."""
+        self.before = {path: layer.weight.clone() for path, layer in lora_layers(self.models).items()}
+        return len(self.before)
+
+    def drift(self) -> float:
+        return max((layer.weight - self.before[path]).abs().max().item() for path, layer in lora_layers(self.models).items())
+
+    def merge(self, i: int) -> None:
+        merge(self.models)
+
+    def unmerge(self, i: int) -> None:
+        unmerge(self.models)
+
+
+class Theirs(Side):
+    def __init__(self, options: Options, folder: Path, files: list[Path]):
+        super().__init__(options, files)
+        self.pipe = peers.from_pretrained(options, folder)
+
+    def unet(self, *given) -> torch.Tensor:
+        return self.pipe.unet(*given).sample
+
+    def load(self, file: Path, name: str) -> None:
+        peers.load_lora(self.pipe, file, name)
+
+    def remove(self) -> None:
+        self.pipe.unload_lora_weights()
+
+    def switch(self, i: int) -> None:
+        self.pipe.set_adapters(self.names[i % 4])
+
+    def strength(self, i: int) -> None:
+        self.pipe.set_adapters("a", (i + 1) / 8)
+
+    def remember(self) -> int:
+        self.before = peers.attention_weights(self.pipe)
+        return len(self.before)
+
+    def drift(self) -> float:
+        return max((p - self.before[key]).abs().max().item() for key, p in peers.attention_weights(self.pipe).items())
+
+    def merge(self, i: int) -> None:
+        self.pipe.fuse_lora(components=["unet"])
+
+    def unmerge(self, i: int) -> None:
+        self.pipe.unfuse_lora(components=["unet"])
+
+
+def time_loras(options: Options, sides: dict[str, Worker]) -> list[list]:
+    """Rows of the LoRA table."""
     rows = []
 
-    def compare(what: str, ours: Callable, theirs: Callable, step: bool = True) -> None:
-        """Add a row: ours(i) and theirs(i), i = 0, 1, 2, ..., each followed by a step if `step`."""
-        counts = {"ours": count(), "theirs": count()}
-
-        def call(side: str, change: Callable):
-            change(next(counts[side]))
-            return steps[side]() if step else None
-        calls = {"ours": partial(call, "ours", ours), "theirs": partial(call, "theirs", theirs)}
-        times, out = alternate(calls, options)
+    def compare(what: str, change: str, step: bool = True, undo: str | None = None) -> None:
+        """Add a row: the change number 0, 1, 2, ... on each side, followed by a step if `step`; `undo` is not timed."""
+        def call(worker: Worker, counts: Iterator[int]):
+            found = worker.timed("change", change, next(counts), step)
+            if undo:
+                worker.ask(undo)
+            return found
+        times, out = alternate({side: partial(call, worker, count()) for side, worker in sides.items()}, options.n)
         apart = f"{difference(out['ours'], out['theirs']):.1e}" if step else ""
         rows.append([what, *ratio(times["ours"], times["theirs"]), apart])
 
-    def nothing(i: int) -> None:
-        pass
-
-    def ours_new(i: int) -> None:
-        load_lora_into_models(models, files[i], "new")
-
-    def theirs_new(i: int) -> None:
-        peers.load_lora(pipe, files[i], "new")
-
-    compare("a step, no LoRA", nothing, nothing)
-    new: dict[str, list[float]] = {"ours": [], "theirs": []}  # not alternate(): removing the LoRA must not be timed
-    for i in range(options.n + 1):
-        out = {}
-        for side, change in (("ours", ours_new), ("theirs", theirs_new)):
-            taken, _ = timed(partial(change, i), options.device)
-            then, out[side] = timed(steps[side], options.device)
-            new[side].append(taken + then)
-        remove_lora(models)
-        pipe.unload_lora_weights()
-    apart = f"{difference(out['ours'], out['theirs']):.1e}"
-    rows.append(["a new LoRA file + step", *ratio(new["ours"][1:], new["theirs"][1:]), apart])
-
-    names = ["a", "b", "c", "d"]
-    for name, file in zip(names, files):
-        load_lora_into_models(models, file, name)
-        peers.load_lora(pipe, file, name)
-    set_adapters(models, {"a": 1.0})
-    pipe.set_adapters("a")
-    compare("a step, one of four LoRAs active", nothing, nothing)
+    compare("a step, no LoRA", "nothing")
+    compare("a new LoRA file + step", "new", undo="remove")
+    for worker in sides.values():
+        worker.ask("load_some", 4)
+    compare("a step, one of four LoRAs active", "nothing")
     for step, tail in ((False, ""), (True, " + step")):
-        compare("switch to another of four LoRAs" + tail, lambda i: set_adapters(models, {names[i % 4]: 1.0}),
-                lambda i: pipe.set_adapters(names[i % 4]), step)
+        compare("switch to another of four LoRAs" + tail, "switch", step)
     for step, tail in ((False, ""), (True, " + step")):
-        compare("change the multiplier" + tail, lambda i: set_adapters(models, {"a": (i + 1) / 8}),
-                lambda i: pipe.set_adapters("a", (i + 1) / 8), step)
-
-    return rows, merging(options, models, pipe, files)
+        compare("change the multiplier" + tail, "strength", step)
+    return rows
 
 
-def merging(options: Options, models, pipe, files: list[Path]) -> list[list]:
+def merging(options: Options, sides: dict[str, Worker]) -> list[list]:
     """Rows on merging. Ours the first time and again into the same buffers; theirs makes no such difference."""
-    remove_lora(models)
-    pipe.unload_lora_weights()
-    load_lora_into_models(models, files[0], "a")
-    peers.load_lora(pipe, files[0], "a")
-    ours_before = {path: layer.weight.clone() for path, layer in lora_layers(models).items()}
-    theirs_before = peers.attention_weights(pipe)
-    times: dict[str, list[float]] = {k: [] for k in ("first", "again", "unmerge", "fuse", "unfuse")}
+    for worker in sides.values():
+        worker.ask("remove")
+        worker.ask("load_some", 1)
+    layers = [f"{worker.ask('remember')} layers" for worker in sides.values()][0]
+    times: dict[str, list[float]] = {}
 
-    def take(what: str, function: Callable) -> None:
-        times[what].append(timed(function, options.device)[0])
+    def take(what: str, side: str, change: str) -> None:
+        times.setdefault(what, []).append(sides[side].timed("change", change, 0, False)[0])
     for i in range(options.n + 1):
-        set_adapters(models, {"a": 1.0})
-        take("first", lambda: merge(models))
-        set_adapters(models, {"a": 0.5 + (i + 1) / 8})
-        take("again", lambda: merge(models))
-        take("unmerge", lambda: unmerge(models))
-        take("fuse", lambda: pipe.fuse_lora(components=["unet"]))
-        take("unfuse", lambda: pipe.unfuse_lora(components=["unet"]))
-    times = {k: v[1:] for k, v in times.items()}
-    kept = max((layer.weight - ours_before[path]).abs().max().item() for path, layer in lora_layers(models).items())
-    drift = max((p - theirs_before[key]).abs().max().item() for key, p in peers.attention_weights(pipe).items())
-    layers = f"{len(ours_before)} layers"
+        sides["ours"].ask("strength", 7)
+        take("first", "ours", "merge")
+        sides["ours"].ask("strength", 8 + i)
+        take("again", "ours", "merge")
+        take("unmerge", "ours", "unmerge")
+        take("fuse", "theirs", "merge")
+        take("unfuse", "theirs", "unmerge")
+    times = {what: taken[1:] for what, taken in times.items()}
+    kept, drift = (worker.ask("drift") for worker in sides.values())
     return [[f"merge, {layers}, first", *ratio(times["first"], times["fuse"]), ""],
             [f"merge, {layers}, again in place", *ratio(times["again"], times["fuse"]), ""],
             [f"unmerge, {layers}", *ratio(times["unmerge"], times["unfuse"]), f"ours {kept:g}, theirs {drift:.1e}"]]
@@ -227,9 +282,11 @@ def main(options: Options) -> str:
     _, folder = checkpoints(options)
     files = [lora_file(options, seed) for seed in range(max(4, options.n + 1))]
     tables = [loading(options)]
-    rows, merges = isolated(options, time_loras, options, folder, files).result
-    tables.append((["LoRA", "ours", "theirs", "ours / theirs", "difference of the step"], rows))
-    tables.append((["merging", "ours", "theirs", "ours / theirs", "max abs(W - W0) after it"], merges))
+    started = {side: partial(Worker, options, make, options, folder, files)
+               for side, make in (("ours", Ours), ("theirs", Theirs))}
+    with workers(started) as sides:
+        tables.append((["LoRA", "ours", "theirs", "ours / theirs", "difference of the step"], time_loras(options, sides)))
+        tables.append((["merging", "ours", "theirs", "ours / theirs", "max abs(W - W0) after it"], merging(options, sides)))
     return block("Loading, and LoRA files", options, [LOADING_NOTES, start_times(options), LORA_NOTES], *tables)
 
 

@@ -10,29 +10,14 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from bench import peers
-from bench.common import (
-    CACHE,
-    DTYPES,
-    Options,
-    alternate,
-    block,
-    checkpoints,
-    difference,
-    duration,
-    isolated,
-    make_lora,
-    peak,
-    ratio,
-    reset_peak,
-    run,
-    set_page_cache,
-    timed,
-)
+from bench.common import CACHE, DTYPES, Options, block, checkpoints, difference, duration, make_lora, ratio, run
+from bench.process import Worker, alternate, isolated, peak, reset_peak, set_page_cache, workers
 from sd.lora import lora_layers, remove_lora
 from sd.model_loader import load_lora_into_models, merge_lora_into_checkpoint, preload_models_from_standard_weights
 from sd.tools.convert import convert
@@ -43,36 +28,75 @@ from sd.tools.resize import resize_file
 RANK = 32
 NOTES = f"""LoRAs of rank {RANK} in fp16 on the layers of kohya's preset (in SD 1.5, 192 modules of the UNet and 72 of the text
 encoder), alpha {RANK // 2}. Loading: a file in the page cache into models without LoRA, until it can be used; theirs is
-`load_lora_weights`; "+ step" adds one pass of text encoder and UNet (latents [2, 4, 8, 8]) on each side. Each other row runs
+`load_lora_weights`; "+ step" adds one pass of text encoder and UNet (latents [2, 4, 8, 8]) on each side. Each side is a
+process of its own, and the two are asked in turn. Each other row runs
 in a separate process, imports excluded; peak is the growth of the process, mapped file pages included, relative to the base
 file if one is read. The base is fp16; the tuned checkpoint is the base with one of the LoRAs merged into it."""
 
 
-@torch.no_grad()
+class Side:
+    """A model into which a file is loaded, used for one pass, and removed from."""
+
+    def __init__(self, options: Options):
+        g, to = torch.Generator().manual_seed(1), {"device": options.device, "dtype": options.torch_dtype}
+        self.tokens = torch.randint(0, 49406, (2, 77), generator=g).to(options.device)
+        self.x = torch.randn(2, options.config.unet.in_channels, 8, 8, generator=g).to(**to)
+        self.t = torch.tensor([500, 500], device=options.device)
+
+    def step(self) -> Callable:
+        return torch.no_grad()(self.forward)
+
+
+class Ours(Side):
+    def __init__(self, options: Options, folder: Path):
+        super().__init__(options)
+        self.models = preload_models_from_standard_weights(folder, options.device, dtype=options.torch_dtype)
+
+    def load(self, file: Path) -> Callable:
+        def now() -> None:  # the models stay here
+            load_lora_into_models(self.models, file, "new")
+        return now
+
+    def forward(self) -> torch.Tensor:
+        return self.models["diffusion"](self.x, self.t, self.models["clip"](self.tokens))
+
+    def remove(self) -> int:
+        """The number of modules that the LoRA changed."""
+        modules = len(lora_layers(self.models))
+        remove_lora(self.models)
+        return modules
+
+
+class Theirs(Side):
+    def __init__(self, options: Options, folder: Path):
+        super().__init__(options)
+        self.pipe = peers.from_pretrained(options, folder)
+
+    def load(self, file: Path) -> Callable:
+        return partial(peers.load_lora, self.pipe, file, "new")
+
+    def forward(self) -> torch.Tensor:
+        return self.pipe.unet(self.x, self.t, self.pipe.text_encoder(self.tokens).last_hidden_state).sample
+
+    def remove(self) -> None:
+        self.pipe.unload_lora_weights()
+
+
 def time_loading(options: Options, folder: Path, files: list[Path]) -> list[list]:
     """Rows of the loading table: a new file each time, alone and with the first step."""
-    models = preload_models_from_standard_weights(folder, options.device, dtype=options.torch_dtype)
-    pipe = peers.from_pretrained(options, folder)
-    g, to = torch.Generator().manual_seed(1), {"device": options.device, "dtype": options.torch_dtype}
-    tokens = torch.randint(0, 49406, (2, 77), generator=g).to(options.device)
-    x, t = torch.randn(2, options.config.unet.in_channels, 8, 8, generator=g).to(**to), torch.tensor([500, 500])
-    t = t.to(options.device)
-    steps = {"ours": lambda: models["diffusion"](x, t, models["clip"](tokens)),
-             "theirs": lambda: pipe.unet(x, t, pipe.text_encoder(tokens).last_hidden_state).sample}
-    change = {"ours": lambda file: load_lora_into_models(models, file, "new"),
-              "theirs": lambda file: peers.load_lora(pipe, file, "new")}
-    loads, both = {"ours": [], "theirs": []}, {"ours": [], "theirs": []}
-    for i in range(options.n + 1):
-        out = {}
-        for side in ("ours", "theirs") if i % 2 else ("theirs", "ours"):
-            taken, _ = timed(lambda: change[side](files[i % len(files)]), options.device)  # noqa: B023
-            then, out[side] = timed(steps[side], options.device)
-            loads[side].append(taken)
-            both[side].append(taken + then)
-        modules = len(lora_layers(models))
-        remove_lora(models)
-        pipe.unload_lora_weights()
-    alone = alternate(steps, options)[0]
+    loads: dict[str, list[float]] = {"ours": [], "theirs": []}
+    both: dict[str, list[float]] = {"ours": [], "theirs": []}
+    with workers({"ours": partial(Worker, options, Ours, options, folder),
+                  "theirs": partial(Worker, options, Theirs, options, folder)}) as sides:
+        for i in range(options.n + 1):
+            out = {}
+            for side in ("ours", "theirs") if i % 2 else ("theirs", "ours"):
+                taken, _ = sides[side].timed("load", files[i % len(files)])
+                then, out[side] = sides[side].timed("step")
+                loads[side].append(taken)
+                both[side].append(taken + then)
+            modules, _ = sides["ours"].ask("remove"), sides["theirs"].ask("remove")
+        alone = alternate({side: partial(worker.timed, "step") for side, worker in sides.items()}, options.n)[0]
     apart = f"{difference(out['ours'], out['theirs']):.1e}"
     return [[f"load {modules} modules", *ratio(loads["ours"][1:], loads["theirs"][1:]), ""],
             [f"load {modules} modules + step", *ratio(both["ours"][1:], both["theirs"][1:]), apart],
@@ -152,9 +176,9 @@ def lora_file(options: Options, seed: int) -> Path:
 def main(options: Options) -> str:
     _, folder = checkpoints(options)
     files = [lora_file(options, seed) for seed in range(options.n + 1)]
-    loading = isolated(options, time_loading, options, folder, files).result
     return block("Tools for LoRA files", options, [NOTES],
-                 (["loading a LoRA", "ours", "theirs", "ours / theirs", "difference of the step"], loading),
+                 (["loading a LoRA", "ours", "theirs", "ours / theirs", "difference of the step"],
+                  time_loading(options, folder, files)),
                  (["tool", "median", "peak", "report"], tools(options)))
 
 

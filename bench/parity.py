@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import torch
 
-from bench.common import GIB, Options, block, difference, isolated, run
+from bench.common import GIB, Options, block, difference, run
+from bench.process import isolated
 from sd.clip import CLIP
 from sd.unet import UNet
 from sd.vae import VAEDecoder, VAEEncoder

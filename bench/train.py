@@ -1,7 +1,8 @@
 """Pictures per second and peak memory of LoRA training: ours against diffusers with PEFT, and against full fine-tuning.
 
     python -m bench.train                     # a reduced model on the CPU
-    python -m bench.train --full --device cuda --dtype bf16 --size 512
+    python -m bench.train --full --device cuda --dtypes bf16 --size 512
+    python -m bench.train --full --size 256 --dtypes fp32 bf16 --former ../sdlora-before
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import time
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +23,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from bench import peers
-from bench.common import GIB, Measured, Options, block, checkpoints, isolated, run, synchronize
+from bench.common import GIB, Options, block, checkpoints, run
+from bench.process import Measured, isolated, synchronize
 from sd.config import SD15, TINY, CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 from sd.files.tensors import read_tensors
 from sd.model_loader import preload_models_from_standard_weights
@@ -39,6 +41,9 @@ REDUCED = ModelConfig(
 class TrainOptions(Options):
     tiny: bool = False  # use the model of the tests, to try the program
     peers: bool = True  # measure diffusers' loop too, not only ours for whole networks and for LoRAs
+    whole: bool = True  # measure ours for whole networks and for LoRAs of other sizes
+    dtypes: tuple[Literal["fp32", "bf16", "fp16"], ...] = ()  # to compare in one run; (): --dtype alone
+    former: Path | None = None  # a folder with an earlier state of this repository, to compare with
 
     @property
     def config(self) -> ModelConfig:
@@ -51,10 +56,11 @@ train_text_to_image_lora.py on PEFT's adapters, written out without accelerate: 
 encodes the pictures, tokenises and encodes the captions. "cached" is the same loop with latents and contexts
 from memory, which leaves little but the UNet. Ours is `train()` with its cache on disk, built beforehand.
 On both sides {long} steps are timed after {short} untimed ones. Each figure is the median of n fresh processes, in
-alternating order; peak memory is that of the process, loading included."""
+alternating order; peak memory is that of the process, loading included. bf16: under autocast on both sides."""
 SHORT, LONG, PICTURES = 2, 8, 32
-HEADER = ("batch", "checkpointing", "ours, img/s", "theirs", "theirs, cached", "ours / theirs", "ours / cached",
+HEADER = ("dtype", "batch", "checkpointing", "ours, img/s", "theirs", "theirs, cached", "ours / theirs", "ours / cached",
           "ours, peak GiB", "theirs", "theirs, cached")
+FORMER_HEADER = ("ours before, img/s", "ours / before", "ours before, peak GiB")
 FULL_HEADER = ("what is trained", "parameters", "file of the result", "batch", "img/s", "peak GiB")
 FULL_CASES = {"all of the UNet": {"train": "full"}, "LoRA, rank 8, q and v": {"rank": 8, "targets": ("q_proj", "v_proj")},
               "LoRA, rank 4, attn": {}, "LoRA, rank 4, attn, on an nf4 base": {"quantize": "nf4"}}
@@ -151,36 +157,46 @@ def main(options: TrainOptions) -> str:
     size = options.size or (512 if options.full else options.config.image_size)
     file, folder = checkpoints(options)
     batches = (1, 4, 8, 16) if options.device.startswith("cuda") else (1,) if options.full else (1, 4)
+    dtypes = options.dtypes or (options.dtype,)
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         make_pictures(root / "data", size)
         isolated(options, ours, options, file, root, size, 1, False, {})  # fills the cache
         rows, full = [], []
-        for batch, checkpointing in product(batches, (False, True)) if options.peers else ():
-            speed, peak = compared(options, {
-                "ours": (ours, options, file, root, size, batch, checkpointing, {}),
-                "theirs": (theirs, options, folder, root, size, batch, checkpointing, False),
-                "cached": (theirs, options, folder, root, size, batch, checkpointing, True)})
-            rows.append((batch, "yes" if checkpointing else "no", *(f"{s:.2f}" for s in speed.values()),
+        for dtype, batch, checkpointing in product(dtypes, batches, (False, True)) if options.peers else ():
+            how = (plain(options, dtype), file, root, size, batch, checkpointing)
+            cases = {"ours": (ours, *how, {}), "theirs": (theirs, how[0], folder, *how[2:], False),
+                     "cached": (theirs, how[0], folder, *how[2:], True)}
+            speed, peak = compared(options, cases | ({"former": cases["ours"]} if options.former else {}))
+            rows.append([dtype, batch, "yes" if checkpointing else "no", *(f"{speed[name]:.2f}" for name in cases),
                          f"{speed['ours'] / speed['theirs']:.2f}", f"{speed['ours'] / speed['cached']:.2f}",
-                         *(f"{p:.2f}" for p in peak.values())))
-        for batch, (what, changes) in product(batches, FULL_CASES.items()):
+                         *(f"{peak[name]:.2f}" for name in cases)])
+            if options.former:
+                rows[-1] += [f"{speed['former']:.2f}", f"{speed['ours'] / speed['former']:.2f}", f"{peak['former']:.2f}"]
+        for batch, (what, changes) in product(batches, FULL_CASES.items()) if options.whole else ():
             (speed, parameters, length), peak = isolated(options, ours, options, file, root, size, batch, False, changes)
             full.append((what, f"{parameters:,}", f"{length / 1e6:.1f} MB", batch, f"{speed:.2f}", f"{peak / GIB:.2f}"))
     note = " ".join(NOTES.split()).format(long=LONG - SHORT, short=SHORT, pictures=PICTURES)
-    tables = [(HEADER, rows), (FULL_HEADER, full)] if options.peers else [(FULL_HEADER, full)]
-    return block(f"Training, {size} pixels", options, [note], *tables)
+    header = (*HEADER, *FORMER_HEADER) if options.former else HEADER
+    tables = [(header, rows)] * options.peers + [(FULL_HEADER, full)] * options.whole
+    return block(f"Training, {size} pixels", replace(options, dtype=" and ".join(dtypes)), [note], *tables)
 
 
-def compared(options: Options, cases: dict[str, tuple]) -> tuple[dict[str, float], dict[str, float]]:
+def plain(options: TrainOptions, dtype: str) -> Options:
+    return Options(full=options.full, device=options.device, dtype=dtype)  # type: ignore[arg-type]
+
+
+def compared(options: TrainOptions, cases: dict[str, tuple]) -> tuple[dict[str, float], dict[str, float]]:
     """Median pictures per second and GiB of each case, from n fresh processes each, in alternating order."""
     found: dict[str, list[Measured]] = {name: [] for name in cases}
     for i in range(options.n):
         for name in list(cases) if i % 2 else list(cases)[::-1]:
-            found[name].append(isolated(options, *cases[name]))
+            checkout = options.former if name == "former" else None
+            found[name].append(isolated(options, *cases[name], checkout=checkout))
     return ({name: statistics.median(getattr(m.result, "speed", m.result) for m in runs) for name, runs in found.items()},
             {name: statistics.median(m.peak for m in runs) / GIB for name, runs in found.items()})
 
 
 if __name__ == "__main__":
-    run(main, TrainOptions)
+    from bench import train  # a new process finds its functions there, and none in __main__
+    run(train.main, train.TrainOptions)

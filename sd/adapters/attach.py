@@ -97,8 +97,9 @@ def attach_adapters(models, layers: Mapping[str, nn.Module], adapters: Mapping[s
     """Attach adapters to the layers of the same paths as `name`, active, replacing any adapter of that name."""
     _check_name(name)
     with exclusive(models), torch.inference_mode(False):
-        enabled = all(layer.lora_enabled for layer in lora_layers(models).values())
-        if name in adapter_names(models):
+        before = lora_layers(models).values()
+        enabled = all(layer.lora_enabled for layer in before)
+        if any(layer.has_adapter(name) for layer in before):
             remove_lora(models, name)
         for path, adapter in adapters.items():
             as_lora_layer(layers[path], path).add_adapter(name, adapter, multiplier)
@@ -121,7 +122,7 @@ def remove_lora(models, name: str | None = None) -> None:
             check_known(layers, [name])
         for layer in layers:
             for known in layer.adapter_names if name is None else [name]:
-                if known in layer.adapter_names:
+                if layer.has_adapter(known):
                     layer.remove_adapter(known)
         for network in components(models).values():
             convert_hosts(network)
@@ -165,7 +166,7 @@ def lora_state(models, name: str | None = None) -> dict[str, AdapterWeights]:
             raise LoRAError(f"name the adapter to save; loaded: {', '.join(map(repr, names)) or 'none'}")
         name = names[0]
     check_known(layers.values(), [name])
-    return {path: layer.adapter(name).weights() for path, layer in layers.items() if name in layer.adapter_names}
+    return {path: layer.adapter(name).weights() for path, layer in layers.items() if layer.has_adapter(name)}
 
 
 @torch.inference_mode(False)

@@ -9,6 +9,7 @@ Legend: B images, rows of a network call (2B with guidance), R rank, ΣR the ran
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from copy import copy
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -115,6 +116,9 @@ class LoRALayer(Base):
     def adapter_names(self) -> list[str]:
         return [_from_key(key) for key in self.adapters]
 
+    def has_adapter(self, name: str) -> bool:
+        return isinstance(name, str) and _as_key(name) in self.adapters
+
     def adapter(self, name: str) -> Adapter:
         return self.adapters[_as_key(name)]  # type: ignore[return-value]  # any nn.Module, to torch
 
@@ -150,7 +154,7 @@ class LoRALayer(Base):
             delattr(self, field)
 
     def set_active(self, active: ActiveSet) -> None:
-        active = active.only(self.adapter_names)
+        active = active.only(filter(self.has_adapter, active.multipliers))  # few are active, and many may be loaded
         adapters = {name: self.adapter(name) for name in active.multipliers}
         effective = active.times({name: adapter.block_multiplier for name, adapter in adapters.items()})
         # Bypass nn.Module.__setattr__ (slow): this runs for every layer at every call.
@@ -267,6 +271,20 @@ class LoRALayer(Base):
         derived = copy(self.derived)
         derived.free()
         return self.__dict__ | {"derived": derived, "_buffers": self._buffers | dict.fromkeys(MERGED)}
+
+
+def walk(network: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    """Like `named_modules`, in the same order, but not into the adapters of layers, of which there may be many."""
+    todo, seen = [("", network)], set()
+    while todo:
+        name, module = todo.pop()
+        if remove_duplicate and module in seen:
+            continue
+        seen.add(module)
+        yield name, module
+        apart = "adapters" if isinstance(module, LoRALayer) else None
+        todo += [(f"{name}.{key}" if name else key, child) for key, child in reversed(module._modules.items())
+                 if child is not None and key != apart]
 
 
 class _SameActiveSet(torch.autograd.Function):

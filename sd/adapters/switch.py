@@ -145,10 +145,10 @@ def _active_set(models, layers: Iterable[LoRALayer], multipliers: Mapping[str, f
 
 
 def check_known(layers: Iterable[LoRALayer], names: Iterable[str]) -> None:
-    known = names_on(layers)
+    layers = list(layers)
     for name in names:
-        if name not in known:
-            raise LoRAError(f"no adapter is named {name!r}; loaded: {', '.join(map(repr, known)) or 'none'}")
+        if not any(layer.has_adapter(name) for layer in layers):
+            raise LoRAError(f"no adapter is named {name!r}; loaded: {', '.join(map(repr, names_on(layers))) or 'none'}")
 
 
 def checkpoint(function: Callable, *args):

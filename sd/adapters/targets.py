@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.nn as nn
 
-from sd.adapters.layer import LoRALayer
+from sd.adapters.layer import LoRALayer, walk
 from sd.adapters.layers import is_registered, lora_classes, shape_of
 from sd.adapters.torch_attention import projections
 from sd.adapters.weights import LayerShape, LoRAError
@@ -36,12 +36,12 @@ def components(models) -> dict[str, nn.Module]:
 
 
 def named_layers(models) -> Iterator[tuple[str, nn.Module]]:
-    """(canonical path, module) of every module, such as "diffusion.mid_block.attentions.0.proj_in".
+    """(canonical path, module) of every module but adapters, such as "diffusion.mid_block.attentions.0.proj_in".
 
     A foreign module that is itself a layer has the path "layer".
     """
     for component, network in components(models).items():
-        for name, module in network.named_modules():
+        for name, module in walk(network):
             yield _path(component, name, module), module
 
 
@@ -59,7 +59,7 @@ def adaptable_layers(models) -> dict[str, nn.Module]:
     classes: tuple[type[nn.Module], ...] = (*lora_classes(), LoRALayer)
     for component, network in components(models).items():
         closed = None  # prefix of a registered module, which is one layer
-        for name, module in network.named_modules():
+        for name, module in walk(network):
             if closed is not None and name.startswith(closed):
                 continue
             path = _path(component, name, module)
@@ -93,7 +93,7 @@ def find_targets(models, target_modules: str | Iterable[str] | None = None) -> d
     paths = {path: {path} for path in layers}
     known = {id(m): path for path, m in layers.items()}
     for component, network in networks.items():
-        for name, m in network.named_modules(remove_duplicate=False):
+        for name, m in walk(network, remove_duplicate=False):
             if id(m) in known:
                 paths[known[id(m)]].add(_path(component, name, m))
     # A preset leaves the VAE of a whole model alone.

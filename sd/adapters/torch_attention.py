@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from sd.adapters.layer import LoRALayer
+from sd.adapters.layer import LoRALayer, walk
 from sd.adapters.weights import LayerShape
 from sd.errors import SDError
 
@@ -183,7 +183,7 @@ HOSTS: dict[type[nn.Module], type[nn.Module]] = {
 def convert_hosts(network: nn.Module) -> None:
     """Give modules of HOSTS their LoRA class while they contain an adapter, and their own again afterwards."""
     back = {lora: plain for plain, lora in HOSTS.items()}
-    for module in list(network.modules()):
+    for _, module in list(walk(network)):
         if type(module) not in HOSTS and type(module) not in back:
             continue
         adapted = any(isinstance(m, LoRALayer) and m.adapters for m in module.modules())

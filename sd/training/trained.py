@@ -17,7 +17,7 @@ from sd.adapters.layer import LoRALayer
 from sd.adapters.low_rank import LowRank
 from sd.adapters.quant import quantized_kinds
 from sd.adapters.switch import adapter_names, use_adapters
-from sd.adapters.targets import find_targets, lora_layers, named_layers
+from sd.adapters.targets import find_targets, lora_layers
 from sd.errors import SDError
 from sd.files.hashes import digest
 from sd.lora_files.block_weights import BlockWeightError, block_multipliers
@@ -37,7 +37,7 @@ from sd.training.rules import kinds_with
 def training(config, models: Models) -> Iterator[dict[str, nn.Parameter]]:
     """Yield the trained weights by name; only they require gradients inside the block. All modes are restored afterwards."""
     before = [(p, p.requires_grad) for network in models.values() for p in network.parameters()]
-    modes = [(module, module.training) for _, module in named_layers(models)]
+    modes = [(module, module.training) for network in models.values() for module in network.modules()]
     unet, checkpointing, adapters = models["diffusion"], models["diffusion"].checkpointing, adapter_names(models)
     learned, words = models["clip"].learned, set(models["clip"].words)
     try:

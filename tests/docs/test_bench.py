@@ -36,7 +36,7 @@ def test_each_block_says_where_and_how_it_was_measured(text):
     assert len(lines) == 4
     for line in lines:
         assert re.search(r"commit \w+.*, torch [\d.]+.*, diffusers [\d.]+, ", line)
-        assert "threads: 1, fp32, model tiny, n = 1" in line
+        assert re.search("threads: 1, fp32( and bf16)?, model tiny, n = 1", line)
 
 
 def test_parity_is_printed_for_every_network_and_within_its_limit(text):
@@ -49,12 +49,19 @@ def test_parity_is_printed_for_every_network_and_within_its_limit(text):
 
 
 def test_steps_are_timed_in_every_case_and_both_sides_compute_the_same(text):
-    found = rows(text, "case")
-    assert [row[0] for row in found] == ["base", "adapters", "merged", "four routed"]
-    assert [row[1] for row in found] == ["[2, 4, 4, 4]"] * 3 + ["[8, 4, 4, 4]"]
+    cases = ["base", "adapters", "merged", "four calls", "four routed"]
+    found = rows(text, "dtype | pixels | case")
+    assert [row[:3] for row in found] == [[dtype, "32", case] for dtype in ("fp32", "bf16") for case in cases]
     for row in found:
-        assert float(row[4]) > 0 and float(row[5]) >= 0 and float(row[6]) >= 0
-        assert float(row[7]) < 1e-5
+        assert float(row[5]) > 0 and float(row[6]) > 0
+        assert float(row[8]) < {"fp32": 1e-5, "bf16": 5e-2}[row[0]]
+    assert [row[7].partition(" ")[2] for row in found] == ["", "of base", "of base", "", "of four calls"] * 2
+    memory = rows(text, "dtype | case, memory")
+    assert [row[1] for row in memory] == [case for case in cases if case != "four calls"] * 2
+    assert all(float(cell) >= 0 for row in memory for cell in row[2:])
+    pictures = rows(text, "dtype | pixels, whole picture")
+    assert [row[:2] for row in pictures] == [["fp32", "32"], ["bf16", "32"]]
+    assert float(pictures[0][6]) < 1 and float(pictures[1][6]) < 8  # levels of 255
 
 
 def test_tools_are_timed_and_a_loaded_file_gives_what_the_peer_gives(text):

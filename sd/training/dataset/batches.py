@@ -35,10 +35,11 @@ class Batches:
         self.seed, self.size = config.seed, config.batch_size
         self.counts = np.bincount(self.buckets)
         self._places_of = lru_cache(maxsize=8)(self._places)
+        self._batches_of = lru_cache(maxsize=2)(self.batches)
 
     def __call__(self, number: int) -> list[int]:
         epoch = bisect_right(range(number * self.size // len(self.uses) + 2), number, key=self.before) - 1
-        bucket, k = self.batches(epoch)[number - self.before(epoch)]
+        bucket, k = self._batches_of(epoch)[number - self.before(epoch)]
         places, n = range(k * self.size, (k + 1) * self.size), int(self.counts[bucket])
         return [int(self._places_of(place // n)[bucket][place % n]) for place in places]
 
@@ -91,7 +92,7 @@ def batch_variants(dataset: PictureData, indices: list[int], config, number: int
 
 def batch_weights(dataset: PictureData, indices: list[int], config) -> Tensor | None:
     """[B] weights of the pictures' losses: `prior_weight` for regularisation, else 1; None without regularisation."""
-    if not any(dataset.regular):
+    if not dataset.any_regular:
         return None
     return torch.tensor([float(config.prior_weight) if dataset.regular[i] else 1.0 for i in indices])
 

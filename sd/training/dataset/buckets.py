@@ -29,14 +29,20 @@ class Buckets:
         Without `upscale`, the areas of size, size - step, .. are tried until the picture covers its bucket. Raises DataError
         if the picture is smaller than the smallest bucket.
         """
+        if (chosen := self._chosen(width, height)) is not None:
+            return chosen
+        raise DataError(f"{name}: has {width} x {height} pixels, less than its smallest bucket; allow upscale, or remove "
+                        f"the picture")
+
+    @lru_cache(maxsize=4096)  # noqa: B019 (few buckets are made; data sets have few sizes and many pictures)
+    def _chosen(self, width: int, height: int) -> tuple[int, int] | None:
         size = self.size
         while sizes := self.sizes(size):
             w, h = min(sizes, key=lambda s: round(abs(math.log(s[0] * height / (s[1] * width))), 9))
             if self.upscale or (w <= width and h <= height):
                 return w, h
             size -= self.step
-        raise DataError(f"{name}: has {width} x {height} pixels, less than its smallest bucket; allow upscale, or remove "
-                        f"the picture")
+        return None
 
 
 @lru_cache(maxsize=256)

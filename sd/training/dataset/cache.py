@@ -1,6 +1,7 @@
 """Outputs of the frozen networks for pictures and captions, computed once: in memory, or in a folder that runs can share.
 
-Each file is named by the hash of everything that its content depends on, written atomically, and verified when it is read.
+Each file is named by the hash of everything that its content depends on, written atomically, and verified when it is read,
+which is at its first use: a start only looks which files there are.
 B images, h, w latents, L tokens, D context width.
 """
 
@@ -8,7 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,7 +22,7 @@ from sd.adapters.targets import lora_layers
 from sd.files.hashes import digest, headed, tensor_hash
 from sd.files.tensor_file import CheckpointError
 from sd.files.tensors import read_tensors, write_safetensors
-from sd.placement import placed_for
+from sd.placement import at, placed_for
 from sd.training.dist import own_share_first
 from sd.training.errors import DataError
 
@@ -36,8 +38,14 @@ class Store:
     """
 
     def __init__(self, folder: str | Path, limit: int | None = None):
-        self.folder, self.limit = Path(folder), limit
-        self.bytes = 0 if limit is None else sum(f.stat().st_size for f in self.folder.glob("*/*.safetensors"))
+        self.folder, self.limit, self.has_room = Path(folder), limit, True
+        self.bytes = 0 if limit is None else sum(entry.stat().st_size for entry in _files(self.folder))
+        self.present = {entry.name for entry in _files(self.folder)}  # names of files when the store was opened
+
+    def has(self, key: Mapping[str, object]) -> bool:
+        """Whether there is a file, damaged or not."""
+        path = self.path(key)
+        return path.name in self.present or path.exists()
 
     def path(self, key: Mapping[str, object]) -> Path:
         """Path of the file, in a subfolder named by the first two letters of its name."""
@@ -66,6 +74,7 @@ class Store:
         if self.limit is not None:
             size = sum(tensor.nbytes for tensor in tensors.values())
             if self.bytes + size > self.limit:
+                self.has_room = False
                 return
             self.bytes += size
         path = self.path(key)
@@ -79,6 +88,18 @@ class Store:
     @staticmethod
     def _text(key: Mapping[str, object]) -> str:
         return json.dumps({"format": FORMAT, **key}, sort_keys=True)
+
+
+def _files(folder: Path) -> Iterator[os.DirEntry]:
+    """All files of a store."""
+    try:
+        with os.scandir(folder) as parts:
+            for part in parts:
+                if part.is_dir():
+                    with os.scandir(part) as files:
+                        yield from (entry for entry in files if entry.name.endswith(".safetensors"))
+    except (FileNotFoundError, NotADirectoryError):  # there is none yet; writing says what is wrong
+        return
 
 
 def network_hash(network: nn.Module) -> str:
@@ -101,13 +122,13 @@ def network_hash(network: nn.Module) -> str:
 class Posteriors:
     """indices, variants -> mean and std of the pictures' latents in the UNet's scale, [B, 4, h, w] each, on the CPU.
 
-    Mean and std are kept instead of a sample, so that each use of a picture draws new latents. All are computed by the
-    constructor. With a `folder` they are stored by the content of the picture, the VAE's weights, size, crop, variant and
-    dtype, and up to `limit` bytes of them are also kept in memory. Raises DataError.
+    Mean and std are kept instead of a sample, so that each use of a picture draws new latents. The constructor computes those
+    that are not there. With a `folder` they are stored by the content of the picture, the VAE's weights, size, crop, variant
+    and dtype, read when they are first used, and up to `limit` bytes of them kept in memory. Raises DataError.
     """
 
     def __init__(self, models, dataset, folder: str | Path | None = None, *, limit: int = 2 << 30, progress: bool = False):
-        self.dataset, self.limit, self.bytes = dataset, limit, 0
+        self.models, self.dataset, self.limit, self.bytes = models, dataset, limit, 0
         self.kept: dict[tuple[int, int], dict[str, Tensor]] = {}
         self.store = None if folder is None else Store(Path(folder, "latents"))
         encoder = models["encoder"]
@@ -117,13 +138,8 @@ class Posteriors:
         pictures = range(len(dataset)) if self.store is None else own_share_first(range(len(dataset)))
         for i in tqdm(pictures, "latents", len(dataset), unit="picture", disable=not progress, dynamic_ncols=True):
             for variant in range(dataset.variants):
-                key = self._key(i, variant)
-                tensors = self.store.read(key) if self.store else None
-                if tensors is None:
-                    tensors = self._encode(models, i, variant)
-                    if self.store:
-                        self.store.write(key, tensors)
-                self._keep(i, variant, tensors)
+                if self.store is None or not self.store.has(self._key(i, variant)):
+                    self._make(i, variant)
 
     def __call__(self, indices: Sequence[int], variants: list[int] | None = None) -> tuple[Tensor, Tensor]:
         found = self._rows(indices, variants)
@@ -140,10 +156,23 @@ class Posteriors:
         if (i, variant) in self.kept:
             return self.kept[i, variant]
         assert self.store is not None  # without one all are kept
-        tensors = self.store.read(self._key(i, variant))
-        if tensors is None:
-            raise DataError(f"{self.store.path(self._key(i, variant))}: was changed or removed while in use; start again to "
-                            f"have it rebuilt")
+        key = self._key(i, variant)
+        tensors = self.store.read(key)
+        if tensors is not None:
+            self._keep(i, variant, tensors)
+            return tensors
+        if not self.store.path(key).exists():
+            raise DataError(f"{self.store.path(key)}: was changed or removed while in use; start again to have it rebuilt")
+        # Damaged: the same bits as at the start, so neither on the device of an idle network nor under autocast.
+        device = self.models.device
+        with at(self.models["encoder"], device), torch.autocast(device.type, enabled=False):
+            return self._make(i, variant)
+
+    def _make(self, i: int, variant: int) -> dict[str, Tensor]:
+        tensors = self._encode(self.models, i, variant)
+        if self.store:
+            self.store.write(self._key(i, variant), tensors)
+        self._keep(i, variant, tensors)
         return tensors
 
     def _keep(self, i: int, variant: int, tensors: dict[str, Tensor]) -> None:
@@ -169,4 +198,4 @@ def cached_pictures(folder: str | Path | None) -> set[str]:
     """Hashes of the pictures with latents in a cache, which were therefore read without error before."""
     if folder is None:
         return set()
-    return {file.name.split("-")[0] for file in Path(folder, "latents").glob("*/*-*.safetensors")}
+    return {entry.name.split("-")[0] for entry in _files(Path(folder, "latents")) if "-" in entry.name}

@@ -49,12 +49,12 @@ def fixed_captions(captions: Iterable[Iterable[str]], options: Iterable[Mapping[
 
     captions and options: those of each picture.
     """
-    seen = set()
+    seen, rng = set(), np.random.default_rng(0)  # without a choice, draws change nothing
     for texts, chosen in zip(captions, options, strict=True):
         for text in texts:
             if _varies(text, chosen):
                 return None
-            seen.add(seen_caption(text, chosen, np.random.default_rng(0)))
+            seen.add(seen_caption(text, chosen, rng))
         if chosen["caption_dropout"]:
             seen.add("")
     return sorted(seen)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sd.placement import sent
+from sd.placement import at, sent
 from sd.prompts.tokenizer import tokenize
 from sd.training.dataset.batches import picture_options
 from sd.training.dataset.cache import Store, network_hash
@@ -39,10 +39,16 @@ class Contexts:
         return sent(torch.stack([found[caption] for caption in captions]), self.models.device)
 
     def fill(self, captions: Iterable[str]) -> None:
-        """Encode captions in advance, so that the text encoder can leave the device. Does nothing if it is trained."""
+        """Encode the captions that are not in the store in advance, so that the text encoder can leave the device.
+
+        Those that neither memory nor store can hold are left out. Does nothing if the text encoder is trained.
+        """
         captions = [] if self.trained else sorted(set(captions))
         for caption in own_share_first(captions) if self.store else captions:
-            self._frozen(caption)
+            if self.bytes >= self.limit and not (self.store and self.store.has_room):
+                continue
+            if not (self.store and self.store.has(self.tokens([caption]))):
+                self._frozen(caption)
 
     def _frozen(self, caption: str) -> Tensor:
         if caption in self.kept:
@@ -51,8 +57,10 @@ class Contexts:
         tokens = self.tokens([caption])
         context = self.store.read(tokens) if self.store else None
         if context is None:
-            # One at a time and without autocast: a context must not depend on the rest of the batch, or on the caller.
-            with torch.no_grad(), torch.autocast(self.models.device.type, enabled=False):
+            # One at a time, on the device and without autocast: a context must not depend on the rest of the batch, or on the
+            # caller.
+            device = self.models.device
+            with torch.no_grad(), torch.autocast(device.type, enabled=False), at(self.models["clip"], device):
                 context = self._encode([caption])[0].cpu()
             if self.store:
                 self.store.write(tokens, context)
@@ -88,9 +96,19 @@ class TextStore:
         self.about = {"what": "context", "text encoder": network_hash(clip), "clip skip": clip_skip,
                       "dtype": str(clip.final_norm.weight.dtype)}
 
+    @property
+    def has_room(self) -> bool:
+        return self.store.has_room
+
+    def has(self, tokens: Tensor) -> bool:
+        return self.store.has(self._key(tokens))
+
     def read(self, tokens: Tensor) -> Tensor | None:
-        found = self.store.read(self.about | {"tokens": tokens[0].tolist()})
+        found = self.store.read(self._key(tokens))
         return None if found is None else found["context"]
 
     def write(self, tokens: Tensor, context: Tensor) -> None:
-        self.store.write(self.about | {"tokens": tokens[0].tolist()}, {"context": context})
+        self.store.write(self._key(tokens), {"context": context})
+
+    def _key(self, tokens: Tensor) -> dict[str, object]:
+        return self.about | {"tokens": tokens[0].tolist()}

@@ -67,6 +67,10 @@ class PictureData:
         return [False] * len(self)
 
     @cached_property
+    def any_regular(self) -> bool:
+        return any(self.regular)
+
+    @cached_property
     def sizes(self) -> Sequence[tuple[int, int]]:
         """(width, height) of each picture."""
         return [(w, h) for _, h, w in (self.picture(i).shape for i in range(len(self)))]

@@ -9,8 +9,10 @@ from dataclasses import replace
 from sd.training.dataset.buckets import make_buckets
 from sd.training.dataset.cache import cached_pictures
 from sd.training.dataset.data import PictureData, as_picture_data
+from sd.training.dataset.index import NO_INDEX, Index
 from sd.training.dataset.pictures import Pictures
 from sd.training.dataset.sources import PictureEntry, balanced, read_sources, regularisation
+from sd.training.dist import is_main
 from sd.training.errors import DataError, TrainError
 
 
@@ -38,10 +40,11 @@ def _open_files(config, models) -> tuple[Pictures, Pictures | None]:
     if not config.data:
         raise TrainError("no data: name a folder of pictures with captions")
     known = cached_pictures(config.cache)
+    index = Index(config.cache, (config.data, config.reg_data, config.validation_data))
 
     def opened(keep: Callable[[PictureEntry], bool] = lambda entry: True, **change) -> Pictures:
         return open_data(replace(config, **change), size=size, channels=models.config.vae.image_channels, factor=factor,
-                         known=known, keep=keep)
+                         known=known, index=index, keep=keep)
 
     if config.validation_data:
         pictures = opened()
@@ -49,21 +52,25 @@ def _open_files(config, models) -> tuple[Pictures, Pictures | None]:
         held_out = opened(lambda e: not e.regular, data=config.validation_data, reg_data=None, prior_weight=1.0)
         _check_disjoint(pictures, held_out)
     elif config.validation:
-        held_out = opened(lambda e: is_held_out(e, config.validation), reg_data=None, prior_weight=1.0)
-        pictures = opened(lambda e: not is_held_out(e, config.validation))
+        held_out = opened(lambda e: is_held_out(e, config.validation, index), reg_data=None, prior_weight=1.0)
+        pictures = opened(lambda e: not is_held_out(e, config.validation, index))
         _check_both_have_some(pictures, held_out, config.validation)
     else:
         pictures, held_out = opened(), None
+    if is_main() and not config.dry_run:
+        index.save()
     return pictures, held_out
 
 
-def is_held_out(entry: PictureEntry, share: float) -> bool:
+def is_held_out(entry: PictureEntry, share: float, index: Index = NO_INDEX) -> bool:
     """Whether a picture belongs to the held-out `share`: decided by the hash of its file alone, whatever the others are.
 
     Regularisation pictures never belong to it.
     """
-    digest = hashlib.sha256(b"held out" + entry.content()).digest()
-    return not entry.regular and int.from_bytes(digest[:8], "big") < share * 2**64
+    if entry.regular:
+        return False
+    digest = entry.fact(index, "held out", lambda: hashlib.sha256(b"held out" + entry.content()).hexdigest()[:16])
+    return int(digest, 16) < share * 2**64
 
 
 def _check_disjoint(pictures: Pictures, held_out: Pictures) -> None:
@@ -80,20 +87,20 @@ def _check_both_have_some(pictures: Pictures, held_out: Pictures, share: float) 
                              f"is chosen by its content alone); use another share, or validation_data")
 
 
-def open_data(config, *, size: int, channels: int, factor: int, known: Container[str] = frozenset(),
+def open_data(config, *, size: int, channels: int, factor: int, known: Container[str] = frozenset(), index: Index = NO_INDEX,
               keep: Callable[[PictureEntry], bool] = lambda entry: True) -> Pictures:
     """The pictures of `config.data` and `config.reg_data` for which `keep` is true, with all options of the config.
 
     size: side in pixels; with buckets, the root of the largest area. factor: pixels of a latent's side. known: hashes of
-    pictures (`cached_pictures`) that were read before and need no check. Raises DataError.
+    pictures (`cached_pictures`) that were read before and need no check. index: what is known of the files. Raises DataError.
     """
-    entries = read_sources(config.data, masks=config.masks)
+    entries = read_sources(config.data, masks=config.masks, index=index)
     if config.reg_data:
-        entries += regularisation(read_sources(config.reg_data, masks=config.masks))
+        entries += regularisation(read_sources(config.reg_data, masks=config.masks, index=index))
     if config.masks and not any(e.mask for e in entries):
         raise DataError(f"{config.data}: masks are asked for, and no picture has one; that of a.png is a-mask.png or "
                         f"masks/a.png")
     buckets = make_buckets(size, factor=factor, low=config.bucket_min, high=config.bucket_max, step=config.bucket_step,
                            upscale=config.upscale) if config.buckets else None
     return Pictures(balanced([e for e in entries if keep(e)]), size=size, channels=channels, buckets=buckets,
-                    crop=config.crop, flip=config.flip, variants=config.variants, known=known)
+                    crop=config.crop, flip=config.flip, variants=config.variants, known=known, index=index)

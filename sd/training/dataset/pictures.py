@@ -16,6 +16,7 @@ from torch import Tensor
 from sd.files.hashes import digest
 from sd.training.dataset.buckets import Buckets
 from sd.training.dataset.data import PictureData
+from sd.training.dataset.index import NO_INDEX, Index
 from sd.training.dataset.sources import PictureEntry, read_folder, read_image
 from sd.training.errors import DataError
 
@@ -24,25 +25,29 @@ class Pictures(PictureData):
     """Pictures from files, read at each use: turned upright, on a white background, scaled to cover their size and cropped.
 
     Without `buckets` all are size x size. `variants` is the number of crops (with crop "random"), and `flip` adds the mirror
-    image of each; variant 0 is the first crop, unmirrored. Pictures whose digest is in `known` are not decoded to check them.
-    Raises DataError for the first picture that cannot be used.
+    image of each; variant 0 is the first crop, unmirrored. Pictures whose digest is in `known` are not decoded to check them,
+    and those that `index` knows are not even read. Raises DataError for the first picture that cannot be used.
     """
 
     def __init__(self, entries: Sequence[PictureEntry], *, size: int, channels: int, buckets: Buckets | None = None,
-                 crop: str = "center", flip: bool = False, variants: int = 1, known: Container[str] = frozenset()):
+                 crop: str = "center", flip: bool = False, variants: int = 1, known: Container[str] = frozenset(),
+                 index: Index = NO_INDEX):
         self.entries, self.mode = list(entries), {1: "L", 3: "RGB"}[channels]
         self.crop, self.flip, self.variants = crop, flip, variants * (2 if flip else 1)
         self.captions = [e.captions for e in self.entries]
         self.options, self.regular = [e.options for e in self.entries], [e.regular for e in self.entries]
         self.masked = any(e.mask for e in self.entries)
         self.uses = [i for i, e in enumerate(self.entries) for _ in range(e.repeats)]
-        self._digests: dict[int, str] = {}
+        self.index, self._digests, self._mask_digests = index, dict[int, str](), dict[int, str | None]()
         # Unreadable files are found now, not after an hour of training.
-        found = [self._known_size(i) if known and self.digest(i) in known else self._read(i).size for i in range(len(self))]
+        found = [self._size(i, known) for i in range(len(self))]
         self.sizes = [(size, size) if buckets is None else buckets.choose(*wh, self.entries[i].where)
                       for i, wh in enumerate(found)]
-        order = sorted(set(self.sizes))
-        self.bucket_of = [order.index(wh) for wh in self.sizes]
+        number = {wh: k for k, wh in enumerate(sorted(set(self.sizes)))}
+        self.bucket_of = [number[wh] for wh in self.sizes]
+        for i in range(len(self)) if index.path else ():  # before it is saved
+            self.digest(i)
+            self._mask_digest(i)
 
     def picture(self, i: int, variant: int = 0) -> Tensor:
         width, height = self.sizes[i]
@@ -62,16 +67,23 @@ class Pictures(PictureData):
         return torch.from_numpy(np.array(self._cut(mask, i, variant, Image.Resampling.BILINEAR), dtype=np.float32))[None] / 255
 
     def made_of(self, i: int, variant: int = 0) -> dict[str, object]:
-        mask = self.entries[i].mask
         return {"picture": self.digest(i), "size": self.sizes[i], "flip": self._flipped(variant),
                 "crop": "center" if self.crop == "center" else variant // (2 if self.flip else 1),
-                "mask": hashlib.sha256(mask.read_bytes()).hexdigest() if mask else None}
+                "mask": self._mask_digest(i)}
 
     def digest(self, i: int) -> str:
         """SHA-256 of the file, 32 hex digits."""
         if i not in self._digests:
-            self._digests[i] = hashlib.sha256(self.entries[i].content()).hexdigest()[:32]
+            entry = self.entries[i]
+            self._digests[i] = entry.fact(self.index, "digest", lambda: hashlib.sha256(entry.content()).hexdigest()[:32])
         return self._digests[i]
+
+    def _mask_digest(self, i: int) -> str | None:
+        """SHA-256 of the mask's file; None without one."""
+        mask = self.entries[i].mask
+        if mask is not None and i not in self._mask_digests:
+            self._mask_digests[i] = self.index.fact("digest", mask, lambda: hashlib.sha256(mask.read_bytes()).hexdigest())
+        return self._mask_digests.get(i)
 
     def fingerprint(self) -> str:
         """Changes with any picture, name, caption, mask or option of a source."""
@@ -85,11 +97,16 @@ class Pictures(PictureData):
             raise DataError(f"{self.entries[i].where}: has {image.width} x {image.height} pixels; at least 8 x 8 are needed")
         return image
 
-    def _known_size(self, i: int) -> tuple[int, int]:
-        """Size from the header, without decoding the picture."""
-        with Image.open(BytesIO(self.entries[i].content())) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations that swap the sides
-            return image.size[::-1] if turned else image.size
+    def _size(self, i: int, known: Container[str]) -> tuple[int, int]:
+        """Size of the upright picture, which is decoded unless it is known."""
+        def found() -> tuple[int, int]:
+            if not known or self.digest(i) not in known:
+                return self._read(i).size
+            with Image.open(BytesIO(self.entries[i].content())) as image:  # its header
+                turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations that swap the sides
+                return image.size[::-1] if turned else image.size
+        width, height = self.entries[i].fact(self.index, "size", found)
+        return width, height
 
     def _cut(self, image: Image.Image, i: int, variant: int, resampling: Image.Resampling) -> Image.Image:
         x, y = 0.5, 0.5

@@ -22,6 +22,7 @@ from PIL import Image
 
 from sd.pictures.image_io import ImageError, load_image
 from sd.training.dataset.captions import CAPTION_OPTIONS
+from sd.training.dataset.index import NO_INDEX, Index
 from sd.training.errors import DataError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -52,6 +53,10 @@ class PictureEntry:
         except OSError as error:
             raise DataError(f"{self.where}: cannot be read ({error.strerror})") from None
 
+    def fact(self, index: Index, what: str, make: Callable[[], Any]) -> Any:
+        """make(), a fact about the file's bytes, or what the index knows of it."""
+        return index.fact(what, self.source, make) if isinstance(self.source, Path) else make()
+
     def image(self, mode: str) -> Image.Image:
         """The picture, turned upright, on a white background; mode is "RGB" or "L". Raises DataError."""
         if isinstance(self.source, Path):
@@ -72,7 +77,7 @@ def read_image(path: Path, mode: str) -> Image.Image:
         raise DataError(str(error)) from None
 
 
-def read_sources(data: str, *, masks: bool = False) -> list[PictureEntry]:
+def read_sources(data: str, *, masks: bool = False, index: Index = NO_INDEX) -> list[PictureEntry]:
     """All pictures of `data`: a folder, a .toml that lists several sources, or "hf:" and the name or path of a dataset.
 
     Raises DataError for missing, inconsistent or duplicate items.
@@ -81,13 +86,13 @@ def read_sources(data: str, *, masks: bool = False) -> list[PictureEntry]:
         return _hugging_face(data.removeprefix("hf:"))
     path = Path(data)
     if path.suffix.lower() == ".toml" and not path.is_dir():
-        return _toml(path, masks)
-    return read_folder(path, masks=masks)
+        return _toml(path, masks, index)
+    return read_folder(path, masks=masks, index=index)
 
 
 # ---- folders ---------------------------------------------------------------------------------------------------------
 
-def read_folder(folder: str | Path, *, masks: bool = False) -> list[PictureEntry]:
+def read_folder(folder: str | Path, *, masks: bool = False, index: Index = NO_INDEX) -> list[PictureEntry]:
     """The pictures of a folder, sorted by name, or those of its subfolders such as `10_some words`, repeated 10 times.
 
     Captions are in one of metadata.jsonl, metadata.csv (columns file_name, text) and captions.txt (lines `name: caption`,
@@ -99,7 +104,7 @@ def read_folder(folder: str | Path, *, masks: bool = False) -> list[PictureEntry
         raise DataError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
     numbered = sorted(d for d in folder.iterdir() if d.is_dir() and re.fullmatch(r"\d+_.+", d.name) and _pictures(d))
     if not numbered:
-        return _read_flat(folder, masks)
+        return _read_flat(folder, masks, index)
     stray = [*_pictures(folder), *folder.glob("*.txt"), *(folder / name for name in CAPTION_LISTS if (folder / name).exists())]
     if stray:
         raise DataError(f"{stray[0]}: is beside numbered folders such as {numbered[0].name}, where it would not be used; "
@@ -109,7 +114,8 @@ def read_folder(folder: str | Path, *, masks: bool = False) -> list[PictureEntry
         repeats, words = part.name.split("_", 1)
         if not 1 <= int(repeats) <= MAX_REPEATS:
             raise DataError(f"{part}: says {repeats} repeats; allowed: 1 to {MAX_REPEATS}")
-        entries += [replace(e, name=f"{part.name}/{e.name}", repeats=int(repeats)) for e in _read_flat(part, masks, words)]
+        found = _read_flat(part, masks, index, words)
+        entries += [replace(e, name=f"{part.name}/{e.name}", repeats=int(repeats)) for e in found]
     return [replace(e, origin=str(folder)) for e in entries]
 
 
@@ -117,7 +123,7 @@ def _pictures(folder: Path) -> list[Path]:
     return sorted(f for f in folder.iterdir() if f.suffix.lower() in PICTURES and not f.name.startswith("."))
 
 
-def _read_flat(folder: Path, masks: bool, default: str | None = None) -> list[PictureEntry]:
+def _read_flat(folder: Path, masks: bool, index: Index, default: str | None = None) -> list[PictureEntry]:
     files = _pictures(folder)
     files, mask_of = _masks(folder, files) if masks else (files, {})
     if not files:
@@ -126,7 +132,7 @@ def _read_flat(folder: Path, masks: bool, default: str | None = None) -> list[Pi
              and not (name == "captions.txt" and any(f.stem == "captions" for f in files))]
     if len(lists) > 1:
         raise DataError(f"{folder}: has both {lists[0]} and {lists[1]}; keep one of them")
-    captions = _listed(folder / lists[0], files) if lists else _texts(folder, files)
+    captions = _listed(folder / lists[0], files) if lists else _texts(folder, files, index)
     without = [f.name for f in files if f.name not in captions]
     if without and default is None:
         raise DataError(f"{folder}: {len(without)} of {len(files)} pictures have no caption, first: {without[0]}")
@@ -134,7 +140,7 @@ def _read_flat(folder: Path, masks: bool, default: str | None = None) -> list[Pi
             for f in files]
 
 
-def _texts(folder: Path, files: list[Path]) -> dict[str, str]:
+def _texts(folder: Path, files: list[Path], index: Index) -> dict[str, str]:
     by_stem: dict[str, str] = {}
     for f in files:
         if f.stem in by_stem:
@@ -144,14 +150,15 @@ def _texts(folder: Path, files: list[Path]) -> dict[str, str]:
     for text in sorted(folder.glob("*.txt")):
         if text.stem not in by_stem:
             raise DataError(f"{text}: a caption without a picture")
-        captions[by_stem[text.stem]] = _read_text(text).strip()
+        captions[by_stem[text.stem]] = index.fact("text", text, lambda: _read_text(text).strip())  # noqa: B023 (called now)
     return captions
 
 
 def _masks(folder: Path, files: list[Path]) -> tuple[list[Path], dict[str, Path]]:
     """(pictures that are not masks, name of a picture -> its mask)."""
     beside = {f.stem.removesuffix("-mask"): f for f in files if f.stem.endswith("-mask") and f.suffix.lower() == ".png"}
-    files = [f for f in files if f not in beside.values()]
+    not_pictures = set(beside.values())
+    files = [f for f in files if f not in not_pictures]
     inside = {f.name: f for f in _pictures(folder / "masks")} if (folder / "masks").is_dir() else {}
     found = {}
     for f in files:
@@ -232,7 +239,7 @@ def _read_text(path: Path) -> str:
 _SOURCE_KEYS = {"data": "", "repeats": 1, "weight": 1.0, "reg": False} | CAPTION_OPTIONS
 
 
-def _toml(path: Path, masks: bool) -> list[PictureEntry]:
+def _toml(path: Path, masks: bool, index: Index) -> list[PictureEntry]:
     """Read [[source]] tables: `data` (relative to the file) and, optionally, repeats or weight, reg (prior preservation) and
     caption options.
     """
@@ -253,7 +260,7 @@ def _toml(path: Path, masks: bool) -> list[PictureEntry]:
             raise DataError(f"{path}, source {number}: data {rows[number - 1]['data']!r} is listed twice; use repeats")
         if place.lower().endswith(".toml"):
             raise DataError(f"{path}, source {number}: data is {rows[number - 1]['data']!r}; allowed: a folder or hf:name")
-    groups = [read_sources(place, masks=masks) for place in places]
+    groups = [read_sources(place, masks=masks, index=index) for place in places]
     weighted = ["weight" in row for row in rows if not row.get("reg")]
     if any(weighted) and not all(weighted):
         raise DataError(f"{path}: some sources have a weight and some have none; give one to all or to none")

@@ -26,6 +26,7 @@ from bench.process import Worker, alternate, workers
 from sd.lora import merge, remove_lora, set_adapters, use_adapters
 from sd.model_loader import load_lora_into_models, preload_models_from_standard_weights
 from sd.pipeline import generate
+from sd.placement import Networks
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,10 @@ class Ours(Side):
             merge(models)
         if case == "four routed":
             self.stack.enter_context(use_adapters(models, dict(zip(names, torch.eye(4))), rows=torch.arange(4).repeat(2)))
+        unet = self.stack.enter_context(Networks(models, models.device).use("diffusion"))  # as generate() does
         if case == "four calls":
-            return partial(four_calls, models["diffusion"], lambda name: set_adapters(models, {name: 1.0}), names)
-        return models["diffusion"]
+            return partial(four_calls, unet, lambda name: set_adapters(models, {name: 1.0}), names)
+        return unet
 
     def picture(self, size: int, steps: int) -> Callable:
         return partial(generate, PROMPT, models=self.models, seed=1, sampler_name="ddim", n_inference_steps=steps,

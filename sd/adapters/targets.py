@@ -12,9 +12,10 @@ from typing import Any
 
 import torch.nn as nn
 
-from sd.adapters.layer import LoRALayer, walk
+from sd.adapters.layer import LoRALayer
 from sd.adapters.layers import is_registered, lora_classes, shape_of
 from sd.adapters.torch_attention import projections
+from sd.adapters.walk import walk
 from sd.adapters.weights import LayerShape, LoRAError
 
 NORMS = (nn.GroupNorm, nn.LayerNorm)

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn as nn
 
-from sd.adapters.layer import walk
 from sd.adapters.targets import adaptable_layers
+from sd.adapters.walk import walk
 from sd.lora import AdapterWeights, attach_state, lora_layers, modules_of, remove_lora, set_adapters, use_adapters
 
 LAYERS = 12

@@ -40,6 +40,7 @@ from sd.training.step import diffusion_batches
 class ScalingOptions(Options):
     only: tuple[str, ...] = ()  # names of sections, see SECTIONS; (): all
     most: int = 100_000  # pictures in the largest cache
+    quick: bool = False  # two values of each thing, to try the program
 
 
 NOTES = """Each row changes one thing over the listed values. "Cost" is the exponent of the time in that thing, fitted by least
@@ -147,8 +148,11 @@ def attach(models, rank: int, name: str, modules: int | None = None, trained: bo
 
 def step_work(unet, options: Options) -> Callable[[int], float]:
     """Multiplications of a step by the side of the latents, counted by torch."""
-    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
-    attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop}  # which torch does not count
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+    def products(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_, **__) -> int:
+        return sdpa_flop_count(q, k, v)
+    attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: products}  # torch does not count it
 
     def count(side: int) -> float:
         with FlopCounterMode(display=False, custom_mapping=attention) as counter:
@@ -328,9 +332,10 @@ def without_cost(models, start: Callable[[], object]) -> None:
 SECTIONS = {"steps": steps, "loras": loras, "tools": tools, "training": training, "starts": starts}
 
 
-def section(options: Options, name: str) -> list[list[object]]:
+def section(options: ScalingOptions, name: str) -> list[list[object]]:
     with TemporaryDirectory() as scratch:
-        return [series.measure(options) for series in SECTIONS[name](options, Path(scratch))]
+        found = SECTIONS[name](options, Path(scratch))
+        return [(replace(series, values=series.values[:2]) if options.quick else series).measure(options) for series in found]
 
 
 def main(options: ScalingOptions) -> str:

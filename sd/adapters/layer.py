@@ -9,7 +9,6 @@ Legend: B images, rows of a network call (2B with guidance), R rank, ΣR the ran
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from copy import copy
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -271,20 +270,6 @@ class LoRALayer(Base):
         derived = copy(self.derived)
         derived.free()
         return self.__dict__ | {"derived": derived, "_buffers": self._buffers | dict.fromkeys(MERGED)}
-
-
-def walk(network: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
-    """Like `named_modules`, in the same order, but not into the adapters of layers, of which there may be many."""
-    todo, seen = [("", network)], set()
-    while todo:
-        name, module = todo.pop()
-        if remove_duplicate and module in seen:
-            continue
-        seen.add(module)
-        yield name, module
-        apart = "adapters" if isinstance(module, LoRALayer) else None
-        todo += [(f"{name}.{key}" if name else key, child) for key, child in reversed(module._modules.items())
-                 if child is not None and key != apart]
 
 
 class _SameActiveSet(torch.autograd.Function):

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch.nn as nn
 
-from sd.adapters.layer import LoRALayer, walk
+from sd.adapters.layer import LoRALayer
 from sd.adapters.layers import is_registered, lora_classes, shape_of
 from sd.adapters.torch_attention import projections
+from sd.adapters.walk import walk
 from sd.adapters.weights import LayerShape, LoRAError
 
 NORMS = (nn.GroupNorm, nn.LayerNorm)
@@ -137,20 +138,8 @@ def refuse_bypassed(models, targets: Iterable[str], bypasses: Callable[[nn.Modul
 
 def lora_layers(models) -> dict[str, LoRALayer]:
     """Canonical path -> every layer that carries an adapter."""
-    found: dict[str, LoRALayer] = {}
-    for component, network in components(models).items():
-        todo: list[tuple[str, nn.Module | None]] = [("", network)]
-        seen = set()
-        while todo:  # like named_modules(), but much faster and not into the adapters
-            name, module = todo.pop()
-            if module is None or module in seen:
-                continue
-            seen.add(module)
-            if isinstance(module, LoRALayer) and module.adapters:
-                found[_path(component, name, module)] = module
-            else:
-                todo += [(f"{name}.{key}" if name else key, child) for key, child in reversed(module._modules.items())]
-    return found
+    return {_path(component, name, module): module for component, network in components(models).items()
+            for name, module in walk(network) if isinstance(module, LoRALayer) and module.adapters}
 
 
 def nominal_shape(layer: nn.Module) -> LayerShape:

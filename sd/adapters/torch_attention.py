@@ -13,7 +13,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from sd.adapters.layer import LoRALayer, walk
+from sd.adapters.layer import LoRALayer
+from sd.adapters.walk import walk
 from sd.adapters.weights import LayerShape
 from sd.errors import SDError
 

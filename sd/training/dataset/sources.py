@@ -120,7 +120,8 @@ def read_folder(folder: str | Path, *, masks: bool = False, index: Index = NO_IN
 
 
 def _pictures(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.iterdir() if f.suffix.lower() in PICTURES and not f.name.startswith("."))
+    found = (f for f in folder.iterdir() if f.suffix.lower() in PICTURES and not f.name.startswith("."))
+    return sorted(found, key=lambda f: f.name)
 
 
 def _read_flat(folder: Path, masks: bool, index: Index, default: str | None = None) -> list[PictureEntry]:

@@ -305,6 +305,15 @@ def test_graphs_go_when_the_network_goes_or_moves(models, taped):
     assert graph() is None and models["diffusion"] not in graphs._GRAPHS
 
 
+def test_a_lora_that_was_removed_leaves_no_tensor_behind(models, taped):
+    pictures(models, lora={"a": 1.0}, merged=False)
+    left = [weakref.ref(p) for p in get_lora_parameters(models, "a")]
+    taped.clear()
+    remove_lora(models, "a")
+    gc.collect()
+    assert left and all(p() is None for p in left)
+
+
 def test_a_network_that_is_away_between_pictures_is_not_captured(models, taped, monkeypatch):
     pictures(models, idle_device="cpu")
     assert not taped

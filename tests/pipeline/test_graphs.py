@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 from sd import graphs
+from sd.adapters.derived import STRUCTURES_KEPT
 from sd.config import TINY, UNetConfig, VAEConfig
 from sd.lora import (
     KINDS,
@@ -305,6 +306,15 @@ def test_graphs_go_when_the_network_goes_or_moves(models, taped):
     assert graph() is None and models["diffusion"] not in graphs._GRAPHS
 
 
+def test_a_lora_that_was_removed_leaves_no_tensor_behind(models, taped):
+    pictures(models, lora={"a": 1.0}, merged=False)
+    left = [weakref.ref(p) for p in get_lora_parameters(models, "a")]
+    taped.clear()
+    remove_lora(models, "a")
+    gc.collect()
+    assert left and all(p() is None for p in left)
+
+
 def test_a_network_that_is_away_between_pictures_is_not_captured(models, taped, monkeypatch):
     pictures(models, idle_device="cpu")
     assert not taped
@@ -414,6 +424,19 @@ def test_a_switch_writes_into_the_same_tensors_and_a_copy_takes_none_of_them(mod
     assert layer.derived.fixed and not deepcopy(layer).derived.fixed
     layer.to(torch.float64)
     assert not layer.derived.fixed
+
+
+def test_only_the_latest_structures_keep_their_tensors(taped):
+    models = small()
+    for rank in range(1, STRUCTURES_KEPT + 3):
+        add(models, f"r{rank}", rank=rank)
+    layer = next(iter(lora_layers(models["diffusion"]).values()))
+    with torch.no_grad():
+        for rank in range(1, STRUCTURES_KEPT + 3):
+            with use_adapters(models, {f"r{rank}": 1.0}):
+                held = layer.hold()
+    assert len(layer.derived.fixed) == STRUCTURES_KEPT
+    assert [t.data_ptr() for t in held] == [t.data_ptr() for t in list(layer.derived.fixed.values())[-1].tensors()]
 
 
 # ---- the rules of the stand-in: each is broken once ------------------------------------------------------------------

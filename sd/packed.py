@@ -23,6 +23,7 @@ from torch import Tensor
 from sd.adapters.layer import LoRALayer
 from sd.adapters.layers import LoRAConv2d, LoRALinear, as_lora_layer
 from sd.adapters.targets import named_layers
+from sd.adapters.walk import walk
 from sd.adapters.weights import LoRAError
 from sd.cpu import tuned
 
@@ -144,7 +145,7 @@ def works(dtype: torch.dtype) -> bool:
 
 def _packable(network: nn.Module) -> Iterator[LoRALayer]:
     """The layers that the operators can compute, as LoRA layers. Layers with hooks or a quantised weight are left alone."""
-    for name, module in list(network.named_modules()):
+    for name, module in list(walk(network)):
         if type(module) not in (nn.Linear, nn.Conv2d, LoRALinear, LoRAConv2d) or not _is_frozen_on_cpu(module.weight):
             continue
         if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from bench.unets import Diffusers, OpenVINO, Ours, Shape, convert
 class PeerOptions(Options):
     former: Path | None = None  # a folder with an earlier state of this repository, to compare with
     python: Path = ROOT / ".venv-peers/bin/python"  # of the environment with OpenVINO
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")  # of ours and diffusers
     sizes: tuple[int, ...] = ()  # pixels on each side; (): --size, else 256 and the model's native size
 
 
@@ -87,7 +88,7 @@ def main(options: PeerOptions) -> str:
     files, seconds = converted(options, folder, shape, sizes)
     start = partial(partial, Worker, replace(options, device="cpu"))
     programs = []
-    for dtype in ("float32", "bfloat16"):
+    for dtype in options.dtypes:
         programs.append(Program(f"ours, {dtype}", start(Ours, folder, shape, dtype)))
         if options.former:
             programs.append(Program(f"ours before, {dtype}", start(Ours, folder, shape, dtype, checkout=options.former)))
@@ -104,7 +105,7 @@ def main(options: PeerOptions) -> str:
         rows += [row_of(name, size, found, seconds[size]) for name in found]
     found_version = isolated(options, version, "openvino", python=options.python).result
     note = NOTES.format(steps=STEPS, version=found_version)
-    return block("A step in several programs", replace(options, dtype="fp32 and bf16"), [note], (HEADER, rows))
+    return block("A step in several programs", replace(options, dtype=" and ".join(options.dtypes)), [note], (HEADER, rows))
 
 
 def row_of(name: str, size: int, found: dict[str, list[Found]], converting: float) -> list:

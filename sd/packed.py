@@ -54,10 +54,12 @@ def pack(network: nn.Module) -> None:
 
 
 def unpack(models) -> None:
-    """Drop all packed copies of a network or of all networks of a model."""
-    for _, layer in named_layers(models):
+    """Undo `pack` in a network, or in all networks of a model."""
+    for _, layer in list(named_layers(models)):
         if isinstance(layer, LoRALayer):
             layer.derived.packed = None
+            if layer.plain_class is not None and not layer.adapters and not layer.is_quantized:
+                layer.to_plain()
 
 
 class Packed:

@@ -146,7 +146,7 @@ def train_text_encoder(run: str) -> None:
     save_checkpoint(models, READS)
 
 
-def train_unet(run: str, start: Path | None, device: str) -> None:
+def train_unet(run: str, start: Path | None, device: str = "cpu") -> None:
     """Train the UNet from scratch or from an exported model, or resume the run in out/emoji/`run`."""
     pictures, rows = build(EMOJI.image_size)
     models = preload_models_from_standard_weights(start or READS, device, dtype=torch.float32)

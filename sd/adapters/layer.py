@@ -269,6 +269,7 @@ class LoRALayer(Base):
     def __getstate__(self):
         derived = copy(self.derived)
         derived.free()
+        derived.changes = 0  # a copy has not been called, and is the same however often its original was
         return self.__dict__ | {"derived": derived, "_buffers": self._buffers | dict.fromkeys(MERGED)}
 
 

@@ -68,7 +68,7 @@ def test_what_fails_in_a_process_is_an_error_with_its_traceback():
 
 
 def test_the_peak_is_that_of_the_process_since_its_begin_or_the_reset():
-    with Worker(OPTIONS, Counter, 0) as worker:
+    with Worker(OPTIONS, Counter, 0, python=Path(sys.executable)) as worker:  # a fork has free memory of ours
         worker.ask("allocate", 64 << 20)
         assert 64 << 20 <= worker.peak() < 96 << 20
         worker.reset_peak()

@@ -122,7 +122,7 @@ def test_as_stored_every_tensor_keeps_its_dtype_and_lies_in_the_map_of_its_file(
 
 
 def test_a_dtype_that_is_none_is_refused(files):
-    with pytest.raises(ValueError, match="dtype is 'half'; allowed: a torch.dtype, 'stored', or None"):
+    with pytest.raises(ValueError, match="dtype is 'half'; allowed: a torch.dtype, 'auto', 'stored', or None"):
         load(files / "tiny.safetensors", dtype="half")
 
 

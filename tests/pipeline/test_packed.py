@@ -108,7 +108,7 @@ def test_copies_go_with_moves_and_copies_of_the_network_and_are_in_no_file(name)
     pack(network)
     assert_right(network, x)
     unpack(network)
-    assert not copies(network)
+    assert not copies(network) and type(network[0]) is type(LAYERS[name]())
 
 
 def test_training_uses_plain_weights():

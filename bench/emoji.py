@@ -97,7 +97,8 @@ def cold(options: Options, command: list, checkout: Path) -> tuple[float, None]:
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"PYTHONPATH": str(checkout.resolve()), "OMP_NUM_THREADS": str(options.threads)}
         arguments = [sys.executable, *command, Path(folder, "picture.png")]
-        taken, _ = timed(partial(subprocess.run, arguments, check=True, capture_output=True, env=environment), "cpu")
+        taken, _ = timed(partial(subprocess.run, arguments, check=True, capture_output=True, env=environment,
+                                 cwd=checkout), "cpu")  # -m looks in the current folder first
         assert Path(folder, "picture.png").exists()
     return taken, None
 

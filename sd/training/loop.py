@@ -36,7 +36,7 @@ from sd.training.dist import (
 from sd.training.errors import TrainError
 from sd.training.half_base import HalfBase, half_base
 from sd.training.interrupt import asked_to_stop
-from sd.training.loss import vae_loss
+from sd.training.loss import MicroLoss, vae_loss
 from sd.training.optim import lr_factor, make_optimizer, set_learning_rate, settle
 from sd.training.relora import fold, restart
 from sd.training.result import save_result
@@ -51,7 +51,7 @@ from sd.training.run_state import (
     save_state,
 )
 from sd.training.shard import shard, unshard
-from sd.training.step import MicroLoss, diffusion_batches, idle_networks, vae_batches
+from sd.training.step import diffusion_batches, idle_networks, vae_batches
 from sd.training.trained import frozen_parts, start_hash, training
 from sd.training.watch.estimate import announce, dry_run
 from sd.training.watch.monitor import MONITOR_FIELDS, Monitor, as_result, finite

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,7 +15,7 @@ from sd.training.dataset.batches import Batches, batch_captions, batch_noise, ba
 from sd.training.dataset.cache import Posteriors
 from sd.training.dataset.contexts import CONTEXT_BYTES, Contexts, TextStore, all_captions
 from sd.training.dataset.data import PictureData
-from sd.training.loss import check_objective, diffusion_loss
+from sd.training.loss import MicroLoss, check_objective, diffusion_loss
 from sd.training.new_words import check_words_shown
 from sd.training.noise import draw_noise, draw_timesteps
 
@@ -28,17 +27,6 @@ def idle_networks(config: TrainConfig, models: Models, dataset: PictureData) -> 
     captions, clip = None if config.trains_text else all_captions(dataset, config), models.config.clip
     kept = captions is not None and len(captions) * clip.max_tokens * clip.width * 4 <= CONTEXT_BYTES
     return ("encoder", "decoder", "clip") if kept else ("encoder", "decoder")
-
-
-@dataclass(frozen=True)
-class MicroLoss:
-    """Micro-batch number -> loss: the host says what is seen, as tensors on the device, and the rest is a function of those."""
-
-    inputs: Callable[[int], dict[str, Tensor]]
-    loss: Callable[..., Tensor]
-
-    def __call__(self, number: int) -> Tensor:
-        return self.loss(**self.inputs(number))
 
 
 def diffusion_batches(config: TrainConfig, models: Models, dataset: PictureData) -> MicroLoss:

@@ -17,8 +17,8 @@ from sd.graphs import Graphs, tapes_on
 from sd.models import Models
 from sd.training.config import TrainConfig
 from sd.training.dist import clip_gradients, is_joined
+from sd.training.loss import MicroLoss
 from sd.training.optim import autocast, ema_rate, limit_norms, next_loss_scale, step_unless, unscale, update_ema
-from sd.training.step import MicroLoss
 
 MAX_LOSS = 1000.0  # a network that answers 0 has a loss of 1
 GRAPHS_KEPT = 16  # one for the update, the others for the sizes of micro-batches

@@ -14,9 +14,8 @@ from sd.adapters.kinds import KINDS
 from sd.lora import adapter_names, apply_lora_to_model, get_lora_parameters
 from sd.training import TrainConfig, train
 from sd.training.dataset.data import PictureData
-from sd.training.loss import diffusion_loss
+from sd.training.loss import MicroLoss, diffusion_loss
 from sd.training.optim import make_optimizer
-from sd.training.step import MicroLoss
 from sd.training.work import CAPTURED, Work
 from tests.pipeline.checked_tape import CheckedTape
 from tests.training.tiny import a_lora, changed, copy_of, files, held_out, metrics, pictures, stopped

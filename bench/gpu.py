@@ -40,6 +40,10 @@ from sd.adapters.low_rank import LowRank
 from sd.config import SD15, TINY, ModelConfig
 from sd.lora import find_targets, lora_layers, merge, set_adapters, unmerge, use_adapters
 from sd.models import Models, build_networks
+from sd.training.config import TrainConfig
+from sd.training.loss import MicroLoss
+from sd.training.optim import make_optimizer
+from sd.training.work import Work
 
 ROOT = Path(__file__).parents[1]
 RANK, ALPHA = 8, 6.0
@@ -288,21 +292,46 @@ def without_graphs() -> Iterator[None]:
 
 def training(b: Bench) -> None:
     """A step of LoRA training, forward, backward, clipping and AdamW, with cached inputs: base in half, factors in fp32."""
-    unet: Any = random_models(b)["diffusion"]
+    models = random_models(b)
+    unet: Any = models["diffusion"]
     add_loras(unet, NAMES[:1])
     set_adapters(unet, {NAMES[0]: 1.0})
     factors = [p.requires_grad_(True) for layer in lora_layers(unet).values() for p in layer.adapters.parameters()]
     for batch, checkpointing in product(TRAINED if b.cuda else (1,), (False, True)):
         unet.checkpointing = checkpointing
-        train_rows(b, unet, factors, batch, checkpointing, "ours")
+        for mode in ("eager",) if checkpointing else ("eager", "graph"):  # what is recomputed is not captured
+            with without_graphs() if mode == "eager" else nullcontext():
+                row = b.time(own_step(b, models, factors, batch, checkpointing), 8 if b.cuda else 1)
+            b.say("training", "LoRA, rank 8", mode=mode, who="ours", batch=batch, checkpointing=checkpointing, **row,
+                  img_s=per_second(row, batch))
+            for p in factors:
+                p.grad = None
+
+
+def own_step(b: Bench, models: Models, factors: list[nn.Parameter], batch: int, checkpointing: bool) -> Callable[[], None]:
+    """A step as the training loop takes it."""
+    precision: Any = next(name for name, dtype in DTYPES.items() if dtype == b.dtype)
+    config = TrainConfig(batch_size=batch, checkpointing=checkpointing, precision=precision, learning_rate=1e-4)
+    parameters, (x, t, context) = {str(i): p for i, p in enumerate(factors)}, inputs(b, batch, torch.float32)
+    given, numbers = {"x": x, "t": t, "context": context, "target": torch.randn_like(x)}, count()
+
+    def loss(x: Tensor, t: Tensor, context: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(models["diffusion"](x.to(b.dtype), t, context.to(b.dtype)).float(), target)
+
+    work = Work(config, models, parameters, make_optimizer(parameters, config), {}, MicroLoss(lambda number: given, loss),
+                torch.tensor([1.0, 0.0], device=b.device))
+
+    def step() -> None:
+        number = next(numbers)
+        work.update(work.add_gradients(number), number)
+    return step
 
 
 def train_rows(b: Bench, call: Callable[..., Tensor], factors: list[nn.Parameter], batch: int, checkpointing: bool, who: str,
                encode: Callable[[int], tuple[Tensor, Tensor]] | None = None) -> None:
-    """Time a step, and of ours also as one graph. `encode`: what makes latents and context in each step, uncached."""
+    """Time a peer's step. `encode`: what makes latents and context in each step, uncached."""
     x, t, context = inputs(b, batch, torch.float32)
-    target, graph = torch.randn_like(x), encode is None and who == "ours" and b.cuda and not checkpointing
-    optimizer = torch.optim.AdamW(factors, lr=1e-4, fused=b.cuda, capturable=graph)
+    target, optimizer = torch.randn_like(x), torch.optim.AdamW(factors, lr=1e-4, fused=b.cuda)
 
     def step() -> None:
         given = (x, context) if encode is None else encode(batch)
@@ -313,23 +342,9 @@ def train_rows(b: Bench, call: Callable[..., Tensor], factors: list[nn.Parameter
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    facts = {"who": who, "batch": batch, "checkpointing": checkpointing}
     row = b.time(step, 8 if b.cuda else 1)
-    b.say("training", "LoRA, rank 8" + (", encoding in each step" if encode else ""), mode="eager", **facts, **row,
-          img_s=per_second(row, batch))
-    if graph:
-        torch.cuda.reset_peak_memory_stats()
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # where autograd's streams are set up
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(aside)
-        whole = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(whole):
-            step()
-        row = b.time(whole.replay, 8)
-        b.say("training", "LoRA, rank 8", mode="graph", **facts, **row, img_s=per_second(row, batch))
+    b.say("training", "LoRA, rank 8" + (", encoding in each step" if encode else ""), mode="eager", who=who, batch=batch,
+          checkpointing=checkpointing, **row, img_s=per_second(row, batch))
     for p in factors:
         p.grad = None
 

@@ -1,17 +1,18 @@
-"""Calls of a network as CUDA graphs: a call like one before it is one launch, not a thousand.
+"""Calls as CUDA graphs: a call like one before it is one launch, not a thousand.
 
 A graph repeats the kernels that were captured, on the addresses that they had; no Python runs. So a call is repeated only
 where everything at those addresses is what the call would read now: the base's tensors, what the adapters come down to
 (merged, or fused; see `LoRALayer.hold`), and the inputs, which are copied into tensors of the graph's own. Values may change
 at will, so neither a switch to another LoRA of the same form nor another multiplier captures anew; other addresses or
-shapes are another graph. A network that is trained, compiled, hooked or under autocast is called as it is.
+shapes are another graph. A network that is trained, compiled, hooked or under autocast is called as it is; a training repeats
+its whole steps instead (sd/training/work.py).
 """
 
 from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -60,6 +61,11 @@ def _cuda_tapes() -> Callable[[], Tape]:
 TAPES: dict[str, Callable[[], Callable[[], Tape]]] = {"cuda": _cuda_tapes}  # device type -> a maker of tapes for one network
 
 
+def tapes_on(device: torch.device) -> Callable[[], Tape] | None:
+    """A maker of tapes whose memory is shared; None on a device without graphs, and with SD_CUDA_GRAPHS=0."""
+    return TAPES[device.type]() if device.type in TAPES and os.environ.get("SD_CUDA_GRAPHS") != "0" else None
+
+
 @dataclass
 class Graph:
     """One captured call: its own inputs and output, and the tape between them."""
@@ -86,15 +92,50 @@ class Checked:
 
 
 class Graphs:
-    """The last calls of one network, by what they read. It does not know the network, which it would keep alive."""
+    """The last calls of one kind, by what they read, in memory that is shared."""
+
+    def __init__(self, tapes: Callable[[], Tape], most: int = GRAPHS_KEPT):
+        self.tapes, self.most = tapes, most
+        self.kept: dict[Hashable, Graph | None] = {}  # None: called once, which warms up what libraries set up lazily
+        self.full = False  # the device has no memory for graphs
+
+    def repeat(self, key: Hashable, run: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
+        """run(*inputs), from a graph from the second such call on. The key says where everything else is that it reads."""
+        if self.full:
+            return run(*inputs)
+        key = key, tuple(map(_form, inputs)), torch.are_deterministic_algorithms_enabled()
+        seen = key in self.kept
+        graph = self.kept[key] = self.kept.pop(key, None)  # the latest is the last
+        if len(self.kept) > self.most:
+            del self.kept[next(iter(self.kept))]
+        if graph is None and seen:
+            graph = self.kept[key] = self._captured(run, inputs)
+        elif graph is not None:
+            for own, given in zip(graph.inputs, inputs):
+                own.copy_(given)
+            graph.tape.replay()
+        return run(*inputs) if graph is None else graph.output.clone()  # the next replay overwrites it
+
+    def _captured(self, run: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Graph | None:
+        """A graph of this call, which has computed it; None, for good, if there is no memory for it."""
+        tape = self.tapes()
+        try:
+            with exact(), torch.cuda.device_of(inputs[0]):
+                own = [x.clone() for x in inputs]
+                return Graph(own, tape.capture(lambda: run(*own)), tape)
+        except torch.OutOfMemoryError:
+            self.full, self.kept = True, {}
+            return None
+
+
+class NetworkGraphs(Graphs):
+    """The last calls of one network. It does not know the network, which it would keep alive."""
 
     def __init__(self, tapes: Callable[[], Tape]):
-        self.tapes = tapes
-        self.kept: dict[Hashable, Graph | None] = {}  # None: called once, which warms up what libraries set up lazily
+        super().__init__(tapes)
         self.base: Hashable = None  # the base's tensors, by address: when they move, nothing that was captured is valid
         self.reads: Hashable = None  # what the adapters come down to, by address; None: the network is called as it is
         self.checked: Checked | None = None  # when these two were found
-        self.full = False  # the device has no memory for graphs
 
     def call(self, network: nn.Module, *inputs: Tensor) -> Tensor:
         """network(*inputs), repeated from a graph from the second call of its form on."""
@@ -102,20 +143,7 @@ class Graphs:
             return network._call_impl(*inputs)
         if self.checked is None or not self.checked.still_valid():
             self._check(network)
-        if self.reads is None:
-            return network._call_impl(*inputs)
-        key = self.reads, tuple(map(_form, inputs)), torch.are_deterministic_algorithms_enabled()
-        seen = key in self.kept
-        graph = self.kept[key] = self.kept.pop(key, None)  # the latest is the last
-        if len(self.kept) > GRAPHS_KEPT:
-            del self.kept[next(iter(self.kept))]
-        if graph is None and seen:
-            graph = self.kept[key] = self._captured(network, inputs)
-        elif graph is not None:
-            for own, given in zip(graph.inputs, inputs):
-                own.copy_(given)
-            graph.tape.replay()
-        return network._call_impl(*inputs) if graph is None else graph.output.clone()  # the next replay overwrites it
+        return network._call_impl(*inputs) if self.reads is None else self.repeat(self.reads, network._call_impl, inputs)
 
     def _check(self, network: nn.Module) -> None:
         """Find what the network reads, and fix where that is."""
@@ -127,19 +155,8 @@ class Graphs:
             self.base, self.kept = base, {}
         self.checked = Checked(layers)
 
-    def _captured(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> Graph | None:
-        """A graph of this call, which has computed it; None, for good, if there is no memory for it."""
-        tape = self.tapes()
-        try:
-            with exact(), torch.cuda.device_of(inputs[0]):
-                own = [x.clone() for x in inputs]
-                return Graph(own, tape.capture(lambda: network._call_impl(*own)), tape)
-        except torch.OutOfMemoryError:
-            self.full, self.kept = True, {}
-            return None
 
-
-_GRAPHS: weakref.WeakKeyDictionary[nn.Module, Graphs] = weakref.WeakKeyDictionary()
+_GRAPHS: weakref.WeakKeyDictionary[nn.Module, NetworkGraphs] = weakref.WeakKeyDictionary()
 
 
 @contextmanager
@@ -150,11 +167,11 @@ def repeated(network: nn.Module) -> Iterator[None]:
     replaced or hooked. On a device without graphs, and with SD_CUDA_GRAPHS=0, this does nothing.
     """
     weight = next(network.parameters(), None)
-    tapes = None if weight is None else TAPES.get(weight.device.type)
-    if tapes is None or network._compiled_call_impl is not None or os.environ.get("SD_CUDA_GRAPHS") == "0":
+    tapes = None if weight is None or network._compiled_call_impl is not None else tapes_on(weight.device)
+    if tapes is None:
         yield
         return
-    graphs = _GRAPHS.setdefault(network, Graphs(tapes()))
+    graphs = _GRAPHS.setdefault(network, NetworkGraphs(tapes))
     network._compiled_call_impl = partial(graphs.call, network)  # where torch's own compile() puts what it made
     try:
         yield

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from sd.adapters.quant import quantize_base, quantized_kinds
-from sd.adapters.targets import lora_layers
 from sd.files.atomic import atomic_write
 from sd.lora_files.modules import modules_of
 from sd.model_loader import preload_models_from_standard_weights
@@ -29,7 +28,6 @@ from sd.training.dist import (
     all_reduce,
     check_accumulate,
     check_same,
-    clip_gradients,
     devices,
     is_main,
     own_micro_batches,
@@ -38,19 +36,8 @@ from sd.training.dist import (
 from sd.training.errors import TrainError
 from sd.training.half_base import HalfBase, half_base
 from sd.training.interrupt import asked_to_stop
-from sd.training.loss import vae_loss
-from sd.training.optim import (
-    autocast,
-    limit_norms,
-    lr_factor,
-    make_optimizer,
-    next_loss_scale,
-    set_learning_rate,
-    settle,
-    step_unless,
-    unscale,
-    update_ema,
-)
+from sd.training.loss import MicroLoss, vae_loss
+from sd.training.optim import lr_factor, make_optimizer, set_learning_rate, settle
 from sd.training.relora import fold, restart
 from sd.training.result import save_result
 from sd.training.run_state import (
@@ -68,8 +55,8 @@ from sd.training.step import diffusion_batches, idle_networks, vae_batches
 from sd.training.trained import frozen_parts, start_hash, training
 from sd.training.watch.estimate import announce, dry_run
 from sd.training.watch.monitor import MONITOR_FIELDS, Monitor, as_result, finite
+from sd.training.work import Work
 
-MAX_LOSS = 1000.0  # a network that answers 0 has a loss of 1
 MAX_SKIPPED = 20  # bad steps in a row, then the training stops
 READ_EVERY = 10  # steps between readings of the losses: a reading waits for the device
 
@@ -153,13 +140,13 @@ def _start_or_resume(config: TrainConfig, models: Models, folder: Path, dataset,
     return _Run(folder, parameters, weights, optimizer, ema, facts, done)
 
 
-def _run_steps(run: _Run, config: TrainConfig, models: Models, base: HalfBase, micro_loss: Callable[[int], Tensor],
+def _run_steps(run: _Run, config: TrainConfig, models: Models, base: HalfBase, micro_loss: MicroLoss,
                watch: Monitor, stop: Callable[[], bool]) -> None:
     """Run from the last save to the last step. Saves and samples come before a step, so the loop runs once more at the end."""
     parameters, optimizer, ema, done = run.parameters, run.optimizer, run.ema, run.done
     device = next(iter(parameters.values())).device
-    layers = lora_layers(models) if config.max_norm else {}
     scale = torch.tensor([done.loss_scale if config.precision == "fp16" else 1.0, done.good_steps], device=device)
+    work = Work(config, models, parameters, optimizer, ema, micro_loss, scale)
     unread: list[Tensor] = []  # (loss, gradient norm, whether they are bad) of recent steps, on the device
     stopping = False
     for step in range(done.step, config.steps + 1):
@@ -168,6 +155,8 @@ def _run_steps(run: _Run, config: TrainConfig, models: Models, base: HalfBase, m
         look = watch.due(step) and not stopping
         if save or look or len(unread) == READ_EVERY:
             _read(unread, step, done, watch, config)
+        if look or last or stopping:
+            work.release()
         if look:
             plain = config.precision == "fp16"  # samples run without autocast then
             with as_result(models, parameters, optimizer, ema), base.restored() if plain else nullcontext():
@@ -187,22 +176,9 @@ def _run_steps(run: _Run, config: TrainConfig, models: Models, base: HalfBase, m
         loss = torch.zeros((), device=device)
         for number in own_micro_batches(step, config.accumulate):
             torch.manual_seed(seed_of(config.seed, "layers", number))  # dropout inside the layers
-            with autocast(config.precision, device):
-                micro = micro_loss(number) / config.accumulate
-            (micro * scale[0]).backward()
-            loss += micro.detach()
+            loss += work.add_gradients(number)
         loss, stopping = all_reduce(parameters.values(), loss, stop())
-        if config.precision == "fp16":
-            unscale(parameters.values(), scale[0])
-        norm = clip_gradients(parameters.values(), config.clip_norm)
-        bad = ~(norm.isfinite() & (loss < MAX_LOSS))
-        step_unless(bad, optimizer)
-        limit_norms(layers, config.name, config.max_norm)
-        update_ema(ema, parameters, config.ema, step, bad)
-        optimizer.zero_grad()
-        if config.precision == "fp16":
-            scale = next_loss_scale(scale, norm.isfinite())
-        unread.append(torch.stack([loss, norm, bad]))
+        unread.append(work.update(loss, step))
         watch.bar.update()
 
 

@@ -61,6 +61,17 @@ class Objective:
 PLAIN = Objective()
 
 
+@dataclass(frozen=True)
+class MicroLoss:
+    """Micro-batch number -> loss: the host says what is seen, as tensors on the device, and the rest is a function of those."""
+
+    inputs: Callable[[int], dict[str, Tensor]]
+    loss: Callable[..., Tensor]
+
+    def __call__(self, number: int) -> Tensor:
+        return self.loss(**self.inputs(number))
+
+
 def diffusion_loss(models, latents: Tensor, context: Tensor, t: Tensor, noise: Tensor, *,
                    objective: Objective | TrainConfig = PLAIN, input_noise: Tensor | None = None,
                    weights: Tensor | None = None, mask: Tensor | None = None) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sd.adapters.layer import LoRALayer
+from sd.graphs import TAPES
 from sd.lora_files.block_weights import BlockWeightError, block_multipliers
 from sd.lora_files.modules import Modules
 from sd.training.errors import TrainError
@@ -23,8 +24,11 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def _adamw(groups: list[dict], config) -> torch.optim.Optimizer:
-    """Loshchilov and Hutter 2019."""
-    return torch.optim.AdamW(groups, betas=config.betas, fused=True)
+    """Loshchilov and Hutter 2019. Where there are graphs, learning rates are tensors, which a graph reads in each step."""
+    device = groups[0]["params"][0].device
+    if graphs := device.type in TAPES:
+        groups = [group | {"lr": torch.tensor(group["lr"], dtype=torch.float32, device=device)} for group in groups]
+    return torch.optim.AdamW(groups, betas=config.betas, fused=True, capturable=graphs)
 
 
 def _adamw8bit(groups: list[dict], config) -> torch.optim.Optimizer:
@@ -171,7 +175,11 @@ def lr_factor(step: int, config) -> float:
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Set the learning rate of each group to its initial one times `factor`."""
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
+        rate = group["initial_lr"] * factor
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 # ---- precision -------------------------------------------------------------------------------------------------------
@@ -240,13 +248,18 @@ def limit_norms(layers: Mapping[str, LoRALayer], name: str, max_norm: float) -> 
         torch._foreach_mul_(factors, ratio ** (1 / len(factors)))
 
 
+def ema_rate(decay: float, step: int) -> float:
+    """1 - d of the moving average at a step; d rises to `decay`, so the random start fades quickly."""
+    return 1 - min(decay, (1 + step) / (10 + step))
+
+
 @torch.no_grad()
-def update_ema(ema: dict[str, Tensor], parameters: dict[str, nn.Parameter], decay: float, step: int,
-               bad: Tensor | bool = False) -> None:
-    """ema += (1 - d) (p - ema), in place, unless the step was bad; d rises to `decay`, so the random start fades quickly."""
+def update_ema(ema: dict[str, Tensor], parameters: dict[str, nn.Parameter], rate: Tensor | float,
+               bad: Tensor | None = None) -> None:
+    """ema += rate (p - ema), in place, unless the step was bad."""
     if not ema:
         return
-    rate = (1 - min(decay, (1 + step) / (10 + step))) * (1 - torch.as_tensor(bad).float())
+    rate = rate if bad is None else rate * (1 - bad.float())
     values, weights = list(ema.values()), [parameters[name].data for name in ema]
     # On a GPU in few kernels; on the CPU tensor by tensor, each of which stays in the processor's cache.
     each = [(values, weights)] if values[0].is_cuda else [([value], [weight]) for value, weight in zip(values, weights)]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from sd.models import Models
 from sd.placement import sent
@@ -13,7 +15,7 @@ from sd.training.dataset.batches import Batches, batch_captions, batch_noise, ba
 from sd.training.dataset.cache import Posteriors
 from sd.training.dataset.contexts import CONTEXT_BYTES, Contexts, TextStore, all_captions
 from sd.training.dataset.data import PictureData
-from sd.training.loss import check_objective, diffusion_loss
+from sd.training.loss import MicroLoss, check_objective, diffusion_loss
 from sd.training.new_words import check_words_shown
 from sd.training.noise import draw_noise, draw_timesteps
 
@@ -27,7 +29,7 @@ def idle_networks(config: TrainConfig, models: Models, dataset: PictureData) -> 
     return ("encoder", "decoder", "clip") if kept else ("encoder", "decoder")
 
 
-def diffusion_batches(config: TrainConfig, models: Models, dataset: PictureData) -> Callable[[int], torch.Tensor]:
+def diffusion_batches(config: TrainConfig, models: Models, dataset: PictureData) -> MicroLoss:
     """Micro-batch number -> loss, for UNet, text encoder, their LoRAs and new words."""
     check_objective(config, models.config)
     check_words_shown(config, dataset)
@@ -37,32 +39,30 @@ def diffusion_batches(config: TrainConfig, models: Models, dataset: PictureData)
     contexts.fill(all_captions(dataset, config) or [])
     device = models["diffusion"].conv_in.weight.device
 
-    def micro_loss(number: int) -> torch.Tensor:
+    def inputs(number: int) -> dict[str, Tensor]:
         indices = batches(number)
         variants = batch_variants(dataset, indices, config, number)
         mean, std = posteriors(indices, variants)
         latents = mean + std * batch_noise(mean.shape, config, number, "posterior")
-        weights, mask = batch_weights(dataset, indices, config), posteriors.masks(indices, variants)
-        context = contexts(batch_captions(dataset, indices, config, number))
-        t = draw_timesteps(len(indices), models.config, config, number)
         noise, input_noise = draw_noise(latents.shape, config, number)
-        return diffusion_loss(models, sent(latents, device), context, sent(t, device), sent(noise, device), objective=config,
-                              input_noise=sent(input_noise, device), weights=None if weights is None else sent(weights, device),
-                              mask=None if mask is None else sent(mask, device))
+        seen = {"latents": latents, "context": contexts(batch_captions(dataset, indices, config, number)), "noise": noise,
+                "t": draw_timesteps(len(indices), models.config, config, number), "input_noise": input_noise,
+                "weights": batch_weights(dataset, indices, config), "mask": posteriors.masks(indices, variants)}
+        return {name: sent(x, device) for name, x in seen.items() if x is not None}
 
-    return micro_loss
+    return MicroLoss(inputs, partial(diffusion_loss, models, objective=config))
 
 
-def vae_batches(config: TrainConfig, models: Models, dataset: PictureData, loss: Callable) -> Callable[[int], torch.Tensor]:
+def vae_batches(config: TrainConfig, models: Models, dataset: PictureData, loss: Callable) -> MicroLoss:
     """Micro-batch number -> loss, for the autoencoder."""
     vae, device, batches = models.config.vae, models.device, Batches(dataset, config)
 
-    def micro_loss(number: int) -> torch.Tensor:
+    def inputs(number: int) -> dict[str, Tensor]:
         indices = batches(number)
         shown = zip(indices, batch_variants(dataset, indices, config, number))
         pictures = torch.stack([dataset.picture(i, variant) for i, variant in shown])
         b, _, h, w = pictures.shape
         noise = batch_noise((b, vae.latent_channels, h // vae.factor, w // vae.factor), config, number, "posterior")
-        return loss(models, sent(pictures, device), sent(noise, device), config.kl_weight)
+        return {"pictures": sent(pictures, device), "noise": sent(noise, device)}
 
-    return micro_loss
+    return MicroLoss(inputs, lambda pictures, noise: loss(models, pictures, noise, config.kl_weight))

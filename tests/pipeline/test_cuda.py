@@ -3,25 +3,29 @@
 The tests need torch and sd/ alone: `python -m bench.gpu` calls them one by one, on machines without pytest and peers.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sd import graphs
 from sd.adapters.low_rank import LowRank
 from sd.config import TINY
-from sd.lora import find_targets, lora_layers, merge, set_adapters, unmerge, use_adapters
+from sd.lora import find_targets, get_lora_parameters, merge, set_adapters, unmerge, use_adapters
 from sd.models import Models, new_models
 from sd.pipeline import Start, guided, sample
 from sd.placement import Networks, placed_for, sent
 from sd.request import Request
 from sd.training.config import TrainConfig
 from sd.training.dataset.data import as_picture_data
-from sd.training.loss import diffusion_loss
+from sd.training.loss import MicroLoss, diffusion_loss
+from sd.training.optim import make_optimizer, set_learning_rate
 from sd.training.step import diffusion_batches
 from sd.training.trained import training
+from sd.training.work import Work
 
 NAMES = ("a", "b", "c", "d")
 
@@ -173,33 +177,41 @@ def test_the_autoencoder_in_bf16_is_near_that_in_fp32():
     close(half(placed_for(half, latents)), full(placed_for(full, latents)), 5e-2)
 
 
-def test_a_training_step_can_be_captured_whole():
-    models = tiny()
-    set_adapters(models, {"a": 1.0})
-    factors = [p.requires_grad_(True) for layer in lora_layers(models).values() for p in layer.adapter("a").parameters()]
-    optimizer = torch.optim.AdamW(factors, lr=1e-3, fused=True, capturable=True)
-    latents, _, context = inputs(2, torch.float32)
-    t, noise = torch.tensor([300, 700], device="cuda"), torch.randn(2, 4, 8, 8, device="cuda")
+def test_training_steps_from_graphs_are_those_of_plain_calls():
+    losses, config = {}, TrainConfig(precision="bf16", learning_rate=1e-2, ema=0.9, accumulate=2)
+    batches = []
+    for seed, rows in enumerate((2, 2, 1, 1)):
+        x, t, context = inputs(rows, torch.float32, seed)
+        batches.append({"latents": x, "t": t.long(), "context": context, "noise": x.flip(-1)})
+    for mode in ("0", "1"):
+        with switched("SD_CUDA_GRAPHS", mode):
+            models = tiny(torch.float32)
+            set_adapters(models, {"a": 1.0})
+            factors = {str(i): p.requires_grad_(True) for i, p in enumerate(get_lora_parameters(models, "a"))}
+            ema, optimizer = {name: p.detach().clone() for name, p in factors.items()}, make_optimizer(factors, config)
+            micro_loss = MicroLoss(lambda number: batches[number % 4], partial(diffusion_loss, models))
+            work = Work(config, models, factors, optimizer, ema, micro_loss, torch.tensor([1.0, 0.0], device="cuda"))
+            found = []
+            for step in range(16):
+                set_learning_rate(optimizer, 1 - step / 16)
+                loss = work.add_gradients(2 * step) + work.add_gradients(2 * step + 1)
+                found.append(work.update(loss, step))
+            losses[mode] = torch.stack(found)[:, 0]
+    assert work.graphs is not None and sum(graph is not None for graph in work.graphs.kept.values()) == 3
+    close(losses["1"], losses["0"], 1e-2)
+    assert losses["1"][-2:].mean() < losses["1"][:2].mean()
+    work.release()
+    assert all(p.grad is None for p in factors.values())
 
-    def step() -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = diffusion_loss(models, latents, context, t, noise)
-        loss.backward()
-        nn.utils.clip_grad_norm_(factors, 1.0)
-        optimizer.step()
-        return loss.detach()
 
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        first = [float(step()) for _ in range(3)]
-    torch.cuda.current_stream().wait_stream(aside)
-    whole = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(whole):
-        loss = step()
-    losses = []
-    for _ in range(20):
-        whole.replay()
-        losses.append(float(loss))
-    assert losses[-1] < losses[0] < first[0] * 1.01
+@contextmanager
+def switched(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -16,7 +16,7 @@ from sd.training.trained import training
 from sd.training.watch.estimate import estimate
 from tests.training.tiny import LORA, changed, copy_of, files, held_out, pictures
 
-loop = importlib.import_module("sd.training.loop")
+work = importlib.import_module("sd.training.work")
 
 SHORT = changed(LORA, steps=2, accumulate=1, precision="bf16", dropout=0.0, rank_dropout=0.0, module_dropout=0.0,
                 targets=("q_proj", "(conv|fc)1"))
@@ -57,7 +57,7 @@ def test_a_run_is_bit_for_bit_that_with_autocast_alone(untrained, tmp_path, name
 def test_in_a_step_products_have_half_weights_and_what_is_trained_or_read_is_fp32(models, tmp_path, change, monkeypatch):
     config = changed(SHORT, **change, out=str(tmp_path))
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
-    original, seen = loop.clip_gradients, []
+    original, seen = work.clip_gradients, []
 
     def look(parameters, most):
         parameters = list(parameters)
@@ -72,7 +72,7 @@ def test_in_a_step_products_have_half_weights_and_what_is_trained_or_read_is_fp3
         seen.append(bool(read))
         return original(parameters, most)
 
-    monkeypatch.setattr(loop, "clip_gradients", look)
+    monkeypatch.setattr(work, "clip_gradients", look)
     train(config, models, pictures())
     assert len(seen) == config.steps
     assert {t.dtype for w in lora_state(models, "lora").values() for t in w.tensors.values()} == {torch.float32}
@@ -89,7 +89,7 @@ def test_the_full_base_is_the_same_memory_after_a_run_and_after_an_error(models,
         def fails(*args, **options):
             assert models["diffusion"].conv_out.weight.dtype != torch.float32
             raise error("boom")
-        monkeypatch.setattr(loop, "update_ema", fails)
+        monkeypatch.setattr(work, "update_ema", fails)
         with pytest.raises(error, match="boom"):
             train(config, models, pictures())
     after = weights(models)

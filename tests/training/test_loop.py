@@ -20,11 +20,12 @@ from sd.training.dataset.batches import Batches, batch_captions, batch_noise
 from sd.training.dataset.cache import Posteriors
 from sd.training.dataset.contexts import Contexts
 from sd.training.noise import draw_timesteps
-from sd.training.optim import lr_factor, update_ema
+from sd.training.optim import ema_rate, lr_factor, update_ema
 from tests.training.tiny import SMALL, changed, copy_of, metrics, pictures
 
 loop = importlib.import_module("sd.training.loop")
 batches = importlib.import_module("sd.training.step")
+work = importlib.import_module("sd.training.work")
 
 QUICK = TrainConfig(rank=2, alpha=2.0, steps=6, batch_size=2, save_every=100, progress=False)
 
@@ -251,17 +252,17 @@ def test_accumulated_micro_batches_are_one_big_batch(tmp_path, models, monkeypat
 def test_frozen_weights_have_no_gradient_and_stay_bit_identical(tmp_path, models, text_encoder):
     before = weights(models)
     seen = []
-    original = loop.update_ema
+    original = work.update_ema
 
     def spy(*args):
         seen.append({p.grad is None for m in models.values() for n, p in m.named_parameters() if ".adapters." not in n})
         original(*args)
 
-    loop.update_ema = spy
+    work.update_ema = spy
     try:
         train(replace(QUICK, out=str(tmp_path), text_encoder=text_encoder, learning_rate=0.1), models, pictures())
     finally:
-        loop.update_ema = original
+        work.update_ema = original
     assert seen == [{True}] * 6
     assert all(torch.equal(a, b) for a, b in zip(before.values(), weights(models).values()))
     assert any(p.abs().max() > 0 for p in get_lora_parameters(models))
@@ -294,16 +295,16 @@ def test_recomputing_activations_changes_no_gradient(tmp_path, models):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lion"])  # the first decides on the device
 def test_a_batch_without_a_finite_loss_is_skipped_and_counted(tmp_path, models, monkeypatch, optimizer):
-    seen, update = [], loop.update_ema
+    seen, update = [], work.update_ema
 
-    def watched(ema, parameters, decay, step, bad):
+    def watched(ema, parameters, rate, bad):
         before = {name: value.clone() for name, value in ema.items()}
-        update(ema, parameters, decay, step, bad)
+        update(ema, parameters, rate, bad)
         after = {name: p.detach().clone() for name, p in parameters.items()}
         still = all(torch.equal(p, former) for p, former in zip(after.values(), seen[-1][2].values())) if seen else False
         seen.append((still, all(torch.equal(ema[name], before[name]) for name in ema), after))
 
-    monkeypatch.setattr(loop, "update_ema", watched)
+    monkeypatch.setattr(work, "update_ema", watched)
     data = pictures(3)
     data.pictures[1] = float("nan")
     train(replace(QUICK, out=str(tmp_path), batch_size=1, steps=9, ema=0.9, optimizer=optimizer), models, data)
@@ -332,7 +333,7 @@ def test_the_cosine_falls_from_1_after_the_warm_up_to_0_at_the_end(step, expecte
 def test_the_average_of_a_constant_rises_to_it_and_is_the_weighted_sum():
     p, ema, expected = torch.nn.Parameter(torch.ones(3)), {"p": torch.zeros(3)}, 0.0
     for step in range(50):
-        update_ema(ema, {"p": p}, 0.9, step)
+        update_ema(ema, {"p": p}, ema_rate(0.9, step))
         decay = min(0.9, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay)
     torch.testing.assert_close(ema["p"], torch.full((3,), expected))

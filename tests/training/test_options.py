@@ -29,7 +29,7 @@ def test_a_compiled_unet_trains_as_the_plain_one_does_and_is_plain_again_afterwa
 
 def test_deterministic_kernels_are_asked_for_while_the_training_lasts(tmp_path, untrained, monkeypatch):
     seen, before = [], torch.are_deterministic_algorithms_enabled()
-    loop = importlib.import_module("sd.training.loop")
-    monkeypatch.setattr(loop, "update_ema", lambda *args: seen.append(torch.are_deterministic_algorithms_enabled()))
+    work = importlib.import_module("sd.training.work")
+    monkeypatch.setattr(work, "update_ema", lambda *args: seen.append(torch.are_deterministic_algorithms_enabled()))
     train(replace(LORA, steps=2, out=str(tmp_path), deterministic=True), copy_of(untrained), pictures())
     assert seen == [True, True] and torch.are_deterministic_algorithms_enabled() == before

@@ -32,7 +32,6 @@ if sys.platform != "win32":
 log = logging.getLogger("sd")
 
 STATE = "state.safetensors"
-SET_ANEW = ("lr", "capturable")  # of an optimizer's groups: each step sets the first, the device decides on the second
 # Facts that are hashes, whose values tell a reader nothing.
 HASHED = {"dataset": "the pictures or captions", "held_out": "the pictures or captions for validation",
           "base": "the base model", "from_lora": "the LoRA that it starts from"}
@@ -143,7 +142,9 @@ def load_state(folder: Path, parameters: Mapping[str, Tensor], optimizer: torch.
         if name in ema:
             ema[name].copy_(own_part(p, tensors[f"ema/{name}"]))
     for group, values in zip(optimizer.param_groups, numbers["groups"]):
-        group.update((key, value) for key, value in values.items() if key not in SET_ANEW)
+        # The device decides what is capturable; a learning rate that is a tensor is set by each step.
+        group.update((key, value) for key, value in values.items()
+                     if key != "capturable" and not isinstance(group.get(key), Tensor))
     return progress
 
 

@@ -30,7 +30,7 @@ def tune() -> tuple[str, ...]:
 
     Memory (glibc only): tensors come from memory that the process keeps. By default glibc maps each tensor over 32 MiB
     afresh, and the kernel clears it page by page: at the size of SD 1.5 half a million page faults a step. Changes no bit.
-    Products (AMD only): fp32 products through oneDNN, which there is twice as fast as MKL. torch's switch for it allows
+    Products (AMD only): fp32 products through oneDNN, which is faster than MKL there. torch's switch for it allows
     bfloat16 where the processor can multiply it by tiles, so it is kept only where a product is true fp32. Changes the last
     bits: about 2e-6 of the largest value of a step of SD 1.5.
     SD_CPU_TUNING=0 in the environment switches both off.

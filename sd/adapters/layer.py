@@ -249,6 +249,8 @@ class LoRALayer(Base):
     def unmerge(self) -> None:
         """Free the merged weight."""
         self.derived.drop_merged()
+        if self.merged_weight is not None:
+            self.derived.packed = None  # it may be a copy of the merged weight, whose memory it keeps
         self.merged_weight = self.merged_bias = None
 
     # ---- moves, dtype changes, loading and copies invalidate derived weights -------------------------------------------

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import weakref
 from functools import partial
 
 import numpy as np
@@ -203,6 +204,11 @@ def test_a_merged_weight_is_packed_and_given_up_with_the_set(models):
             merge(unet)
             wanted = F.linear(x.double(), layer.merged_weight.double(), None if layer.bias is None else layer.bias.double())
             assert (layer(x) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+            kept = weakref.ref(layer.merged_weight.untyped_storage())
+            unmerge(unet)
+            freed = kept() is None
+            assert freed
+        pack(unet)
         assert torch.equal(layer(x), base) and (wanted - base).abs().max() > 0.01
 
 

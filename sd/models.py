@@ -59,6 +59,11 @@ class Models(dict):
         return self["diffusion"].conv_in.weight.dtype
 
     @property
+    def dtype_name(self) -> str:
+        """As pictures record it and flags take it: "float32"."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def model_hash(self) -> str | None:
         """First ten hex digits of the checkpoint's SHA-256; None for models not loaded from a single file."""
         return model_hash(self.source) if self.source is not None and Path(self.source).is_file() else None

@@ -273,7 +273,7 @@ def _why_not_finite(models: Models) -> str:
            if not torch.isfinite(p).all()]
     if bad:
         return f"the picture is not finite: {len(bad)} tensors of the model hold NaN or infinity, first: {bad[0]}"
-    return (f"the picture is not finite: a network overflowed in {str(models.dtype).removeprefix('torch.')}; "
+    return (f"the picture is not finite: a network overflowed in {models.dtype_name}; "
             f"load it with dtype=torch.float32 or bfloat16, or lower cfg_scale and multipliers")
 
 

@@ -234,7 +234,7 @@ def parameters_of(request: Request, models: Models) -> dict[str, Any]:
                      width=request.width or models.config.image_size, height=request.height or models.config.image_size)
     found = {name: getattr(filled, name) for name in SAVED} | {
         "model": models.config.name, "spacing": request.spacing or SAMPLERS[request.sampler_name].spacing,
-        "clip_skip": request.clip_skip, "dtype": str(models.dtype).removeprefix("torch.")}
+        "clip_skip": request.clip_skip, "dtype": models.dtype_name}
     if request.eta:
         found["eta"] = request.eta
     if request.input_image is not None:

@@ -70,7 +70,7 @@ def say_how(models: Models, on: ModelArgs) -> None:
     """Log the dtype and device that pictures were made in; with --verbose, all that decides their speed and last bits."""
     from sd.placement import running
     more = f" ({running(models.device)})" if on.verbose else ""
-    logging.getLogger("sd").info("%s on %s%s", str(models.dtype).removeprefix("torch."), models.device, more)
+    logging.getLogger("sd").info("%s on %s%s", models.dtype_name, models.device, more)
 
 
 def lora(text: str) -> tuple[Path, float, str | None]:

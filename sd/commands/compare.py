@@ -48,5 +48,5 @@ class Compare:
         sheet = pipeline.compare(self.prompts, models, variants, seed=seed, **how)
         say_how(models, self.on)
         save_image(sheet, path, {"prompts": list(self.prompts), "variants": variants, "seed": seed, **how,
-                                 "dtype": str(models.dtype).removeprefix("torch.")})
+                                 "dtype": models.dtype_name})
         print(f"{path}  {len(self.prompts)} prompts x {len(variants)} variants, seed {seed}")
